@@ -1,0 +1,114 @@
+# One entry for people and for CI: every workflow step is one of these targets. `make help` lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV ?= .venv
+PYTEST_ARGS ?=
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+# Git hands hooks its own location in these; a test that makes a repository of its own must not see it.
+unexport GIT_DIR GIT_INDEX_FILE GIT_WORK_TREE
+
+.PHONY: help env lock repro smoke bench cache-pull cache-push report-pr test quick lint format sync readme hooks lab docs dist clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# -- environment ------------------------------------------------------------------------------------------------
+
+env: $(VENV)/.installed ## the environment, with the versions of requirements.lock exactly (done once)
+
+$(VENV)/.installed: requirements.lock pyproject.toml tools/install.sh
+	tools/install.sh $(VENV)
+	touch $@
+
+lock: env ## compile requirements.in to requirements.lock, keeping the versions that still fit (UPGRADE=1: the newest)
+	grep -v '^torch==' requirements.lock > .lock.tmp
+	uv pip compile -q $(if $(UPGRADE),-U) --no-header --no-emit-index-url --no-emit-find-links --annotation-style line \
+	  $${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"} -o .lock.tmp requirements.in
+	# what belongs to one machine stays out: local versions such as +cpu, and the CUDA packages, which torch itself pins
+	sed -E -e 's/^([A-Za-z0-9._-]+==[^ +]+)\+[A-Za-z0-9.]+/\1/' -e '/^(nvidia|cuda|triton)/d' .lock.tmp > requirements.lock
+	rm .lock.tmp
+	$(MAKE) env
+	LLMKIT_RESOLVE=1 pytest tests/repo/test_lock.py
+
+# -- the pipeline -----------------------------------------------------------------------------------------------
+
+repro: env ## the whole pipeline, from records to a registered version, and where to look afterwards
+	llmkit repro
+
+MODEL ?= artifacts/base/base
+smoke: env ## a model answers fixture prompts in under 30 s (MODEL=a base, delta, or bundle folder; the default is made)
+	[ -e $(MODEL) ] || dvc repro -q -s base
+	llmkit smoke $(MODEL)
+
+BANKING77 ?= examples/banking77/data
+bench: $(VENV)/.bench ## the benchmarks, as ratios within one run (BANKING77=the folder with its train.csv)
+	for f in benchmarks/[a-z]*.py; do \
+	  args=; [ $$f != benchmarks/finetune_speed.py ] || args="--data $(BANKING77)"; \
+	  echo "bench: $$f"; python $$f $$args; done
+
+$(VENV)/.bench: $(VENV)/.installed benchmarks/requirements.txt
+	$(VENV)/bin/python -m pip install -q --no-deps -r benchmarks/requirements.txt
+	touch $@
+
+cache-pull: env ## fetch results that others have made (DVC_REMOTE=s3://..., or a configured remote)
+	tools/cache.sh pull
+
+cache-push: env ## share results through the same remote
+	tools/cache.sh push
+
+report-pr: ## put the verdict on the pull request that brought this commit (needs gh)
+	tools/report_pr.sh artifacts/gate/verdict/verdict.md
+
+# -- proof ------------------------------------------------------------------------------------------------------
+
+test: env ## notebooks as tests, then pytest: everything (PYTEST_ARGS="-k gate" narrows pytest)
+	OMP_NUM_THREADS=1 nbdev-test
+	pytest $(PYTEST_ARGS)
+
+quick: env ## the same without the tests marked slow
+	$(MAKE) test PYTEST_ARGS='-m "not slow" $(PYTEST_ARGS)'
+
+lint: env ## style, notebooks and modules in step, import arrows, stages, records, parameters; changes nothing
+	ruff check .
+	ruff format --check .
+	pytest -m "not slow" tests/repo
+	llmkit params check
+	llmkit dag check
+	llmkit records check
+
+format: env ## what ruff can mend by itself
+	ruff check --fix .
+	ruff format .
+
+sync: env ## bring the generated modules, the notebooks' metadata and README.md in step
+	nbdev-export
+	nbdev-clean
+	$(MAKE) readme
+
+readme: env ## README.md from nbs/index.ipynb
+	python tools/readme.py
+
+hooks: env ## pre-commit hooks, and git's notebook diff and merge, for this clone only
+	pre-commit install
+	git config merge.jupyternotebook.driver "$(CURDIR)/tools/with_env.sh nbdev-merge %O %A %B %P"
+	git config diff.jupyternotebook.command "$(CURDIR)/tools/with_env.sh nbdev-diff-driver"
+
+# -- people -----------------------------------------------------------------------------------------------------
+
+lab: env ## JupyterLab, with this environment as its kernel
+	python -m ipykernel install --sys-prefix --name python3 --display-name "llmkit" >/dev/null
+	jupyter lab --notebook-dir=. $(LAB_ARGS)
+
+docs: env ## the site, in site/index.html; needs no network
+	python tools/website
+
+dist: env ## the wheel and the source archive, in dist/ (TAG=vX.Y.Z refuses another version)
+	[ -z "$(TAG)" ] || [ "$(TAG)" = "v$$(python -c 'import llmkit; print(llmkit.__version__)')" ]
+	rm -rf dist && python -m build --no-isolation
+
+clean: ## remove what can be made again, but neither the environment nor artifacts/
+	rm -rf site build dist _proc _docs .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

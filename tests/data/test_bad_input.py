@@ -1,0 +1,197 @@
+"""Bad input: a clear error or a quarantined row that names file, line, value and remedy; nothing lost or half-written."""
+
+import json
+
+import pytest
+from data_rows import TABLE, good_rows
+
+from llmkit.core.errors import KitError
+from llmkit.core.files import read_json, read_jsonl
+from llmkit.data.prepare import Rules
+from llmkit.data.table import open_table
+
+GOOD = [json.dumps(r).encode() for r in good_rows()]
+
+
+def quarantine(data):
+    return [(r["line"], r["reason"]) for r in read_jsonl(data / "quarantine.jsonl")]
+
+
+def test_malformed_json_line_is_quarantined_with_its_number(make):
+    data = make(b"\n".join([*GOOD[:2], b'{"prompt": ', *GOOD[2:]]))
+    [(line, reason)] = quarantine(data)
+    assert line == 3 and reason.startswith("not valid JSON")
+    assert read_json(data / "profile.json")["rows"] == {"in": 41, "out": 40, "quarantined": 1, "duplicates": 0}
+
+
+@pytest.mark.parametrize(
+    "row, says",
+    [
+        (b"[1, 2]", "must be an object"),
+        (b'{"prompt": "a"}', "has neither messages nor a completion"),
+        (b'{"prompt": "", "completion": "b"}', "prompt: is empty"),
+        (b'{"prompt": NaN, "completion": "b"}', "NaN is no JSON number"),
+        (b'{"prompt": 3, "completion": "b"}', "prompt: must be a text, not a int"),
+        (b'{"prompt": "\\ud800", "completion": "b"}', "lone surrogate"),
+        (b'{"prompt": "a", "completion": "b", "split": "dev"}', "unknown split"),
+        (b'{"messages": "hi"}', "must be a list of {role, content}"),
+        (b'{"messages": [{"role": "user", "content": "a"}]}', "must end with the assistant's answer"),
+        (b"[" * 100_000, "not valid JSON"),
+    ],
+)
+def test_a_row_that_is_no_record(make, row, says):
+    [(line, reason)] = quarantine(make(b"\n".join([row, *GOOD])))
+    assert line == 1 and says in reason
+
+
+def test_latin1_line_among_utf8_is_quarantined_alone(make):
+    bad = '{"prompt": "Warum die Gebühr?", "completion": "x"}'.encode("latin-1")
+    [(line, reason)] = quarantine(make(b"\n".join([*GOOD, bad])))
+    assert line == 41 and "prompt: is not UTF-8: byte 0xfc" in reason and "`encoding`" in reason
+
+
+def test_latin1_file_is_read_when_its_encoding_is_named(make):
+    bad = '{"prompt": "Warum die Gebühr?", "completion": "x", "label": "x"}'.encode("latin-1")
+    data = make(b"\n".join([*GOOD, bad]), encoding="latin-1")
+    said = [
+        m["content"]
+        for s in ("train", "validation", "test")
+        for r in read_jsonl(data / f"{s}.jsonl")
+        for m in r["messages"]
+    ]
+    assert "Warum die Gebühr?" in said and quarantine(data) == []
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_empty_file(make, kind):
+    with pytest.raises(KitError, match=rf"rows\.{kind}: the file is empty"):
+        make(b"", kind)
+
+
+@pytest.mark.parametrize(
+    "content, says", [(b"\n \n", "the source has no rows"), (b"\xff\xfea\x00", "is UTF-16.*encoding: utf-16")]
+)
+def test_file_without_rows_or_in_utf16(make, content, says):
+    with pytest.raises(KitError, match=says):
+        make(content)
+
+
+def test_missing_file_and_unknown_source(make, tmp_path):
+    with pytest.raises(KitError, match="no such file or folder"):
+        make(tmp_path / "absent.jsonl")
+    with pytest.raises(KitError, match="Did you mean 'jsonl'"):
+        make(b"x", "jsonll")
+
+
+def test_one_class_fails(make):
+    with pytest.raises(KitError, match="more than one label.*found 1.*learns nothing"):
+        make([{**r, "label": "block"} for r in good_rows()])
+
+
+def test_prompt_longer_than_the_context_is_quarantined_or_kept_and_counted(make):
+    long = [{"prompt": "word " * 300, "completion": "block", "label": "block"}, *good_rows()]
+    [(line, reason)] = quarantine(make(long, context=64))
+    assert line == 1 and "is longer than the context (got 301)" in reason and "64 tokens" in reason
+    kept = make(long, context=64, too_long="keep")
+    assert read_json(kept / "profile.json")["over_context"] == 1
+
+
+def test_missing_column_names_file_column_and_known_ones(make):
+    with pytest.raises(KitError, match=r"rows\.csv: line 1: no such column \(got 'category'\).*Known: intent, text"):
+        make(b"text,intent\na,b\n", "csv", TABLE)
+
+
+def test_header_twice_and_no_header(make):
+    with pytest.raises(KitError, match="a column occurs twice"):
+        make(b"text,text\na,b\n", "csv", TABLE)
+    with pytest.raises(KitError, match="no header"):
+        make(b"\n\n", "csv", TABLE)
+
+
+def test_duplicate_ids_are_quarantined_but_a_repeated_row_is_a_duplicate(make):
+    rows = [{**r, "id": str(i)} for i, r in enumerate(good_rows())]
+    rows += [{**rows[5]}, {"id": "7", "prompt": "Quite another question", "completion": "find", "label": "find"}]
+    data = make(rows)
+    [(line, reason)] = quarantine(data)
+    assert line == 42 and "id: the same id as rows.jsonl: line 8" in reason
+    assert [r["kind"] for r in read_jsonl(data / "duplicates.jsonl")] == ["exact"]
+
+
+def test_bom_crlf_and_quoted_newlines(make):
+    rows = "".join(f'"{r["prompt"]}\r\nPlease ""help""",{r["label"]}\r\n' for r in good_rows())
+    data = make(b"\xef\xbb\xbf" + f"text,category\r\n{rows}".encode(), "csv", TABLE)
+    got = [r for s in ("train", "validation", "test") for r in read_jsonl(data / f"{s}.jsonl")]
+    assert len(got) == 40 and quarantine(data) == []
+    assert all(r["messages"][0]["content"].endswith('\r\nPlease "help"') for r in got)
+    assert {r["id"] for r in got} >= {"rows-2", "rows-4"}  # each row takes two lines
+
+
+def test_ragged_and_unclosed_csv_rows(make):
+    rows = "".join(f"{r['prompt']},{r['label']}\n" for r in good_rows())
+    data = make(f'text,category\nHi, there,find\n{rows}"never closed,x\n'.encode(), "csv", TABLE)
+    assert [(n, r.split(":")[0]) for n, r in quarantine(data)] == [
+        (2, "has 3 fields, the header 2"),
+        (43, "not valid CSV"),
+    ]
+
+
+def test_a_contradiction_is_quarantined_and_named(make):
+    rows = [*good_rows(), {**good_rows()[0], "label": "order", "completion": "order"}]
+    [(line, reason)] = quarantine(make(rows))
+    assert line == 41 and "asks the same as rows.jsonl: line 1, which is labelled 'block'" in reason
+
+
+def test_too_much_quarantine_fails_keeps_the_list_and_the_old_dataset(make, tmp_path):
+    old = make(b"\n".join(GOOD))
+    with pytest.raises(KitError, match=r"20 of 60 rows are quarantined, and at most 10.00% may be.*rows.jsonl: line 1"):
+        make(b"\n".join([b"{"] * 20 + GOOD), max_quarantine_share=0.1)
+    assert len([*read_jsonl(tmp_path / "out/quarantine.jsonl")]) == 20
+    assert read_json(old.path / "manifest.json")["digest"] == old.digest
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["dataset", "quarantine.jsonl"]
+
+
+def test_the_quarantine_does_not_become_the_leak(make):
+    key = "AKIA" + "IOSFODNN7EXAMPLE"
+    rows = [
+        b'{"prompt": "mail jo@example.org", ',
+        json.dumps({"prompt": f"key {key}", "completion": "x"}).encode(),
+        *GOOD,
+    ]
+    text = (make(b"\n".join(rows)) / "quarantine.jsonl").read_text()
+    assert "jo@example.org" not in text and key not in text
+    assert "<EMAIL_ADDRESS>" in text and "holds AWS Access Key" in text
+
+
+def test_policies(make):
+    rows = [*good_rows(), {"prompt": "I am jo@example.org", "completion": "find", "label": "find"}]
+    assert read_json(make(rows, pii="flag") / "profile.json")["found"] == {"EMAIL_ADDRESS": 1}
+    assert len(quarantine(make(rows, pii="quarantine"))) == 1
+    with pytest.raises(KitError, match="pii: unknown policy .got 'ignore'"):
+        make(rows, pii="ignore")
+
+
+@pytest.mark.parametrize(
+    "shares, says",
+    [({"train": 0.5}, "add up to 1"), ({"train": 1.5, "test": -0.5}, "negative"), ({"dev": 1}, "no such split")],
+)
+def test_shares(shares, says):
+    with pytest.raises(KitError, match=says):
+        Rules(shares)
+
+
+def test_full_disk(tmp_path):
+    "SQLite's own limit stands in for the disk's."
+    with pytest.raises(KitError, match="database or disk is full.*Free some space"):
+        with open_table(tmp_path) as (table, _):
+            table.db.execute("PRAGMA max_page_count = 20")
+            for _ in range(1000):
+                table.db.execute("INSERT INTO rows (body) VALUES (?)", ("x" * 1000,))
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_folder_that_is_no_dataset(make, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(KitError, match="not a dataset folder"):
+        make(tmp_path / "empty", "hf")
+    with pytest.raises(KitError, match="not a Parquet file"):
+        make(b"PAR1 and then nothing", "parquet")

@@ -1,0 +1,66 @@
+"""Task and calibration metrics against scikit-learn, and language metrics against their definitions."""
+
+import math
+
+import numpy as np
+import pytest
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import accuracy_score, brier_score_loss, f1_score, log_loss
+
+from llmkit.evals import calibration
+from llmkit.evals.language import language_measurements, text_likelihood
+from llmkit.evals.task import f1_by_label, macro_f1
+from llmkit.runtime.dummy import DummyEngine
+
+NAMES = [f"label_{i}" for i in range(12)]
+
+
+@pytest.fixture(params=[0, 1, 2])
+def answers(request):
+    rng = np.random.default_rng(request.param)
+    true = rng.choice(NAMES, 300, p=rng.dirichlet(np.ones(12)))
+    said = np.where(rng.random(300) < 0.7, true, rng.choice([*NAMES, "nonsense"], 300))
+    return {"label": true.tolist(), "predicted": said.tolist(), "correct": (true == said).astype(int).tolist()}
+
+
+def test_f1_against_sklearn(answers):
+    names = sorted(set(answers["label"]))
+    each = f1_score(answers["label"], answers["predicted"], labels=names, average=None, zero_division=0)
+    assert list(f1_by_label(answers["label"], answers["predicted"]).values()) == pytest.approx(each)
+    m = macro_f1(answers, times=200)
+    assert m.value == pytest.approx(each.mean())
+    assert m.low < m.value < m.high
+    assert accuracy_score(answers["label"], answers["predicted"]) == pytest.approx(np.mean(answers["correct"]))
+
+
+@pytest.mark.parametrize("kind,strategy", [("width", "uniform"), ("mass", "quantile")])
+def test_calibration_against_sklearn(kind, strategy):
+    rng = np.random.default_rng(0)
+    c = rng.beta(5, 2, 1000)
+    y = (rng.random(1000) < c**2).astype(int)
+    parts = calibration.reliability(c, y, 10, kind)
+    share, mean = calibration_curve(y, c, n_bins=10, strategy=strategy)
+    assert [a for _, a, _ in parts] == pytest.approx(share, abs=0.02)
+    assert [m for m, _, _ in parts] == pytest.approx(mean, abs=0.01)
+    assert calibration.brier(c, y).mean() == pytest.approx(brier_score_loss(y, c))
+    assert calibration.log_loss(c, y).mean() == pytest.approx(log_loss(y, c))
+
+
+@pytest.mark.parametrize("n,expected", [(100, 0.087), (500, 0.039), (1000, 0.028), (5000, 0.012)])
+def test_null_ece_figures(n, expected):
+    "A perfectly calibrated model with confidences from Beta(5, 2), ten bins of equal width."
+    rng = np.random.default_rng(4)
+    got = np.mean([calibration.null_ece(rng.beta(5, 2, n), times=40, seed=s)[0] for s in range(25)])
+    assert got == pytest.approx(expected, abs=0.003)
+
+
+def test_language_metrics_follow_their_definitions():
+    engine = DummyEngine(context_length=12)
+    texts = ["I paid twice.", "Übung macht den Meister, sagt man.", "x"]
+    table = text_likelihood(engine, texts)
+    total, size = sum(table["nll"]), sum(len(t.encode()) for t in texts)
+    got = {m.metric: m.value for m in language_measurements(table)}
+    assert got["bits_per_byte"] == pytest.approx(total / size / math.log(2))
+    assert got["byte_perplexity"] == pytest.approx(math.exp(total / size))
+    assert got["word_perplexity"] == pytest.approx(math.exp(total / sum(len(t.split()) for t in texts)))
+    assert got["perplexity"] == pytest.approx(math.exp(total / sum(table["tokens"])))

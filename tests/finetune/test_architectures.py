@@ -1,0 +1,65 @@
+"""Losses at the answers only, packed or not, are those of the whole logits, for every architecture that is promised."""
+
+import numpy as np
+import pytest
+import torch
+import transformers as t
+
+from llmkit.model.batches import Example, collate
+from llmkit.model.lora import attach, delta_tensors, linear_names, load_delta, save_delta
+from llmkit.model.train import answer_loss
+
+SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+WIDE = SMALL | {"intermediate_size": 64, "num_key_value_heads": 1, "pad_token_id": 0}
+CONFIGS = {
+    "llama": lambda: t.LlamaConfig(**WIDE),
+    "mistral": lambda: t.MistralConfig(**WIDE),
+    "qwen2": lambda: t.Qwen2Config(**WIDE),
+    "gemma2": lambda: t.Gemma2Config(**WIDE, head_dim=16, final_logit_softcapping=5.0),
+    "phi3": lambda: t.Phi3Config(**WIDE),
+    "gpt2": lambda: t.GPT2Config(
+        vocab_size=96, n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0
+    ),
+}
+
+
+def model_of(name):
+    "A random model of an architecture."
+    torch.manual_seed(0)
+    return t.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+
+
+def examples(n=5):
+    "Random examples with an answer of a few tokens."
+    rng = np.random.default_rng(0)
+    for size in rng.integers(6, 14, n):
+        answer = int(rng.integers(2, 5))
+        yield Example(tuple(rng.integers(1, 96, size).tolist()), (0,) * (size - answer) + (1,) * answer)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_loss(name):
+    model, some = model_of(name), list(examples())
+    batch = collate([[e] for e in some], 0)
+    loss, _ = answer_loss(model, batch)
+    by_hand = 0.0
+    for e in some:  # one at a time, all logits, no padding: what everything above must agree with
+        logp = model(input_ids=torch.tensor([e.ids])).logits[0].log_softmax(-1)
+        by_hand -= sum(logp[i - 1, e.ids[i]].item() for i in range(1, len(e.ids)) if e.mask[i])
+    assert loss.item() == pytest.approx(by_hand, rel=1e-4)
+    packed, _ = answer_loss(model, collate([some[:2], some[2:]], 0), packed=True)
+    assert packed.item() == pytest.approx(by_hand, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_delta_round_trip(name, tmp_path):
+    tuned = attach(model_of(name), rank=2, alpha=4, seed=1)
+    with torch.no_grad():
+        for n, p in tuned.named_parameters():
+            if "lora_B" in n:
+                p.normal_(std=0.05)
+    save_delta(tuned, tmp_path)
+    again, ids = load_delta(model_of(name), tmp_path), torch.arange(1, 10)[None]
+    assert torch.equal(again(ids).logits, tuned.eval()(ids).logits)
+    assert not torch.allclose(again(ids).logits, model_of(name)(ids).logits, atol=1e-4)
+    assert len(linear_names(model_of(name))) >= 3 and "lm_head" not in str(list(delta_tensors(tuned)))

@@ -1,0 +1,141 @@
+"""A killed run goes on where it was, a changed input starts anew, and equal input gives equal bytes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from llmkit.core.artifact import open_artifact
+from llmkit.core.errors import KitError
+from llmkit.model.finetune import finetune, workspace
+
+CHILD = """
+import json, sys
+from llmkit.core.artifact import open_artifact
+from llmkit.model.finetune import finetune
+from llmkit.model.train import Recipe, Trainer
+import time
+job = json.load(open(sys.argv[1]))
+own = Trainer.step
+def slow(self, *a):
+    own(self, *a)
+    time.sleep(job["sleep"])
+Trainer.step = slow
+finetune(open_artifact(job["base"]), open_artifact(job["dataset"]), job["out"], Recipe(**job["recipe"]))
+"""
+
+
+class Stop(Exception):
+    "A run that is cut off."
+
+
+def tensors_of(delta):
+    "The bytes of the weights."
+    return (delta / "adapter_model.safetensors").read_bytes()
+
+
+def kill_in_the_middle(base, dataset, recipe, out, tmp_path):
+    "Start a run in another process and kill it, without a word, after its first checkpoint; return the checkpoint's name."
+    job = {
+        "base": str(base.path),
+        "dataset": str(dataset.path),
+        "out": str(out),
+        "recipe": asdict(recipe),
+        "sleep": 0.2,
+    }
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    child = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path / "job.json")], start_new_session=True)
+    folder = workspace({"base": base, "dataset": dataset}, recipe) / "checkpoints"
+    deadline = time.time() + 120
+    while not list(folder.glob("step-*")):
+        assert child.poll() is None and time.time() < deadline, "no checkpoint appeared"
+        time.sleep(0.02)
+    os.killpg(child.pid, signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    return sorted(p.name for p in folder.glob("step-*"))[-1]
+
+
+def test_kill_9_then_resume_gives_the_same_bytes(base, dataset, recipe, tmp_path, monkeypatch):
+    straight = finetune(base, dataset, tmp_path / "straight", recipe)
+    name = kill_in_the_middle(base, dataset, recipe, tmp_path / "delta", tmp_path)
+    assert not (tmp_path / "delta").exists()  # nothing half-written under the final name
+    steps = count_steps(monkeypatch)
+    resumed = finetune(base, dataset, tmp_path / "delta", recipe)
+    assert len(steps) == straight.meta["steps"] - int(name[5:])  # it went on, it did not begin again
+    assert tensors_of(resumed) == tensors_of(straight)
+    assert resumed.digest == straight.digest
+    assert (resumed / "manifest.json").read_bytes() == (straight / "manifest.json").read_bytes()
+    assert not (workspace(resumed.parents, recipe) / "checkpoints").exists()
+
+
+def count_steps(monkeypatch):
+    "A list that grows with every step."
+    from llmkit.model.train import Trainer
+
+    seen, own = [], Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self, *a: seen.append(1) or own(self, *a))
+    return seen
+
+
+@pytest.mark.parametrize("change", ["dataset", "recipe", "runner"])
+def test_a_changed_input_begins_anew(base, dataset, other_dataset, recipe, tmp_path, monkeypatch, change):
+    stop_after(monkeypatch, 6)
+    with pytest.raises(Stop):
+        finetune(base, dataset, tmp_path / "delta", recipe)
+    assert list(workspace({"base": base, "dataset": dataset}, recipe).glob("checkpoints/step-*"))
+    monkeypatch.undo()
+    monkeypatch.setenv("LLMKIT_CHECKPOINTS", str(tmp_path / "checkpoints"))
+    if change == "dataset":
+        dataset = other_dataset
+    elif change == "recipe":
+        recipe = replace(recipe, lr=recipe.lr * 0.9)
+    else:
+        monkeypatch.setenv("LLMKIT_INPUT_DIGEST", "sha256:other")
+    steps = count_steps(monkeypatch)
+    delta = finetune(base, dataset, tmp_path / "delta", recipe)
+    assert len(steps) == delta.meta["steps"]
+
+
+def stop_after(monkeypatch, n):
+    "Raise an error at the n-th step."
+    from llmkit.model.train import Trainer
+
+    own, seen = Trainer.step, []
+
+    def step(self, *a):
+        seen.append(1)
+        if len(seen) > n:
+            raise Stop
+        own(self, *a)
+
+    monkeypatch.setattr(Trainer, "step", step)
+
+
+def test_a_damaged_checkpoint_is_not_used(base, dataset, recipe, tmp_path, monkeypatch):
+    straight = finetune(base, dataset, tmp_path / "straight", recipe)
+    with monkeypatch.context() as m:
+        stop_after(m, 6)
+        with pytest.raises(Stop):
+            finetune(base, dataset, tmp_path / "delta", recipe)
+    (saved,) = workspace(straight.parents, recipe).glob("checkpoints/step-*/state.safetensors")
+    saved.write_bytes(saved.read_bytes()[:-1] + b"\x00\x00")
+    assert finetune(base, dataset, tmp_path / "delta", recipe).digest == straight.digest
+
+
+def test_a_full_disk_leaves_the_old_delta(base, dataset, recipe, tmp_path, monkeypatch):
+    first = finetune(base, dataset, tmp_path / "delta", recipe)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("llmkit.model.finetune.save_delta", full)
+    with pytest.raises(KitError, match="Free some space"):
+        finetune(base, dataset, tmp_path / "delta", replace(recipe, seed=8))
+    assert open_artifact(tmp_path / "delta").digest == first.digest
+    assert [p.name for p in Path(tmp_path).glob(".delta*")] == []

@@ -1,0 +1,64 @@
+"""What is refused, and with which words."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from llmkit.core.errors import KitError
+from llmkit.model.finetune import finetune, workspace
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"lr": 1e9, "clip": 0.0, "warmup": 0.0, "epochs": 6}, r"step \d+: the (loss is not finite|gradient is not finite|loss diverges).*Lower lr"),
+        ({"max_tokens": 6}, r"train.jsonl: max_overlong: .*% of the examples have more than 6 tokens \(got 0.0\)\. Raise max_tokens \(the longest has \d+\)"),
+        ({"targets": ["q_proj", "vproj"]}, r"targets: no such linear layer \(got 'vproj'\)\. Did you mean 'v_proj'"),
+        ({"save_modules": ["embedding"]}, r"save_modules: no such module"),
+        ({"rank": 0}, r"rank: the rank must be at least 1"),
+    ],
+)  # fmt: skip
+def test_refused(base, dataset, recipe, tmp_path, change, words):
+    with pytest.raises(KitError, match=words):
+        finetune(base, dataset, tmp_path / "delta", replace(recipe, **change))
+    assert not (tmp_path / "delta").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_qlora_without_a_gpu_is_refused(base, dataset, recipe, tmp_path):
+    with pytest.raises(KitError, match="quantize_base: QLoRA needs a CUDA device.*Set quantize_base: none"):
+        finetune(base, dataset, tmp_path / "delta", replace(recipe, quantize_base="nf4"))
+
+
+def test_examples_left_out_are_counted(base, dataset, recipe, tmp_path):
+    from llmkit.core.files import read_jsonl
+    from llmkit.model.tokenizer import Tokenizer, encode_example
+
+    tok = Tokenizer.load(base.path)
+    lengths = sorted(len(encode_example(tok, r["messages"])[0]) for r in read_jsonl(dataset / "train.jsonl"))
+    limit = lengths[-1] - 1
+    delta = finetune(base, dataset, tmp_path / "delta", replace(recipe, max_tokens=limit, max_overlong=0.9, epochs=1))
+    left = delta.meta["left_out_as_too_long"]["train"]
+    assert left == sum(n > limit for n in lengths) > 0
+    assert delta.meta["examples"]["train"] == 100 - left
+
+
+def test_two_processes_train_the_same_delta(base, dataset, recipe, tmp_path):
+    from safetensors.torch import load_file
+
+    plain = replace(recipe, dropout=0.0, epochs=1)  # dropout draws other numbers in another process
+    one = finetune(base, dataset, tmp_path / "one", plain)
+    two = finetune(base, dataset, tmp_path / "two", replace(plain, processes=2))
+    assert one.meta["seen_tokens"] == two.meta["seen_tokens"]
+    a, b = (load_file(d / "adapter_model.safetensors") for d in (one, two))
+    assert a.keys() == b.keys()
+    assert max((a[k] - b[k]).abs().max() for k in a) < 1e-4
+    assert (workspace(two.parents, replace(plain, processes=2)) / "train.log").is_file()
+
+
+def test_a_failing_process_leaves_its_log(base, dataset, recipe, tmp_path):
+    bad = replace(recipe, processes=2, max_tokens=6)
+    with pytest.raises(KitError, match=r"train\.log: training failed with exit code \d+: train.jsonl: max_overlong"):
+        finetune(base, dataset, tmp_path / "delta", bad)
+    assert "max_overlong" in (workspace({"base": base, "dataset": dataset}, bad) / "train.log").read_text()

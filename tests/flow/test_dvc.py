@@ -1,0 +1,123 @@
+"Two stages under the real DVC: what repeats, what comes from the cache, and what a stale pipeline does."
+
+import shutil
+import subprocess
+
+import pytest
+
+from llmkit.flow.dag import dag_write
+from llmkit.flow.notebook import NotebookError
+from llmkit.flow.records import check_records, sync_records, verify_records
+
+FIRST = "make('artifacts/one/out.json', lr)"
+SECOND = """
+import pathlib
+make('artifacts/register/out.json', json.load(open('artifacts/one/out.json')) * 2)
+make('artifacts/register/receipt.json', 'registered')
+with pathlib.Path('calls.log').open('a') as f: f.write('called\\n')
+"""
+
+
+@pytest.fixture
+def pipeline(project):
+    "`one` makes a number, `register` reads it and leaves a receipt."
+    project.params("seed: 7\none: {lr: 1e-4}\nregister: {}\n")
+    project.stage("one", FIRST)
+    project.stage("register", SECOND, number=2, parameters="seed: int = 0", needs={"out": "artifacts/one/out.json"})
+    (project.path / ".gitignore").write_text("/artifacts/\n/.llmkit/\n/calls.log\n/.bin/\n/.home/\n")
+    for words in (["git", "init", "-q"], ["dvc", "init", "-q"], ["dvc", "cache", "dir", project.path.parent / "cache"]):
+        project.sh(*words)
+    dag_write(project.path)
+    return project
+
+
+def calls(project):
+    log = project.path / "calls.log"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+@pytest.mark.slow
+def test_what_repeats_and_what_is_restored(pipeline):
+    project, record = pipeline, pipeline.path / "artifacts/one/record.ipynb"
+    project.sh("dvc", "repro")
+    first = record.read_bytes()
+    assert project.read("artifacts/one/run.json")["dvc"]["stage"] == "one"
+    assert sync_records(project.path) == (["01_one.ipynb", "02_register.ipynb"], [])
+    assert check_records(project.path) == verify_records(project.path) == []
+
+    # prose and another stage's parameters repeat nothing
+    nb = project.path / "nbs/pipeline/01_one.ipynb"
+    nb.write_text(nb.read_text().replace("# The one", "# The one, better told"))
+    assert "up to date" in project.sh("dvc", "repro").stdout
+
+    # another value and back: the record comes from the run cache, and is the same to the byte
+    project.params("seed: 7\none: {lr: 2e-4}\nregister: {}\n")
+    project.sh("dvc", "repro", "one")
+    assert record.read_bytes() != first
+    assert len(check_records(project.path)) == 1  # the copy is stale, and is seen to be
+    project.params("seed: 7\none: {lr: 1e-4}\nregister: {}\n")
+    out = project.sh("dvc", "repro", "one").stdout
+    assert "Running stage" not in out and "cached" in out, out
+    assert record.read_bytes() == first and check_records(project.path) == []
+
+    # a fresh clone takes all artifacts from the cache and runs `register` alone, on a registry that it may not know
+    project.sh("git", "add", "-A")
+    project.sh("git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "all")
+    clone = project.path.parent / "clone"
+    subprocess.run(["git", "clone", "-q", project.path, clone], check=True)
+    fresh = object.__new__(type(project))
+    fresh.path = clone
+    assert calls(fresh) == 0 and not (clone / "artifacts").exists()
+    out = fresh.sh("dvc", "repro").stdout
+    assert "Running stage 'register'" in out and "Running stage 'one'" not in out, out
+    assert calls(fresh) == 1 and (clone / "artifacts/one/record.ipynb").read_bytes() == first
+    assert check_records(clone) == []
+
+
+def test_a_stale_pipeline_is_refused_by_the_runner(pipeline):
+    "A new import that `dvc.yaml` does not know would be cached under a wrong key."
+    (pipeline.path / "llmkit/core").mkdir()
+    (pipeline.path / "llmkit/core/extra.py").write_text("")
+    with open(pipeline.path / "llmkit/stages/one.py", "a") as f:
+        f.write("from llmkit.core import extra\n")
+    done = pipeline.sh("dvc", "repro", "one", ok=False)
+    assert done.returncode and "stages.one: is stale. Run `llmkit dag write`" in done.stderr
+
+
+def test_a_failed_stage_keeps_its_record_of_failure(pipeline):
+    "DVC deletes the outputs of the failed stage when it runs again; the run's folder stays."
+    pipeline.stage("one", "1 / 0")
+    dag_write(pipeline.path)
+    assert pipeline.sh("dvc", "repro", ok=False).returncode
+    pipeline.stage("one", FIRST)
+    pipeline.sh("dvc", "repro", "one")
+    kept = list((pipeline.path / ".llmkit/runs").glob("*-one-*/notebook.ipynb"))
+    assert len(kept) == 1 and "ZeroDivisionError" in kept[0].read_text()
+
+
+def test_the_same_notebook_without_its_tag_is_refused(pipeline):
+    "What nbdev-clean does by default."
+    nb = pipeline.path / "nbs/pipeline/01_one.ipynb"
+    nb.write_text(nb.read_text().replace('["parameters"]', "[]"))
+    with pytest.raises(NotebookError, match="needs one cell tagged 'parameters'"):
+        dag_write(pipeline.path)
+    done = pipeline.sh("dvc", "repro", ok=False)
+    assert done.returncode and "needs one cell tagged 'parameters'" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_whole_command(pipeline, monkeypatch, capfd):
+    from llmkit.flow.repro import repro
+
+    shutil.rmtree(pipeline.path / "records", ignore_errors=True)
+    (pipeline.path / "dvc.yaml").unlink()
+    (pipeline.path / ".gitignore").write_text("/calls.log\n")
+    monkeypatch.chdir(pipeline.path)
+    assert repro() == 0
+    assert "llmkit smoke artifacts/package/bundle" in capfd.readouterr().out
+    assert check_records(pipeline.path) == []
+    ignored = pipeline.sh("git", "status", "--porcelain", "--untracked-files=all").stdout
+    assert "artifacts" not in ignored and ".llmkit" not in ignored
+    pipeline.stage("one", "raise SystemExit(7)")
+    pipeline.params("seed: 7\none: {lr: 5e-4}\nregister: {}\n")
+    assert repro() == 1

@@ -1,0 +1,259 @@
+"The runner, by doing the bad thing."
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+from llmkit.core.errors import KitError
+from llmkit.flow.plan import plan
+from llmkit.flow.runner import run_stage, stage
+from llmkit.flow.runs import describe, list_runs
+
+DONE = "make('artifacts/x/out.json', 1)"
+
+
+def outputs(project, id, name="x"):
+    "What a cell printed, as the record has it."
+    nb = project.read(f"artifacts/{name}/record.ipynb")
+    return "".join("".join(o["text"]) for c in nb["cells"] if c["id"] == id for o in c["outputs"])
+
+
+def test_values_and_surroundings_reach_the_kernel(project):
+    ask = """
+import os, sys, random, numpy
+print(repr(lr), os.getcwd() == os.path.abspath('.'), os.environ['PYTHONHASHSEED'], os.environ['LLMKIT_INPUT_DIGEST'])
+print('' in sys.path or os.getcwd() in sys.path, random.random(), numpy.random.rand())
+"""
+    project.stage("x", ask, DONE)
+    todo = plan("x", project.path)
+    assert run_stage("x", project.path).status["exit_code"] == 0
+    printed = outputs(project, "c0")
+    assert printed.startswith(f"0.0001 True 7 {todo.digest}\n")
+    assert "False" in printed.splitlines()[1]  # a module that lies in the project cannot be imported
+    injected = [c for c in project.read("artifacts/x/record.ipynb")["cells"] if c["id"] == "injected-parameters"]
+    assert "lr = 0.0001" in "".join(injected[0]["source"])
+    side = project.read("artifacts/x/run.json")
+    assert side["digests"]["inputs"] == todo.digest and side["kernel_exit"] == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["seed: 7\nx: {lr: 1e-4}", "seed: 7\nx: {lr: 1E-4}", "seed: 0o17\nx: {lr: 5}", "seed: 7\nx: {lr: .5}"]
+)
+def test_values_are_those_that_dvc_tracks(project, text, monkeypatch):
+    import dvc.api
+
+    project.stage("x", DONE)
+    project.params(text)
+    subprocess.run(["git", "init", "-q"], cwd=project.path, check=True)
+    subprocess.run(["dvc", "init", "-q"], cwd=project.path, check=True)
+    monkeypatch.chdir(project.path)
+    shown = dvc.api.params_show("params.yaml")
+    todo = plan("x", ".")
+    assert (todo.values["lr"], todo.seed) == (shown["x"]["lr"], shown["seed"])
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("x: {lr: '1e-4'}", "x.lr: must be a float, not a str"),
+        ("x: {lr: 1e-4, lrr: 1}", "x.lrr: unknown parameter (got 1). Did you mean 'lr'?"),
+        ("x: {}", "x.lr: missing parameter"),
+        ("y: {lr: 1}", "x.lr: missing parameter"),
+        ("x: [1]", "x: must be a dict"),
+        ("x: {lr: true}", "x.lr: must be a float, not a bool"),
+        ("x: {lr: 1, lr: 2}", "duplicate key"),
+    ],
+)
+def test_parameters_that_do_not_fit_are_refused(project, capsys, text, message):
+    project.stage("x", DONE)
+    project.params(text)
+    assert stage("x", str(project.path)) == 2
+    err = capsys.readouterr().err
+    assert message in err and "params.yaml" in err and len(err.splitlines()) == 1
+    assert not (project.path / ".llmkit/runs").exists()  # nothing ran
+
+
+@pytest.mark.parametrize("tags", [(), ("parameters", "parameters")])
+def test_a_notebook_without_exactly_one_parameters_cell_is_refused(project, capsys, tags):
+    cells = [project.cell("lr: float = 0.5", t, id=f"p{i}") for i, t in enumerate(tags)] or [
+        project.cell("lr: float = 0.5")
+    ]
+    project.stage("x", cells=[*cells, project.cell(DONE)])
+    assert stage("x", str(project.path)) == 2
+    assert "needs one cell tagged 'parameters'" in capsys.readouterr().err
+
+
+def test_two_identical_runs_give_identical_records(project):
+    noise = "import time, sys; print(object()); print(time.time_ns(), file=sys.stderr); print(len({'a', 'b'}), list({'a', 'b'}))"
+    project.stage("x", noise, DONE)
+    nb = project.path / "nbs/pipeline/01_x.ipynb"
+    body = json.loads(nb.read_text())
+    body["cells"].append(project.cell("print(time.time_ns())", "volatile", id="v"))
+    nb.write_text(json.dumps(body))
+    first = [run_stage("x", project.path).id, (project.path / "artifacts/x/record.ipynb").read_bytes()]
+    aside = project.read("artifacts/x/run.json")["aside"]
+    second = [run_stage("x", project.path).id, (project.path / "artifacts/x/record.ipynb").read_bytes()]
+    assert first[1] == second[1] and first[0] != second[0]
+    assert [a["cell"] for a in aside] == ["c0", "v"]
+    assert aside != project.read("artifacts/x/run.json")["aside"]
+    assert str(project.path) not in first[1].decode()
+
+
+def test_a_raising_cell_is_kept_with_its_traceback(project, capsys):
+    project.stage("x", "def inner():\n    return 1 / 0", "inner()", DONE)
+    assert stage("x", str(project.path)) == 1
+    err = capsys.readouterr().err
+    assert "failed in cell 6 'The x'" in err and "ZeroDivisionError: division by zero" in err and "in inner" in err
+    run = list_runs(project.path)[0]
+    kept = json.loads((run.folder / "notebook.ipynb").read_text())
+    assert any(o["output_type"] == "error" for c in kept["cells"] for o in c.get("outputs", []))
+    assert "ZeroDivisionError" in (run.folder / "traceback.txt").read_text()
+    assert "ZeroDivisionError" in describe(run)
+    assert not (project.path / "artifacts/x/record.ipynb").exists()
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_killed_kernel_is_not_completed(project, capsys, last):
+    die = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    project.stage("x", DONE, die, *([] if last else ["print('never')"]))
+    assert stage("x", str(project.path)) == 137
+    assert "killed in cell 6" in capsys.readouterr().err
+    run = list_runs(project.path)[0]
+    assert run.status["state"] == "killed" and "SIGKILL of the kernel" in run.status["error"]["message"]
+    kept = json.loads((run.folder / "notebook.ipynb").read_text())
+    assert {c["metadata"]["papermill"]["status"] for c in kept["cells"]} == {"completed"}  # what papermill believes
+    assert not (project.path / "artifacts/x/record.ipynb").exists()
+
+
+def test_a_stage_that_does_not_make_what_it_says_fails(project):
+    project.stage("x", "print('done')")
+    run = run_stage("x", project.path)
+    assert run.status["exit_code"] == 1 and "without making the out" in run.status["error"]["message"]
+
+
+def test_a_cell_that_may_raise_still_fails(project):
+    project.stage("x", DONE)
+    nb = project.path / "nbs/pipeline/01_x.ipynb"
+    body = json.loads(nb.read_text())
+    body["cells"].insert(-1, project.cell("1 / 0", "raises-exception", id="r"))
+    nb.write_text(json.dumps(body))
+    assert run_stage("x", project.path).status["state"] == "failed"
+
+
+@pytest.mark.parametrize("outcome, code", [("pass", 0), ("inconclusive", 3), ("maybe", 1)])
+def test_a_verdict_decides_the_exit_code(project, outcome, code):
+    project.stage(
+        "x",
+        f"make('artifacts/x/verdict/verdict.json', {{'outcome': {outcome!r}}})",
+        makes={"verdict": "artifacts/x/verdict"},
+    )
+    run = run_stage("x", project.path)
+    assert run.status["exit_code"] == code
+    assert (run.folder / "record.ipynb").exists() == (outcome == "inconclusive")  # DVC drops it, the run keeps it
+    if outcome == "maybe":
+        assert "unknown outcome" in run.status["error"]["message"]
+
+
+def small_disk(path):
+    "A file system of one megabyte, or None where it cannot be mounted."
+    path.mkdir(parents=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", path], capture_output=True)
+    return done.returncode == 0
+
+
+def test_a_full_disk_fails_and_leaves_nothing_half_written(project, capsys):
+    "The run's folder lies on a file system of one megabyte; a cell prints more than that."
+    disk = project.path / ".llmkit"
+    if not small_disk(disk):
+        pytest.skip("may not mount a tmpfs")
+    try:
+        project.stage("x", "print('x' * 3_000_000)", DONE)
+        assert stage("x", str(project.path)) == 1
+        err = capsys.readouterr().err
+        assert "No space left on device" in err
+        run = list_runs(project.path)[0]
+        assert run.status["state"] == "failed" and "No space left" in run.status["error"]["message"]
+        assert not list(disk.rglob("*.tmp")) and not (project.path / "artifacts/x/record.ipynb").exists()
+        project.stage("x", "print('small')", DONE)
+        assert stage("x", str(project.path)) == 0
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_line_of_megabytes_takes_no_time(project):
+    "nbclient's own joining of streams needs minutes for it."
+    project.stage("x", "import time\nfor i in range(30):\n    print('x' * 100_000, end='', flush=True)", DONE)
+    start = time.monotonic()
+    run_stage("x", project.path)
+    assert time.monotonic() - start < 60
+    record = project.read("artifacts/x/record.ipynb")["cells"]
+    assert [len(c["outputs"]) for c in record if c["id"] == "c0"] == [1]
+
+
+def test_a_full_disk_where_the_record_goes(project):
+    disk = project.path / "artifacts"
+    if not small_disk(disk):
+        pytest.skip("may not mount a tmpfs")
+    try:
+        project.stage("x", "print('x' * 3_000_000)", DONE)
+        run = run_stage("x", project.path)
+        assert run.status["exit_code"] == 1 and "No space left" in run.status["error"]["message"]
+        assert sorted(p.name for p in (disk / "x").iterdir()) == ["out.json"]
+        assert (run.folder / "notebook.ipynb").exists()
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_stage_that_runs_is_not_started_twice(project, capsys):
+    from llmkit.flow.runs import take_lock
+
+    project.stage("x", DONE)
+    turn = take_lock(project.path / ".llmkit/stage-x.lock")
+    assert stage("x", str(project.path)) == 2
+    assert "running already" in capsys.readouterr().err
+    os.close(turn)
+
+
+def test_a_missing_input_is_refused_before_the_kernel_starts(project):
+    project.stage("x", DONE, needs={"base": "artifacts/base/base"})
+    with pytest.raises(KitError, match="the base that x needs is missing"):
+        plan("x", project.path)
+
+
+def test_an_example_runs_the_stages_of_the_checkout(project):
+    project.stage("x", "print(lr)", DONE)
+    example = type(project)(project.path / "examples/cards")
+    example.params("x: {lr: 3e-1}")
+    assert run_stage("x", example.path).status["exit_code"] == 0
+    assert outputs(example, "c0") == "0.3\n"
+    assert not (project.path / "artifacts").exists()
+
+
+def test_checkpoints_of_other_inputs_are_elsewhere(project):
+    project.stage("x", DONE)
+    first = plan("x", project.path).checkpoints
+    assert plan("x", project.path).checkpoints == first
+    project.params("seed: 7\nx: {lr: 2e-4}")
+    by_value = plan("x", project.path).checkpoints
+    with open(project.path / "llmkit/stages/x.py", "a") as f:
+        f.write("STEPS = 3\n")
+    by_code = plan("x", project.path).checkpoints
+    assert len({first, by_value, by_code}) == 3
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_kernel_and_run(project, number, code):
+    project.stage("x", "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(60)", DONE)
+    process = project.spawn("x")
+    project.wait_for(lambda: (project.path / "pid").exists() and (project.path / "pid").read_text())
+    os.kill(process.pid, number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == code and "killed in cell 5" in err, err
+    assert not project.alive(int((project.path / "pid").read_text()))
+    run = list_runs(project.path)[0]
+    assert run.status["state"] == "killed" and run.status["exit_code"] == code
+    assert "Traceback" not in err

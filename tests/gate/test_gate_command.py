@@ -1,0 +1,117 @@
+"""The gate as a command: exit codes, files, and what it refuses."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from llmkit.core.report import Measurement, Report, write_report
+from llmkit.gate.run import baseline_set, gate_plan, gate_run
+from llmkit.gate.verdict import read_verdict
+
+
+def report(subject, right, n=400, suite="bank@1"):
+    "A report with one accuracy."
+    m = Measurement("accuracy", right / n, n, samples="task/correct")
+    table = {"id": list(range(n)), "correct": [1] * right + [0] * (n - right)}
+    return Report(subject, "", suite, (m,), {"task": table})
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_report(report("engine", 380), tmp_path / "reports/engine")
+    write_report(report("merged", 382), tmp_path / "reports/merged")
+    return tmp_path
+
+
+def policy(folder, *rules):
+    "A parameter file with these rules."
+    lines = "\n".join(f"    - {r}" for r in rules)
+    (folder / "params.yaml").write_text(f"gates:\n  alpha: 0.05\n  rules:\n{lines}\n")
+
+
+CASES = [
+    (0, "{metric: accuracy, min: 0.90, bound: wilson}"),
+    (0, "{metric: accuracy, noninferiority: 0.03, against: merged}"),
+    (1, "{metric: accuracy, min: 0.99, bound: clopper_pearson}"),
+    (1, "{metric: acuracy, min: 0.5}"),
+    (1, "{metric: accuracy, on: canary, min: 0.5}"),
+    (1, "{metric: accuracy, noninferiority: 0.03, against: baseline}"),
+    (3, "{metric: accuracy, min: 0.945, bound: wilson}"),
+    (3, "{metric: accuracy, min: 0.9, bound: wilson, min_n: 1000}"),
+    (4, "{metric: accuracy, noninferiority: 0.03, against: baseline, if_absent: skip}"),  # nothing was judged
+    (4, "{metric: accuracy, at_least: 0.9}"),
+    (4, "{metric: accuracy, min: high}"),
+    (4, "{metric: accuracy, min: 0.9, bound: bootstrap}"),
+]
+
+
+@pytest.mark.parametrize("code,rule", CASES)
+def test_exit_codes(folder, code, rule, capsys):
+    policy(folder, rule)
+    assert gate_run(reports="reports", out="verdict") == code
+    if (folder / "verdict/verdict.json").is_file():
+        assert read_verdict("verdict").exit_code == code
+    assert capsys.readouterr() != ("", "")
+
+
+def test_usage_errors(folder, capsys):
+    policy(folder, "{metric: accuracy, min: 0.9}")
+    assert gate_run(reports="nowhere") == 2
+    assert "no report here" in capsys.readouterr().err
+    assert gate_run(policy="nowhere.yaml", reports="reports") == 4
+
+
+def test_one_failing_rule_fails_the_whole(folder):
+    policy(folder, "{metric: accuracy, min: 0.90, bound: wilson}", "{metric: accuracy, max: 0.5}")
+    assert gate_run(reports="reports") == 1
+
+
+def test_baseline_round_trip(folder, capsys):
+    rule = "{metric: accuracy, noninferiority: 0.03, against: baseline}"
+    policy(folder, rule)
+    assert gate_run(reports="reports", baseline="baseline/engine") == 1
+    assert baseline_set("reports") == 0
+    assert gate_run(reports="reports", baseline="baseline/engine") == 0
+    write_report(report("engine", 300), folder / "reports/engine")
+    assert gate_run(reports="reports", baseline="baseline/engine") == 1
+    assert "a loss of 0.03 is shown" in capsys.readouterr().out
+
+
+def test_a_baseline_of_another_suite_is_an_error(folder, capsys):
+    policy(folder, "{metric: accuracy, noninferiority: 0.03, against: baseline}")
+    write_report(report("engine", 380, suite="bank@2"), folder / "baseline/engine")
+    assert gate_run(reports="reports", baseline="baseline/engine") == 4
+    assert "Measure baseline again, on bank@1" in capsys.readouterr().out
+
+
+def test_a_damaged_report_is_not_a_pass(folder):
+    policy(folder, "{metric: accuracy, min: 0.5}")
+    path = folder / "reports/engine/report.json"
+    path.write_text(path.read_text()[:100])
+    assert gate_run(reports="reports") != 0
+
+
+def test_values_that_were_doctored_are_found(folder, capsys):
+    policy(folder, "{metric: accuracy, noninferiority: 0.03, against: merged}")
+    path = folder / "reports/engine/report.json"
+    body = json.loads(path.read_text())
+    body["measurements"][0]["value"] = 0.99
+    path.write_text(json.dumps(body))
+    assert gate_run(reports="reports") == 4
+    assert "average to" in capsys.readouterr().out
+
+
+def test_plan_prints_what_each_rule_needs(folder, capsys):
+    policy(folder, "{metric: accuracy, noninferiority: 0.02, against: merged}", "{metric: asr, max: 0.01, bound: clopper_pearson}")  # fmt: skip
+    assert gate_plan(reports="reports", lead=0.01) == 0
+    said = capsys.readouterr().out
+    assert "about 1,550 (there are 400)" in said and "about 299" in said
+
+
+def test_inconclusive_says_how_many_items(folder, capsys):
+    policy(folder, "{metric: accuracy, noninferiority: 0.005, against: merged}")
+    write_report(replace(report("merged", 380)), folder / "reports/merged")
+    assert gate_run(reports="reports") == 3
+    assert "Not sure enough" in capsys.readouterr().out

@@ -1,0 +1,125 @@
+"""Every statistic of the gate against an oracle that we did not write."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import optimize, stats
+from scipy.special import xlogy
+from statsmodels.stats.contingency_tables import mcnemar as sm_mcnemar
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
+
+from llmkit.gate.intervals import bootstrap, clopper_pearson, quantile_interval, wilson
+from llmkit.gate.paired import discordant, holm, mcnemar, paired_rates, score_lower
+from llmkit.gate.plan import pairs_needed, rate_needed
+
+SHARED = Path(os.environ.get("LLMKIT_SHARED_DATA", Path(__file__).parents[3] / "shared/data"))
+COUNTS = [(0, 1), (1, 1), (0, 127), (127, 127), (1, 30), (7, 50), (364, 400), (9999, 10000)]
+
+
+@pytest.mark.parametrize("k,n", COUNTS)
+@pytest.mark.parametrize("level", [0.8, 0.95, 0.99])
+@pytest.mark.parametrize("ours,theirs", [(clopper_pearson, "beta"), (wilson, "wilson")])
+def test_rates_against_statsmodels(k, n, level, ours, theirs):
+    low, high = proportion_confint(k, n, 1 - level, method=theirs)
+    got = ours(k, n, level)
+    assert got.low == pytest.approx(np.nan_to_num(low, nan=0.0), abs=1e-10)
+    assert got.high == pytest.approx(1.0 if np.isnan(high) else high, abs=1e-10)
+
+
+@pytest.mark.parametrize("k,n", COUNTS)
+def test_one_sided_rates_against_scipy(k, n):
+    oracle = stats.binomtest(k, n, alternative="less").proportion_ci(0.95, method="exact")
+    assert clopper_pearson(k, n, sided="upper").high == pytest.approx(oracle.high, abs=1e-10)
+    oracle = stats.binomtest(k, n, alternative="greater").proportion_ci(0.95, method="wilson")
+    assert wilson(k, n, sided="lower").low == pytest.approx(oracle.low, abs=1e-10)
+
+
+def test_no_failure_in_127_bounds_at_2_3_percent():
+    assert clopper_pearson(0, 127, sided="upper").high == pytest.approx(0.0233, abs=5e-5)
+
+
+@pytest.mark.parametrize("method", ["percentile", "bca"])
+def test_bootstrap_against_scipy(method):
+    x = np.random.default_rng(1).exponential(size=120)
+    name = {"bca": "BCa"}.get(method, method)
+    oracle = stats.bootstrap((x,), np.mean, n_resamples=20000, method=name, rng=2).confidence_interval
+    got = bootstrap(x, method=method, times=20000)
+    assert (got.low, got.high) == pytest.approx((oracle.low, oracle.high), abs=0.012)
+
+
+def test_cluster_bootstrap_matches_the_cluster_standard_error():
+    rng = np.random.default_rng(3)
+    labels = np.repeat(np.arange(60), 8)
+    x = rng.normal(size=60)[labels] + rng.normal(scale=0.3, size=480)
+    got = bootstrap(x, clusters=labels, method="percentile", times=4000)
+    means = x.reshape(60, 8).mean(1)
+    width = 2 * 1.96 * means.std(ddof=0) / np.sqrt(60)
+    assert got.high - got.low == pytest.approx(width, rel=0.06)
+
+
+@pytest.mark.parametrize("q,n", [(0.5, 50), (0.5, 201), (0.95, 400)])
+def test_quantile_interval_against_scipy(q, n):
+    x = np.random.default_rng(0).lognormal(size=n)
+    oracle = stats.quantile_test(x, q=np.median(x), p=q).confidence_interval(0.95)
+    _, low, high = quantile_interval(x, q)
+    assert (low, high) == pytest.approx((oracle.low, oracle.high))
+
+
+@pytest.mark.parametrize("b,c", [(0, 0), (3, 0), (1, 7), (10, 10), (152, 209)])
+def test_mcnemar_against_statsmodels(b, c):
+    assert mcnemar(b, c) == pytest.approx(sm_mcnemar([[5, b], [c, 5]], exact=True).pvalue, abs=1e-12)
+
+
+def test_holm_against_statsmodels():
+    p = np.random.default_rng(0).random(17) ** 3
+    assert holm(p) == pytest.approx(multipletests(p, method="holm")[1])
+
+
+def numeric_score_lower(b, c, n, level):
+    "The score bound by brute force: constrained likelihood by scipy.optimize, then a root of the statistic."
+
+    def z(lam):
+        "Score statistic at a supposed difference, with the nuisance parameter maximised numerically."
+        top = (1 - lam) / 2 if lam >= 0 else (1 + lam) / 2
+
+        def nll(q):
+            gain, loss = (q + lam, q) if lam >= 0 else (q, q - lam)
+            return -(xlogy(b, gain) + xlogy(c, loss) + xlogy(n - b - c, max(1 - gain - loss, 0)))
+
+        q = optimize.minimize_scalar(nll, bounds=(0, top), method="bounded", options={"xatol": 1e-12}).x
+        both = 2 * q + abs(lam)
+        return (b - c - n * lam) / np.sqrt(n * (both - lam**2))
+
+    return optimize.brentq(lambda lam: z(lam) - stats.norm.ppf(level), -0.999, (b - c) / n - 1e-9)
+
+
+@pytest.mark.parametrize("b,c,n", [(12, 2, 50), (2, 12, 50), (1, 3, 30), (209, 152, 1319), (5, 5, 400)])
+@pytest.mark.parametrize("level", [0.95, 0.975])
+def test_score_bound_against_numeric_likelihood(b, c, n, level):
+    assert score_lower(b, c, n, level, correct=False) == pytest.approx(numeric_score_lower(b, c, n, level), abs=2e-5)
+    assert score_lower(b, c, n, level) < score_lower(b, c, n, level, correct=False)
+
+
+def test_graded_gsm8k():
+    file = SHARED / "gsm8k_graded/graded.jsonl"
+    if not file.is_file():
+        pytest.skip("needs the folder gsm8k_graded: set LLMKIT_SHARED_DATA to the folder that holds it")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    new, old = ([int(r[m]) for r in rows] for m in ("6b_verification", "175b_finetuning"))
+    b, c = discordant(old, new)
+    assert (len(rows), b, c) == (1319, 209, 152)
+    assert mcnemar(b, c) == pytest.approx(0.00315, abs=5e-6)
+    assert paired_rates(old, new).against(0.02) == "pass"
+    assert paired_rates(new, old).against(0.005) == "fail"
+
+
+def test_planned_numbers():
+    "The table of production planning: (1.645 + .842)² · discordance / margin²."
+    assert [pairs_needed(m, d) for d in (0.05, 0.1, 0.2) for m in (0.01, 0.02, 0.03, 0.05)] == [
+        3092, 773, 344, 124, 6183, 1546, 687, 248, 12366, 3092, 1374, 495,
+    ]  # fmt: skip
+    assert rate_needed(0.01, 0.0) == 299

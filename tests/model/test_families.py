@@ -1,0 +1,118 @@
+"""Every decoder family walks base → delta → merge from a folder; where the road ends later, the base says so."""
+
+import pytest
+
+from llmkit.core.artifact import build, open_artifact
+from llmkit.core.errors import KitError
+from llmkit.core.files import read_json
+from llmkit.model.base import make_base
+from llmkit.model.lora import attach, load_frozen, save_delta
+from llmkit.model.merge import merge, shuffle_delta
+from llmkit.model.tiny import train_tokenizer
+from llmkit.model.tokenizer import Tokenizer, encode_example
+
+SIZE = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+COMMON = {**SIZE, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
+GROUPED = {**COMMON, "num_key_value_heads": 1}
+FAMILIES = {
+    "Llama": GROUPED,
+    "Mistral": GROUPED | {"sliding_window": 32},
+    "Qwen2": GROUPED,
+    "Qwen3": GROUPED | {"head_dim": 32},
+    "Gemma": GROUPED | {"head_dim": 32},
+    "Gemma2": GROUPED | {"head_dim": 32, "sliding_window": 32},
+    "Gemma3Text": GROUPED | {"head_dim": 32, "sliding_window": 32},
+    "Phi": COMMON,
+    "Phi3": GROUPED | {"original_max_position_embeddings": 64},
+    "GPT2": {
+        "vocab_size": 320,
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+    },
+}
+LINES = [f"question {i} about my card and the money I sent" for i in range(120)]
+
+
+def random_model(folder, family, **other):
+    import torch
+    import transformers
+
+    config = getattr(transformers, f"{family}Config")(**{**FAMILIES[family], **other})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    train_tokenizer(folder, LINES, 320)
+
+
+def train_by_hand(path, base, std=0.1):
+    "A delta as PEFT leaves it after training, with random numbers in place of what was learnt."
+    import torch
+
+    tok = Tokenizer.load(base.path)
+    tuned = attach(load_frozen(base.path), rank=4, alpha=8, seed=0)
+    for name, p in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=std)
+    meta = {"tokenizer_digest": tok.digest, "template_digest": tok.template_digest}
+    with build(path, "delta", parents={"base": base}, meta=meta) as folder:
+        save_delta(tuned, folder)
+    return open_artifact(path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_comes_through_base_and_merge(family, tmp_path):
+    random_model(tmp_path / "from", family)
+    base = make_base(tmp_path / "base", source="folder", model=str(tmp_path / "from"))
+    assert encode_example(
+        Tokenizer.load(base.path), [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    )
+    delta = train_by_hand(tmp_path / "delta", base)
+    model = merge(tmp_path / "model", base.path, delta.path, limits={"logit_error_max": 1e-3, "top1_agreement": 0.99})
+    assert read_json(model / "config.json")["architectures"] == [base.meta["architecture"]]
+    assert model.meta["change"]["share"] > 0.3
+    assert {n for n in base.files if n.endswith(".json") or n.endswith(".jinja")} == {
+        n for n in model.files if n.endswith(("json", "jinja"))
+    }
+    if family == "GPT2":
+        assert base.meta["road"] == "stage quantize: the ONNX builder knows no GPT2LMHeadModel"
+    else:
+        assert base.meta["road"] == ""
+
+
+def test_bfloat16_weights_keep_their_type_and_pass_a_wider_limit(tmp_path):
+    random_model(tmp_path / "from", "Llama")
+    base = make_base(tmp_path / "base", source="folder", model=str(tmp_path / "from"), dtype="bfloat16")
+    assert base.meta["dtype"] == "bfloat16"
+    model = merge(tmp_path / "model", base.path, train_by_hand(tmp_path / "delta", base).path, limits={"kl_mean": 0.01})
+    assert read_json(model / "config.json")["dtype"] == "bfloat16"
+
+
+def test_a_delta_too_weak_for_bfloat16_is_refused_and_float32_takes_it(tmp_path):
+    random_model(tmp_path / "from", "Llama")
+    base = make_base(tmp_path / "base", source="folder", model=str(tmp_path / "from"), dtype="bfloat16")
+    delta = train_by_hand(tmp_path / "delta", base, std=1e-7)
+    with pytest.raises(KitError, match="nearly a no-op.*store float32"):
+        merge(tmp_path / "model", base.path, delta.path, least_change=1e-9)
+    assert not (tmp_path / "model").exists()
+    merge(tmp_path / "model", base.path, delta.path, dtype="float32", least_change=1e-9)
+
+
+def test_a_shuffled_delta_says_something_else(tmp_path):
+    from llmkit.model.merge import logits_of, probes
+    from llmkit.model.parity import compare
+
+    random_model(tmp_path / "from", "Llama")
+    base = make_base(tmp_path / "base", source="folder", model=str(tmp_path / "from"))
+    delta = train_by_hand(tmp_path / "delta", base, std=0.3)
+    planted = shuffle_delta(delta.path, tmp_path / "planted", seed=1)
+    assert planted.parents == delta.parents and planted.digest != delta.digest
+    assert shuffle_delta(delta.path, tmp_path / "again", seed=1).digest == planted.digest
+    good, bad = (merge(tmp_path / n, base.path, d.path) for n, d in (("good", delta), ("bad", planted)))
+    hop = compare(
+        "good→bad", probes(Tokenizer.load(base.path), 320), *(logits_of(load_frozen(m.path)) for m in (good, bad))
+    )
+    assert hop.get("top1_agreement").value < 0.9

@@ -1,0 +1,204 @@
+"""Bad input to the base and merge stages: a clear error, and nothing half-written."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from test_families import LINES, random_model, train_by_hand
+
+from llmkit.core.artifact import ArtifactError, build, open_artifact
+from llmkit.core.digests import digest_files
+from llmkit.core.errors import KitError
+from llmkit.core.files import read_json, write_json
+from llmkit.model.base import fetch, make_base
+from llmkit.model.folder import inspect
+from llmkit.model.merge import merge
+from llmkit.model.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    home = tmp_path_factory.mktemp("pair")
+    random_model(home / "from", "Llama")
+    base = make_base(home / "base", source="folder", model=str(home / "from"))
+    return base, train_by_hand(home / "delta", base)
+
+
+def reseal(delta, path, parents=None, change=None):
+    "The delta again under a fresh manifest, as somebody with bad intentions or a broken disk would leave it."
+    with build(path, "delta", parents or delta.parents, delta.recipe, dict(delta.meta)) as folder:
+        for name in delta.files:
+            shutil.copyfile(delta / name, folder / name)
+        if change:
+            change(folder)
+    return open_artifact(path)
+
+
+def left_over(folder):
+    return sorted(p.name for p in folder.iterdir() if "model" in p.name)
+
+
+def test_changed_byte_of_a_delta(pair, tmp_path):
+    base, delta = pair
+    copy = shutil.copytree(delta.path, tmp_path / "delta")
+    data = bytearray((copy / "adapter_model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (copy / "adapter_model.safetensors").write_bytes(data)
+    with pytest.raises(ArtifactError, match="adapter_model.safetensors differs"):
+        merge(tmp_path / "model", base.path, copy)
+    assert left_over(tmp_path) == []
+
+
+@pytest.mark.parametrize("keep", [0, 4, 200, -64])
+def test_truncated_delta(pair, tmp_path, keep):
+    base, delta = pair
+
+    def cut(folder):
+        path = folder / "adapter_model.safetensors"
+        path.write_bytes(path.read_bytes()[:keep])
+
+    with pytest.raises(KitError, match="not a whole safetensors file"):
+        merge(tmp_path / "model", base.path, reseal(delta, tmp_path / "delta", change=cut).path)
+    assert left_over(tmp_path) == []
+
+
+def test_delta_of_another_base(pair, tmp_path):
+    _, delta = pair
+    random_model(tmp_path / "from", "Llama", initializer_range=0.05)
+    other = make_base(tmp_path / "base", source="folder", model=str(tmp_path / "from"))
+    with pytest.raises(ArtifactError, match="made for the base .* but .* is"):
+        merge(tmp_path / "model", other.path, delta.path)
+    assert left_over(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "family, change", [("GPT2", {}), ("Llama", {"num_hidden_layers": 3}), ("Llama", {"hidden_size": 128})]
+)
+def test_delta_of_another_architecture_though_the_manifest_says_it_fits(pair, tmp_path, family, change):
+    _, delta = pair
+    random_model(tmp_path / "from", family, **change)
+    other = make_base(tmp_path / "base", source="folder", model=str(tmp_path / "from"))
+    forged = reseal(delta, tmp_path / "delta", parents={"base": other})
+    with pytest.raises(KitError, match="the delta does not fit this base"):
+        merge(tmp_path / "model", other.path, forged.path)
+    assert left_over(tmp_path) == []
+
+
+def test_template_changed_after_training(pair, tmp_path):
+    base, delta = pair
+    copy = shutil.copytree(base.path, tmp_path / "from")
+    (copy / "manifest.json").unlink()
+    (copy / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
+    other = make_base(tmp_path / "base", source="folder", model=str(copy))
+    with pytest.raises(KitError, match="template_digest: trained with"):
+        merge(tmp_path / "model", other.path, reseal(delta, tmp_path / "delta", parents={"base": other}).path)
+
+
+def test_a_base_where_a_delta_should_be_and_the_other_way_round(pair, tmp_path):
+    base, delta = pair
+    with pytest.raises(ArtifactError, match="is a base, not a delta"):
+        merge(tmp_path / "model", base.path, base.path)
+    with pytest.raises(ArtifactError, match="is a delta, not a base"):
+        merge(tmp_path / "model", delta.path, delta.path)
+
+
+def test_merge_is_done_once(pair, tmp_path):
+    base, delta = pair
+    first = merge(tmp_path / "model", base.path, delta.path)
+    before = {n: os.stat(first / n).st_mtime_ns for n in first.files}
+    assert merge(tmp_path / "model", base.path, delta.path).digest == first.digest
+    assert {n: os.stat(first / n).st_mtime_ns for n in first.files} == before
+    assert merge(tmp_path / "other", base.path, delta.path).digest == first.digest
+
+
+def test_two_processes_make_the_same_tiny_base(tmp_path):
+    code = (
+        "import sys; from llmkit.model.base import make_base\n"
+        "tiny = dict(vocab=400, hidden=64, layers=2, heads=2, mlp=64, context=64, steps=12, lr=3e-3, batch_tokens=512, threads=1, bf16=True)\n"
+        "print(make_base(sys.argv[1], source='tiny', corpus_lines=300, tiny=tiny, seed=3).digest)"
+    )
+    env = {**os.environ, "PYTHONHASHSEED": "1"}
+    said = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "1")], env=env, capture_output=True, text=True, check=True
+    )
+    tiny = {"vocab": 400, "hidden": 64, "layers": 2, "heads": 2, "mlp": 64, "context": 64}
+    tiny |= {"steps": 12, "lr": 3e-3, "batch_tokens": 512, "threads": 1, "bf16": True}
+    here = make_base(tmp_path / "2", source="tiny", corpus_lines=300, tiny=tiny, seed=3)
+    assert said.stdout.split() == [here.digest]
+    assert digest_files(tmp_path / "1") == digest_files(tmp_path / "2")
+
+
+def test_refused_base_leaves_the_old_one_whole(pair, tmp_path):
+    base, _ = pair
+    good = make_base(tmp_path / "base", source="folder", model=str(base.path.parent / "from"))
+    bad = shutil.copytree(base.path.parent / "from", tmp_path / "bad")
+    weights = bad / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(KitError, match="stage base: cannot load the weights"):
+        make_base(tmp_path / "base", source="folder", model=str(bad))
+    assert open_artifact(tmp_path / "base").digest == good.digest
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad", "base"]
+
+
+def test_remote_code_in_the_tokenizer_is_refused(pair, tmp_path):
+    bad = shutil.copytree(pair[0].path.parent / "from", tmp_path / "bad")
+    settings = read_json(bad / "tokenizer_config.json")
+    write_json(bad / "tokenizer_config.json", settings | {"auto_map": {"AutoTokenizer": ["tok.Trap", None]}})
+    with pytest.raises(KitError, match="wants to run its own code"):
+        make_base(tmp_path / "base", source="folder", model=str(bad))
+
+
+@pytest.mark.parametrize("family", ["T5", "Bert"])
+def test_what_is_no_decoder_is_refused_at_the_base_stage(tmp_path, family):
+    import transformers
+
+    getattr(transformers, f"{family}Config")().save_pretrained(tmp_path)
+    config = read_json(tmp_path / "config.json")
+    write_json(tmp_path / "config.json", config | {"architectures": [f"{family}ForConditionalGeneration"]})
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(KitError, match="stage base"):
+        inspect(tmp_path)
+
+
+def test_hub_is_asked_for_the_commit_and_never_for_pickles_with_a_mocked_hub(pair, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = {}
+
+    def snapshot(repo, revision, allow_patterns):
+        asked.update(repo=repo, revision=revision, patterns=allow_patterns)
+        return str(pair[0].path.parent / "from")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    made = make_base(tmp_path / "base", source="hub", model="some/model", revision=commit)
+    assert (asked["repo"], asked["revision"]) == ("some/model", commit)
+
+    assert not [p for p in asked["patterns"] if p.endswith((".bin", ".pt", ".py")) or p == "*"]
+    assert made.recipe["revision"] == commit
+
+
+def test_hub_failure_names_the_remedy_with_a_mocked_hub(monkeypatch):
+    import huggingface_hub
+
+    def snapshot(*args, **kwargs):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    with pytest.raises(KitError, match="base.model: cannot fetch.*base.source: folder"):
+        fetch("some/model", "0" * 40)
+
+
+@pytest.mark.parametrize("revision", ["", "main", "v1.0", "abc1234", "0" * 39])
+def test_hub_without_a_commit(revision):
+    with pytest.raises(KitError, match="base.revision: a hub model needs a pinned commit"):
+        fetch("some/model", revision)
+
+
+def test_tokenizer_of_the_base_is_what_training_sees(pair):
+    from transformers import AutoTokenizer
+
+    tok, theirs = Tokenizer.load(pair[0].path), AutoTokenizer.from_pretrained(pair[0].path)
+    assert [tok.encode(line) for line in LINES] == [theirs.encode(line, add_special_tokens=False) for line in LINES]

@@ -1,0 +1,134 @@
+"""A bundle is made from a pass alone, and no byte of it can change unseen."""
+
+import random
+import shutil
+
+import pytest
+from release_road import POLICY, run_gate, run_package, write_reports
+
+from llmkit.core.artifact import open_artifact
+from llmkit.core.errors import KitError
+from llmkit.core.files import read_json, write_json
+from llmkit.release.bundle import check_bundle, faults, verify_bundle
+
+BUNDLE = "artifacts/package/bundle"
+
+
+def test_bundle_of_a_passing_engine_is_whole_and_made_twice_the_same(packaged):
+    first = verify_bundle(BUNDLE)
+    assert run_package().digest == first.digest
+    assert {"engine", "verdict", "evaluate", "quantize"} == set(first.parents)
+    body = read_json(first / "bundle.json")
+    assert body["engine"]["digest"] == open_artifact("artifacts/quantize/engine").digest
+    assert body["engine"]["precision"] == "int8" and body["engine"]["context_length"] == 128
+    assert len(body["self_test"]["prompts"]) == 3
+    assert all(p["tokens"] and p["messages"][0]["role"] == "system" for p in body["self_test"]["prompts"])
+    assert "llmkit ask ." in (first / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "outcome, rule",
+    [
+        ("fail", {"metric": "accuracy", "min": 0.99}),
+        ("inconclusive", {"metric": "accuracy", "min": 0.91, "bound": "wilson"}),
+        ("fail", {"metric": "never_measured", "min": 0.5}),
+    ],
+)
+def test_anything_but_a_pass_makes_no_bundle(project, outcome, rule):
+    assert run_gate({"rules": [*POLICY["rules"], rule]}).meta["outcome"] == outcome
+    with pytest.raises(KitError, match="only a pass is packaged"):
+        run_package()
+    assert not (project / BUNDLE).exists()
+
+
+def test_a_verdict_on_reports_that_were_measured_again_is_refused(project):
+    run_gate()
+    parts = {r: open_artifact(p) for r, p in _parts().items()}
+    write_reports(parts, "artifacts/evaluate/report", "artifacts/quantize/report", accuracy=0.5)
+    with pytest.raises(KitError, match="judged another report"):
+        run_package()
+
+
+def test_an_engine_that_was_built_again_is_refused(project):
+    run_gate()
+    from llmkit.model.quantize import quantize
+
+    with quantize("artifacts/merge/model", "artifacts/quantize/engine", precision="fp32"):
+        pass
+    with pytest.raises(KitError, match="judged another engine"):
+        run_package()
+
+
+def test_an_edited_outcome_is_refused(project):
+    run_gate({"rules": [{"metric": "accuracy", "min": 0.99}]})
+    path = project / "artifacts/gate/verdict/verdict.json"
+    write_json(path, read_json(path) | {"outcome": "pass"})
+    with pytest.raises(KitError, match="changed since it was made"):
+        run_package()
+
+
+def test_the_baseline_that_the_verdict_compared_with_goes_along(project):
+    shutil.copytree("artifacts/evaluate/report/engine", "baseline/engine")
+    compare = {"metric": "accuracy", "noninferiority": 0.05, "against": "baseline"}
+    assert run_gate({"rules": [compare]}).meta["outcome"] == "pass"
+    bundle = run_package()
+    assert "reports/baseline/report.json" in bundle.files
+    assert faults(bundle.path) == []
+    shutil.rmtree("baseline")
+    with pytest.raises(KitError, match="baseline: judged another report"):
+        run_package()
+
+
+def test_a_failure_on_the_way_leaves_the_old_bundle_and_no_litter(packaged, monkeypatch):
+    before = verify_bundle(BUNDLE).digest
+    monkeypatch.setattr("llmkit.release.bundle.readme", lambda body: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_package()
+    assert verify_bundle(BUNDLE).digest == before
+    assert sorted(p.name for p in (packaged / "artifacts/package").iterdir()) == ["bundle", "record.ipynb"]
+
+
+def test_every_file_is_guarded_against_a_flipped_a_lost_and_an_extra_byte(packaged, capsys):
+    shutil.copytree(BUNDLE, "copy")
+    rng = random.Random(0)
+    for path in sorted(p for p in (packaged / "copy").rglob("*") if p.is_file()):
+        whole, name = path.read_bytes(), path.name
+        at = rng.randrange(len(whole))
+        for changed in (
+            whole[:at] + bytes([whole[at] ^ (1 << rng.randrange(8))]) + whole[at + 1 :],
+            whole[:-1],
+            whole + b"\n",
+        ):
+            path.write_bytes(changed)
+            found = faults("copy")
+            assert found and name in " ".join(found), (path, found)
+        path.unlink()
+        assert path.stem in " ".join(faults("copy")), path
+        path.write_bytes(whole)
+    assert faults("copy") == []
+    (packaged / "copy/engine/.hidden").write_text("x")
+    assert check_bundle("copy") == 1
+    assert "engine/.hidden is extra" in capsys.readouterr().out
+
+
+def test_another_bundle_is_seen_by_its_digest_alone(packaged, capsys):
+    assert check_bundle(BUNDLE, digest="sha256:" + "0" * 64) == 1
+    assert check_bundle(BUNDLE, digest=verify_bundle(BUNDLE).digest) == 0
+    assert check_bundle("nowhere") == 1
+    assert "no artifact here" in capsys.readouterr().out
+
+
+def test_no_licence_no_bundle(project):
+    run_gate()
+    (project / "LICENSE").unlink()
+    with pytest.raises(KitError, match="no licence file"):
+        run_package()
+
+
+def _parts():
+    return {
+        "base": "artifacts/base/base",
+        "dataset": "artifacts/prepare/dataset",
+        "model": "artifacts/merge/model",
+        "engine": "artifacts/quantize/engine",
+    }

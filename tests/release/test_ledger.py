@@ -1,0 +1,100 @@
+"""The ledger only grows, whoever writes, and shows every edit."""
+
+import multiprocessing as mp
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmkit.core.errors import KitError
+from llmkit.release.ledger import append, read_ledger, verify_ledger
+
+
+def write_many(path, who, n, gate):
+    gate.wait()
+    for i in range(n):
+        append(path, f"model-{i % 3}", "challenger", f"sha256:{who}{i}", "sha256:v", who=str(who))
+
+
+def test_many_processes_make_one_unbroken_chain(tmp_path):
+    ctx, path = mp.get_context("fork"), tmp_path / "ledger.jsonl"
+    gate = ctx.Barrier(4)
+    workers = [ctx.Process(target=write_many, args=(path, who, 25, gate)) for who in range(4)]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join(30)
+    assert [w.exitcode for w in workers] == [0] * 4
+    entries = read_ledger(path)
+    assert [e.seq for e in entries] == list(range(1, 101))
+    held = {}
+    for e in entries:
+        assert e.before == held.get(e.model)
+        held[e.model] = e.after
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    path = tmp_path_factory.mktemp("ledger") / "ledger.jsonl"
+    for i in range(5):
+        append(path, "bank", "challenger", f"sha256:{i}", "sha256:v", who="ana")
+    return path
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_no_edit_of_a_byte_passes(chain, data):
+    whole = chain.read_bytes()
+    at = data.draw(st.integers(0, len(whole) - 2))
+    to = data.draw(st.integers(32, 126).filter(lambda b: b != whole[at]))
+    other = chain.with_name("edited.jsonl")
+    other.write_bytes(whole[:at] + bytes([to]) + whole[at + 1 :])
+    with pytest.raises(KitError, match="line"):
+        read_ledger(other)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.permutations(range(5)).filter(lambda p: list(p) != sorted(p)))
+def test_no_order_but_the_true_one_passes(chain, order):
+    lines = chain.read_text().splitlines(keepends=True)
+    other = chain.with_name("moved.jsonl")
+    other.write_text("".join(lines[i] for i in order))
+    with pytest.raises(KitError, match="line"):
+        read_ledger(other)
+
+
+def test_a_cut_end_is_seen_by_whoever_knows_the_head(chain, tmp_path, capsys):
+    head = read_ledger(chain)[-1].digest
+    cut = tmp_path / "cut.jsonl"
+    cut.write_text("".join(chain.read_text().splitlines(keepends=True)[:-1]))
+    assert verify_ledger(str(cut)) == 0
+    assert verify_ledger(str(cut), head=head) == 1
+    assert verify_ledger(str(chain), head=head) == 0
+
+
+def test_a_broken_ledger_takes_no_more_entries(chain, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(chain.read_text().replace("ana", "eve", 1))
+    before = bad.read_bytes()
+    with pytest.raises(KitError, match="line 1"):
+        append(bad, "bank", "challenger", "sha256:9", "sha256:v")
+    assert bad.read_bytes() == before
+
+
+def test_a_full_disk_leaves_no_half_line(chain, tmp_path, monkeypatch):
+    import os
+
+    path = tmp_path / "ledger.jsonl"
+    path.write_bytes(chain.read_bytes())
+    real = os.write
+
+    def half(fd, data):
+        if len(data) > 20:
+            return real(fd, data[:20])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", half)
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(KitError, match="No space left"):
+        append(path, "bank", "challenger", "sha256:9", "sha256:v")
+    assert path.read_bytes() == chain.read_bytes()

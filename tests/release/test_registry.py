@@ -1,0 +1,244 @@
+"""Registration against the real MLflow, on SQLite and over HTTP: once is enough, twice changes nothing."""
+
+import multiprocessing as mp
+import os
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+from release_road import run_card, run_gate, run_package
+
+from llmkit.core.artifact import open_artifact
+from llmkit.core.errors import KitError
+from llmkit.core.files import read_json
+from llmkit.release.ledger import read_ledger
+from llmkit.release.lineage import read_lineage, show_lineage
+from llmkit.release.registry import dvc_md5, dvc_reference, list_releases, register, register_release, versions
+from llmkit.release.release import Release, read_release
+
+RELEASE, RECEIPT = "artifacts/register/release", "artifacts/register/receipt.json"
+
+
+def run_register():
+    from llmkit.stages.register import run
+
+    return run(model_name="bank-support", alias="challenger")
+
+
+def dump(path="mlflow.db"):
+    with sqlite3.connect(path) as db:
+        return list(db.iterdump())
+
+
+def test_the_whole_road_registers_once(carded, capsys):
+    first = run_register()
+    release, said = read_release(RELEASE), read_json(RECEIPT)
+    assert (said["version"], said["alias"], said["release"]) == (1, "challenger", release.digest)
+    (v,) = versions("sqlite:///mlflow.db", "bank-support")
+    assert v.aliases == ("challenger",)
+    for role in ("bundle", "verdict", "card"):
+        assert v.tags[role] == getattr(release, role)
+    for role, place in {"base": "base/base", "dataset": "prepare/dataset", "delta": "finetune/delta"}.items():
+        assert v.tags[role] == open_artifact(f"artifacts/{place}").digest
+    assert v.tags["record"] and v.tags["path"] == "artifacts/package/bundle"
+    assert v.source.startswith("file:///") and v.source.endswith("artifacts/package/bundle")
+    assert set(release.records) == {
+        "base", "prepare", "finetune", "merge", "quantize", "evaluate", "gate", "package", "card",
+    }  # fmt: skip
+    assert list_releases() == 0
+    assert "| 1 | challenger |" in capsys.readouterr().out
+    before, ledger = dump(), open("ledger.jsonl", "rb").read()
+    assert run_register().digest == first.digest
+    assert register_release() == 0
+    assert read_json(RECEIPT) == said
+    assert dump() == before and open("ledger.jsonl", "rb").read() == ledger
+    assert not [r for r in before if "model.onnx" in r or "safetensors" in r]
+    assert show_lineage("artifacts") == 0
+    kinds = {n.kind for n in read_lineage("artifacts").nodes.values()}
+    assert kinds == {"base", "dataset", "delta", "model", "engine", "report", "verdict", "bundle", "card", "release"}
+
+
+def test_a_fresh_clone_with_a_full_cache_ends_with_version_1_and_the_same_release(carded, monkeypatch):
+    run_register()
+    digest, ledger = read_release(RELEASE).digest, open("ledger.jsonl", "rb").read()
+    monkeypatch.setenv("LLMKIT_TRACKING_URI", "sqlite:///fresh.db")
+    os.remove(RECEIPT)
+    assert register_release() == 0
+    said = read_json(RECEIPT)
+    assert (said["version"], said["release"]) == (1, digest)
+    assert versions("sqlite:///fresh.db", "bank-support")[0].aliases == ("challenger",)
+    assert open("ledger.jsonl", "rb").read() == ledger
+
+
+def test_a_new_model_becomes_the_next_version_and_takes_the_alias(carded):
+    run_register()
+    run_gate({"rules": [{"metric": "accuracy", "min": 0.7}]})
+    run_package()
+    run_card()
+    run_register()
+    found = versions("sqlite:///mlflow.db", "bank-support")
+    assert [(v.version, v.aliases) for v in found] == [(1, ()), (2, ("challenger",))]
+    one, two = read_ledger("ledger.jsonl")
+    assert (one.before, one.after, two.before, two.after) == (
+        None,
+        found[0].release,
+        found[0].release,
+        found[1].release,
+    )
+    assert found[1].tags["ledger"] == two.digest
+
+
+def test_parts_that_do_not_belong_together_are_not_bound(carded):
+    run_gate({"rules": [{"metric": "accuracy", "min": 0.7}]})
+    run_package()
+    with pytest.raises(KitError, match="made for the bundle"):
+        run_register()
+    assert not os.path.exists(RELEASE) and not os.path.exists("mlflow.db")
+
+
+def test_another_bundle_in_the_place_is_not_registered(carded):
+    run_register()
+    run_gate({"rules": [{"metric": "accuracy", "min": 0.7}]})
+    run_package()
+    with pytest.raises(KitError, match="is not the bundle of the release"):
+        register_release()
+
+
+def one_of_many(uri, ledger, gate, release, queue):
+    gate.wait()
+    v = register(release, uri, "file:///bundle", ledger=ledger)
+    queue.put((v.version, v.aliases))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_processes_that_register_at_once(tmp_path, same):
+    import mlflow  # noqa: F401  imported once, before the processes part
+
+    ctx, n = mp.get_context("fork"), 4
+    uri, ledger = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "ledger.jsonl"
+    gate, queue = ctx.Barrier(n), ctx.Queue()
+    releases = [Release("bank", f"sha256:{0 if same else i}", "sha256:v", "sha256:c") for i in range(n)]
+    args = [(uri, ledger, gate, r, queue) for r in releases]
+    workers = [ctx.Process(target=one_of_many, args=a) for a in args]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join(120)
+    assert [w.exitcode for w in workers] == [0] * n
+    got = [queue.get(timeout=5)[0] for _ in workers]
+    found, entries = versions(uri, "bank"), read_ledger(ledger)
+    assert len(found) == len(set(got)) == len({e.after for e in entries}) == (1 if same else n)
+    assert sum(len(v.aliases) for v in found) == 1
+    assert register(releases[0], uri, "file:///bundle", ledger=ledger).version in got
+
+
+def test_two_versions_made_at_once_are_reconciled_to_the_lower(tmp_path, monkeypatch):
+    "The race itself, made certain: the first look finds nothing, although the version is there by then."
+    import llmkit.release.registry as registry
+
+    uri, ledger = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "ledger.jsonl"
+    release = Release("bank", "sha256:b", "sha256:v", "sha256:c")
+    assert register(release, uri, "file:///bundle", ledger=ledger).version == 1
+    real, looks = registry.versions, []
+
+    def blind_once(*args):
+        looks.append(args)
+        return [] if len(looks) == 1 else real(*args)
+
+    monkeypatch.setattr(registry, "versions", blind_once)
+    assert register(release, uri, "file:///bundle", ledger=ledger).version == 1
+    assert [v.version for v in real(uri, "bank")] == [1]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture
+def server(tmp_path):
+    "A real MLflow server on loopback."
+    port = free_port()
+    args = [
+        "server",
+        "--backend-store-uri",
+        f"sqlite:///{tmp_path}/server.db",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    args += ["--workers", "1", "--artifacts-destination", str(tmp_path / "artifacts")]
+    log = open(tmp_path / "server.log", "w")
+    proc = subprocess.Popen([sys.executable, "-m", "mlflow", *args], stdout=log, stderr=log, start_new_session=True)
+    try:
+        for _ in range(1000):
+            if proc.poll() is not None:
+                pytest.fail((tmp_path / "server.log").read_text()[-2000:])
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+                break
+            except OSError:
+                time.sleep(0.3)
+        else:
+            pytest.fail("the server did not answer in 300 s")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(proc.pid, 15)
+        proc.wait(20)
+        log.close()
+
+
+@pytest.mark.slow
+def test_over_http_a_version_points_to_dvc_and_to_nothing_local(carded, server, monkeypatch):
+    run_register()
+    monkeypatch.setenv("LLMKIT_TRACKING_URI", server)
+    with pytest.raises(KitError, match="needs a bundle that DVC holds"):
+        register_release()
+    bundle = "artifacts/package/bundle"
+    address = dvc_md5(bundle)
+    with open("dvc.lock", "w") as f:
+        f.write(
+            f"schema: '2.0'\nstages:\n  package:\n    cmd: x\n    outs:\n    - path: {bundle}\n      md5: {address}\n"
+        )
+    assert register_release() == 0
+    (v,) = versions(server, "bank-support")
+    assert v.source == f"dvc://{address}/{bundle}" and v.tags["dvc_md5"] == address
+    assert v.aliases == ("challenger",)
+    assert register_release() == 0 and len(versions(server, "bank-support")) == 1
+
+
+def dvc(*args):
+    done = subprocess.run([sys.executable, "-m", "dvc", *args], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_address_is_the_one_that_dvc_gives(packaged):
+    "Against DVC itself: run by DVC, linked into the bundle, restored from the cache."
+    shutil.rmtree("artifacts/package")
+    with open("make.py", "w") as f:
+        f.write(
+            "from llmkit.release.bundle import place\nplace('artifacts/quantize/engine', 'artifacts/package/bundle')\n"
+        )
+    dvc("init", "--no-scm", "-q")
+    outs = ["-o", "artifacts/package/bundle", "-d", "artifacts/quantize/engine"]
+    dvc("stage", "add", "-q", "-n", "package", *outs, f"{sys.executable} make.py")
+    dvc("repro", "-q")
+    address = dvc_reference("artifacts/package/bundle")
+    assert address and address in open("dvc.lock").read()
+    weights = max(os.scandir("artifacts/package/bundle"), key=lambda p: p.stat().st_size).name
+    shutil.rmtree("artifacts/package/bundle")
+    dvc("checkout", "-q")
+    assert dvc_md5("artifacts/package/bundle") == address
+    path = f"artifacts/package/bundle/{weights}"
+    data = open(path, "rb").read()
+    os.remove(path)
+    open(path, "wb").write(data[:-1] + b"?")
+    assert dvc_reference("artifacts/package/bundle") is None

@@ -1,0 +1,77 @@
+"""`llmkit smoke` and `llmkit ask` on the real thing: a base, a delta, a model, an engine and a bundle."""
+
+import shutil
+
+import pytest
+
+from llmkit.core.artifact import build, open_artifact, seal
+from llmkit.core.errors import KitError
+from llmkit.core.files import read_json, write_json, write_jsonl
+from llmkit.release.smoke import ask, run_smoke
+
+PLACES = {
+    "base": "artifacts/base/base",
+    "model": "artifacts/merge/model",
+    "engine": "artifacts/quantize/engine",
+    "bundle": "artifacts/package/bundle",
+    "delta": "artifacts/finetune/delta",
+}
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_every_kind_answers_in_time(packaged, kind, capsys):
+    base = PLACES["base"] if kind == "delta" else ""
+    assert run_smoke(PLACES[kind], base=base) == 0
+    out = capsys.readouterr().out
+    assert "FAILED" not in out and ("self-test" in out) == (kind == "bundle")
+    assert ask(PLACES[kind], "question about my card", base=base, max_tokens=4) == 0
+
+
+def test_a_plain_folder_without_manifest_is_a_base(project, capsys):
+    shutil.copytree(PLACES["base"], "plain")
+    (project / "plain/manifest.json").unlink()
+    assert run_smoke("plain") == 0
+
+
+def test_own_questions(project, capsys):
+    write_jsonl(
+        "mine.jsonl", [{"messages": [{"role": "user", "content": "mine"}, {"role": "assistant", "content": "x"}]}]
+    )
+    assert run_smoke(PLACES["engine"], questions="mine.jsonl") == 0
+    assert "'mine' →" in capsys.readouterr().out
+
+
+def test_a_delta_is_refused_without_its_base_and_with_another(project):
+    with pytest.raises(KitError, match="needs its base"):
+        run_smoke(PLACES["delta"])
+    with build("other", "base") as folder:
+        for p in (project / PLACES["base"]).iterdir():
+            if p.name != "manifest.json":
+                shutil.copy(p, folder)
+        write_json(folder / "extra.json", {})
+    with pytest.raises(KitError, match="made for the base"):
+        run_smoke(PLACES["delta"], base="other")
+
+
+def test_a_truncated_weight_file_is_named(packaged):
+    weights = max((packaged / PLACES["bundle"] / "engine").iterdir(), key=lambda p: p.stat().st_size)
+    data = weights.read_bytes()
+    weights.unlink()
+    weights.write_bytes(data[: len(data) // 2])
+    with pytest.raises(KitError, match=weights.name):
+        run_smoke(PLACES["bundle"])
+
+
+def test_other_answers_than_the_bundle_promised_fail(packaged, capsys):
+    bundle = open_artifact(PLACES["bundle"])
+    body = read_json(bundle / "bundle.json")
+    body["self_test"]["prompts"][1]["tokens"][0] += 1
+    write_json(bundle / "bundle.json", body)
+    seal(bundle.path, "bundle", bundle.parents, bundle.recipe)
+    assert run_smoke(PLACES["bundle"]) == 1
+    assert "FAILED self-test: prompt 1 differs from token 0 on" in capsys.readouterr().out
+
+
+def test_too_slow_is_a_failure(project, capsys):
+    assert run_smoke(PLACES["engine"], seconds=1e-6) == 1
+    assert "FAILED quick" in capsys.readouterr().out

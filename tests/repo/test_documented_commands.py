@@ -1,0 +1,57 @@
+"Every command that the documentation, the Makefile, the hooks and the workflows name is there."
+
+import inspect
+import json
+import re
+
+import pytest
+from fastcore.docments import docments
+
+from llmkit.cli import COMMANDS, find_command, load
+
+DOCS = ["README.md", "CONTRIBUTING.md", "Makefile", ".pre-commit-config.yaml", ".ci/run"]
+
+
+def text(path):
+    "A file's text; of a notebook, the text of its cells."
+    if path.suffix != ".ipynb":
+        return path.read_text(encoding="utf-8")
+    return "\n".join("".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"])
+
+
+def named(source):
+    "The llmkit commands (in backticks, or at the start of a line) and make targets in a text."
+    kit = re.findall(r"(?:`|^\s*|entry: \S+ )llmkit ([a-z][a-z ]*[a-z])(?=[\s`<$])", source, re.M)
+    return kit, re.findall(r"(?:`|^|\bci: |&& )make ([a-z-]+)", source, re.M)
+
+
+@pytest.fixture(scope="module")
+def sources(root, files):
+    return {
+        f: text(root / f) for f in [*map(root.__class__, DOCS), *files("nbs/guides/*.ipynb", ".github/workflows/*")]
+    }
+
+
+def test_every_llmkit_command_exists(sources):
+    found = [(f, words) for f, s in sources.items() for words in named(s)[0]]
+    assert len(found) > 10
+    for file, words in found:
+        assert find_command(words.split())[0] in COMMANDS, f"{file} names `llmkit {words}`"
+
+
+def test_every_make_target_exists(root, sources):
+    targets = set(re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(), re.M))
+    assert {(str(f), t) for f, s in sources.items() for t in named(s)[1] if t not in targets} == set()
+
+
+def test_make_help_lists_every_target(root):
+    lines = (root / "Makefile").read_text().splitlines()
+    assert [s for s in lines if re.match(r"[a-z-]+:", s) and " ## " not in s] == []
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_has_a_function_with_help(name):
+    func = load(name)
+    assert func.__doc__ and "\n" not in func.__doc__.strip(), "one line, which `llmkit --help` shows"
+    commented = {k for k, v in docments(func).items() if v or k == "return"}
+    assert set(inspect.signature(func).parameters) - commented == set(), "a comment on every parameter: its help"

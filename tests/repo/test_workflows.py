@@ -1,0 +1,65 @@
+"The workflows are valid, thin and of least privilege; what they call exists."
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parents[2]
+FLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
+
+
+def steps(flow):
+    "Every step of a workflow."
+    return [s for job in YAML(typ="safe").load(flow.read_text())["jobs"].values() for s in job.get("steps", [])]
+
+
+def targets():
+    "The targets of the Makefile."
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+
+
+def test_the_four_are_there():
+    assert {f.stem for f in FLOWS} >= {"ci", "pipeline", "docs", "release"}
+
+
+@pytest.mark.parametrize("flow", FLOWS, ids=lambda f: f.stem)
+def test_schema(flow):
+    cmd = ["-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows", str(flow)]
+    p = subprocess.run([sys.executable, *cmd], capture_output=True, text=True)
+    assert p.returncode == 0, p.stdout
+
+
+@pytest.mark.parametrize("flow", FLOWS, ids=lambda f: f.stem)
+def test_least_permissions_and_time_limits(flow):
+    y = YAML(typ="safe").load(flow.read_text())
+    assert y["permissions"] in ({}, {"contents": "read"}), "the workflow itself only reads; a job asks for more"
+    assert all(job.get("timeout-minutes") for job in y["jobs"].values()), "every job ends"
+
+
+@pytest.mark.parametrize("flow", FLOWS, ids=lambda f: f.stem)
+def test_steps_are_thin(flow):
+    for s in steps(flow):
+        assert len(s.get("run", "").splitlines()) <= 6, f"logic belongs into a target: {s.get('name')}"
+        assert "${{ github.event" not in s.get("run", ""), "untrusted text never meets a shell"
+        for target in re.findall(r"\bmake ([a-z-]+)", s.get("run", "")):
+            assert target in targets(), f"no such target: {target}"
+
+
+def test_the_hooks_are_local():
+    y = YAML(typ="safe").load((ROOT / ".pre-commit-config.yaml").read_text())
+    assert {r["repo"] for r in y["repos"]} == {"local"}
+    wanted = {
+        "ruff-check",
+        "ruff-format",
+        "nbdev-clean",
+        "nbdev-export",
+        "params",
+        "tokenizer",
+        "secrets",
+        "large-files",
+    }
+    assert {h["id"] for r in y["repos"] for h in r["hooks"]} >= wanted

@@ -1,0 +1,134 @@
+"""Engines against each other and against transformers; rows that join and leave; faults."""
+
+import numpy as np
+import pytest
+
+from llmkit.core.errors import KitError
+from llmkit.runtime.dummy import DummyEngine
+from llmkit.runtime.engine import load_engine
+from llmkit.runtime.sampling import Sampling
+from llmkit.runtime.torch_engine import TorchEngine
+
+GREEDY = Sampling(max_tokens=12, stop_ids=())
+HOT = Sampling(max_tokens=12, temperature=0.9, top_p=0.95, top_k=50, seed=11, stop_ids=())
+
+
+def test_fp32_agrees_with_torch(llama, open_onnx, prompts):
+    with TorchEngine(llama) as t, open_onnx("fp32") as o:
+        want, got = t.generate(prompts, GREEDY), o.generate(prompts, GREEDY)
+        assert [c.tokens for c in got] == [c.tokens for c in want]
+        for a, b in zip(want, got, strict=True):
+            np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-3)
+        long = [p for p in prompts if len(p) > 1]
+        for a, b in zip(t.score(long, long), o.score(long, long), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-3)
+        assert [c.tokens for c in o.generate(prompts, HOT)] == [c.tokens for c in t.generate(prompts, HOT)]
+
+
+def test_torch_agrees_with_transformers(llama, prompts):
+    import torch
+
+    with TorchEngine(llama) as t:
+        for p, c in zip(prompts, t.generate(prompts, GREEDY), strict=True):
+            ids = torch.tensor([p])
+            args = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+            out = t.model.generate(ids, attention_mask=torch.ones_like(ids), **args)
+            assert c.tokens == out[0, len(p) :].tolist()
+
+
+@pytest.mark.parametrize(("precision", "block"), [("fp32", 32), ("int8", 32), ("int4", 32), ("int4", 128)])
+@pytest.mark.parametrize("sampling", [GREEDY, HOT], ids=["greedy", "sampled"])
+def test_rows_do_not_feel_each_other(open_onnx, prompts, precision, block, sampling):
+    "Random joins and leaves: every row gives the tokens and log-probabilities of its solo run, bit for bit."
+    with open_onnx(precision, block) as e:
+        solo = [e.generate([p], sampling)[0] for p in prompts]
+        rng, batch = np.random.default_rng(5), e.batch(3, length=96)
+        waiting, running, seen = [0, 1, 2, 3, 4, 0, 3, 1, 4, 2], {}, []
+        while waiting or running:
+            while waiting and batch.free() and rng.random() < 0.6:
+                i = waiting.pop(0)
+                running[batch.join(prompts[i], sampling)] = (i, [])
+            for slot, token in batch.step().items():
+                running[slot][1].append((token.id, token.logprob))
+                if token.finish:
+                    seen.append(running.pop(slot))
+            if running and rng.random() < 0.15:
+                slot = sorted(running)[int(rng.integers(len(running)))]
+                batch.leave(slot)
+                seen.append(running.pop(slot))
+        assert len(seen) == 10 and batch.free() == 3
+        for i, got in seen:
+            want = list(zip(solo[i].tokens, solo[i].logprobs, strict=True))
+            assert got == want[: len(got)]
+
+
+def test_served_logits_are_bit_identical_to_solo(open_onnx, prompts):
+    from llmkit.runtime.slots import Slots
+
+    with open_onnx("int4") as e:
+
+        def path(rows):
+            m = Slots(e._decode, e.shape, len(rows), 64)
+            out = [[m.join(r[:1]).copy()] for r in rows]
+            for t in range(1, 3):
+                for o, x in zip(out, m.step([r[t] for r in rows]), strict=True):
+                    o.append(x.copy())
+            return out
+
+        rows = [p for p in prompts if len(p) > 2]
+        for row, got in zip(rows, path(rows), strict=True):
+            np.testing.assert_array_equal(np.stack(got), np.stack(path([row])[0]))
+
+
+@pytest.mark.parametrize("kind", ["torch", "onnx", "dummy"])
+def test_stop_strings_and_streaming(llama, open_onnx, kind):
+    e = {"torch": lambda: TorchEngine(llama), "onnx": lambda: open_onnx("fp32"), "dummy": DummyEngine}[kind]()
+    tok = e.tokenizer
+    prompt = tok.encode("the card")
+    whole = e.generate([prompt], Sampling(max_tokens=24, stop_ids=()))[0]
+    assert "".join(t.text for t in e.stream(prompt, Sampling(max_tokens=24, stop_ids=()))) == whole.text
+    assert whole.text == tok.decode(whole.tokens)
+    stop = whole.text[5:8]
+    cut = e.generate([prompt], Sampling(max_tokens=24, stop_ids=(), stop=(stop,)))[0]
+    assert cut.finish == "stop" and cut.text == whole.text.split(stop)[0]
+    assert cut.tokens == whole.tokens[: len(cut.tokens)]
+    pieces = list(e.stream(prompt, Sampling(max_tokens=24, stop_ids=(), stop=(stop,))))
+    assert "".join(t.text for t in pieces) == cut.text and pieces[-1].finish == "stop"
+    ended = e.generate([prompt], Sampling(max_tokens=24, stop_ids=(whole.tokens[3],)))[0]
+    assert ended.finish == "stop" and ended.tokens[-1] == whole.tokens[3] and len(ended.tokens) <= 4
+
+
+def test_seed_and_batch_do_not_matter(open_onnx, prompts):
+    with open_onnx("int4") as e:
+        once = e.generate(prompts, HOT)
+        assert e.generate(prompts[::-1], HOT)[::-1] == once
+        assert e.generate(prompts, Sampling(**{**HOT.__dict__, "seed": 12})) != once
+
+
+def test_missing_cuda_is_an_error(llama, tmp_path):
+    import onnxruntime as ort
+
+    from llmkit.runtime.onnx_engine import open_session
+
+    if "CUDAExecutionProvider" in ort.get_available_providers():
+        pytest.skip("there is a CUDA provider")
+    with pytest.raises(KitError, match="install onnxruntime-gpu"):
+        open_session(tmp_path / "x.onnx", "cuda")
+    with pytest.raises(KitError, match="CUDA"):
+        TorchEngine(llama, device="cuda")
+
+
+def test_damage_is_found(open_onnx, tmp_path):
+    import shutil
+
+    with open_onnx("int4") as e:
+        shutil.copytree(e.folder, tmp_path / "e")
+    weights = tmp_path / "e/weights.bin"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(KitError, match="cannot open the graph"):
+        load_engine(tmp_path / "e")
+    (tmp_path / "e/engine.json").write_text("{")
+    with pytest.raises(KitError, match="not valid JSON"):
+        load_engine(tmp_path / "e")
+    with pytest.raises(KitError, match="no such folder"):
+        load_engine(tmp_path / "nowhere")
