@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'LONGEST', 'Row', 'Source', 'find', 'check_splits', 'open_text', 'lines', 'read_jsonl', 'check_header',
-           'read_csv', 'read_parquet', 'read_hf', 'read_bank']
+           'read_csv', 'read_parquet', 'read_delta', 'read_hf', 'read_bank']
 
 # %% ../../nbs/03_data/03_sources.ipynb #ae6d16bf
 import csv
@@ -27,6 +27,7 @@ SOURCES = Registry(
     jsonl="llmkit.data.sources:read_jsonl",
     csv="llmkit.data.sources:read_csv",
     parquet="llmkit.data.sources:read_parquet",
+    delta="llmkit.data.sources:read_delta",
     hf="llmkit.data.sources:read_hf",
 )
 LONGEST = 16 * 2**20  # characters in one line
@@ -211,6 +212,27 @@ def read_parquet(source: Source) -> Iterator[Row]:
             for value in batch.to_pylist():
                 n += 1
                 yield Row(name, n, value, None, source.splits.get(name))
+
+# %% ../../nbs/03_data/03_sources.ipynb #030d2abb
+def read_delta(source: Source) -> Iterator[Row]:
+    "The rows of a Delta table's newest version, a thousand at a time."
+    delta, path = need("deltalake", "delta"), source.path
+    if not path or not (Path(path) / "_delta_log").is_dir():
+        raise KitError("no Delta table here: it has no _delta_log", file=path, key="path")
+    try:
+        table = delta.DeltaTable(path).to_pyarrow_dataset()
+    except delta.exceptions.DeltaError as e:
+        fix = "Write the table anew with a reader that pyarrow has, without deletion vectors"
+        raise KitError(f"cannot read the Delta table: {e}", file=path, remedy=fix) from e
+    check_header(Path(path), table.schema.names, source.shape)
+    name, n = Path(path).name, 0
+    for part in sorted(table.get_fragments(), key=lambda f: f.path):
+        for batch in part.to_batches(batch_size=1000, schema=table.schema):
+            for value in batch.to_pylist():
+                n += 1
+                yield Row(name, n, value, None, source.splits.get(name))
+    if n == 0:
+        raise KitError("the table has no rows", file=source.path)
 
 # %% ../../nbs/03_data/03_sources.ipynb #8bc23a44
 def read_hf(source: Source) -> Iterator[Row]:

@@ -68,6 +68,7 @@ def engine(state: Execution, arguments: list[str], env: Mapping[str, str], cwd: 
         def create_kernel_manager(self):
             here = KernelSpecManager(kernel_dirs=[])  # no registered kernel: the interpreter that runs this
             self.km = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=here, transport_encryption="auto")
+            self.km.shutdown_wait_time = 60.0  # seconds to leave in peace; five are too few on a busy machine
             return self.km
 
         def start_new_kernel(self, **kw):

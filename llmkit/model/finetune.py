@@ -66,6 +66,7 @@ def train_delta(
     facts |= {"steps": state.step, "seen_tokens": state.tokens, "best_step": state.best_step}
     facts |= {
         "validation_loss": state.best,
+        "validation_accuracy": state.best_answers,
         "stopped_early": state.step < sum(trainer.per_epoch),
         "device": device.type,
     }

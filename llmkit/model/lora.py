@@ -15,6 +15,7 @@ from ..core.errors import KitError
 from ..core.files import read_json, write_json
 from ..core.params import did_you_mean
 from ..core.plugins import need
+from .tiny import quiet
 
 # %% ../../nbs/04_model/04_lora.ipynb #e65819eb
 def load_frozen(
@@ -31,9 +32,10 @@ def load_frozen(
     if not (Path(folder) / "config.json").is_file():
         raise KitError("no model here", file=folder, key="config.json", remedy="Run the base stage")
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=kind, local_files_only=True, use_safetensors=True, trust_remote_code=False, **extra
-        )
+        with quiet():
+            return transformers.AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype=kind, local_files_only=True, use_safetensors=True, trust_remote_code=False, **extra
+            )
     except (OSError, ValueError, RuntimeError, need("safetensors").SafetensorError) as e:
         fix = "The folder must hold a decoder that transformers knows, in safetensors; make the base again"
         raise KitError(f"cannot load the model: {' '.join(str(e).split())[:300]}", file=folder, remedy=fix) from e

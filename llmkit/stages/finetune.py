@@ -40,6 +40,7 @@ def run(
     clip: float,  # largest norm of a gradient
     ema: float,  # decay of the running average of the weights
     evaluate_every: int,  # steps between validations
+    keep: str,  # which weights: "loss", "answers" or "last"
     patience: int,  # validations without improvement before training stops
     checkpoint_every: int,  # steps between checkpoints
     processes: int,  # that share a batch

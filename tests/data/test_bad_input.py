@@ -193,5 +193,11 @@ def test_a_folder_that_is_no_dataset(make, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(KitError, match="not a dataset folder"):
         make(tmp_path / "empty", "hf")
+    with pytest.raises(KitError, match="it has no _delta_log"):
+        make(tmp_path / "empty", "delta")
+    (tmp_path / "broken/_delta_log").mkdir(parents=True)
+    (tmp_path / "broken/_delta_log/00000000000000000000.json").write_text("{}")
+    with pytest.raises(KitError, match="cannot read the Delta table"):
+        make(tmp_path / "broken", "delta")
     with pytest.raises(KitError, match="not a Parquet file"):
         make(b"PAR1 and then nothing", "parquet")

@@ -169,9 +169,11 @@ def test_all_sources_give_the_same_records(tmp_path):
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
+    from deltalake import write_deltalake
 
     table = {"text": [r["prompt"] for r in good_rows()], "category": [r["label"] for r in good_rows()]}
     pq.write_table(pa.table(table), tmp_path / "x.parquet")
+    write_deltalake(tmp_path / "x.delta", pa.table(table))
     names = sorted(set(table["category"]))
     features = datasets.Features({"text": datasets.Value("string"), "category": datasets.ClassLabel(names=names)})
     coded = {**table, "category": [names.index(c) for c in table["category"]]}
@@ -181,7 +183,7 @@ def test_all_sources_give_the_same_records(tmp_path):
     )
     write_jsonl(tmp_path / "x.jsonl", ({"text": t, "category": c} for t, c in zip(*table.values(), strict=True)))
     got = {}
-    for kind in ("parquet", "hf", "csv", "jsonl"):
+    for kind in ("parquet", "delta", "hf", "csv", "jsonl"):
         data = prepare(
             Source(kind, str(tmp_path / f"x.{kind}"), BANKING), tmp_path / f"{kind}/d", Rules(SHARES, seed=3)
         )

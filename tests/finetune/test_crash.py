@@ -52,7 +52,7 @@ def kill_in_the_middle(base, dataset, recipe, out, tmp_path):
     (tmp_path / "job.json").write_text(json.dumps(job))
     child = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path / "job.json")], start_new_session=True)
     folder = workspace({"base": base, "dataset": dataset}, recipe) / "checkpoints"
-    deadline = time.time() + 120
+    deadline = time.time() + 600
     while not list(folder.glob("step-*")):
         assert child.poll() is None and time.time() < deadline, "no checkpoint appeared"
         time.sleep(0.02)

@@ -79,7 +79,7 @@ class Project:
 
     def mlflow(self):
         "The end states in MLflow's database, oldest first, read without MLflow."
-        with sqlite3.connect(self.path / "mlflow.db", timeout=30) as db:
+        with sqlite3.connect(self.path / "mlflow.db", timeout=120) as db:
             return [r[0] for r in db.execute("select status from runs order by start_time")]
 
     def spawn(self, name, **env):

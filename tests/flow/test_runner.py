@@ -189,7 +189,7 @@ def test_a_line_of_megabytes_takes_no_time(project):
     project.stage("x", "import time\nfor i in range(30):\n    print('x' * 100_000, end='', flush=True)", DONE)
     start = time.monotonic()
     run_stage("x", project.path)
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 240
     record = project.read("artifacts/x/record.ipynb")["cells"]
     assert [len(c["outputs"]) for c in record if c["id"] == "c0"] == [1]
 
@@ -247,11 +247,11 @@ def test_checkpoints_of_other_inputs_are_elsewhere(project):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_kernel_and_run(project, number, code):
-    project.stage("x", "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(60)", DONE)
+    project.stage("x", "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)", DONE)
     process = project.spawn("x")
     project.wait_for(lambda: (project.path / "pid").exists() and (project.path / "pid").read_text())
     os.kill(process.pid, number)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == code and "killed in cell 5" in err, err
     assert not project.alive(int((project.path / "pid").read_text()))
     run = list_runs(project.path)[0]

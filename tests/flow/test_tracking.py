@@ -10,7 +10,7 @@ from llmkit.flow.runner import run_stage
 from llmkit.flow.runs import held, list_runs
 from llmkit.flow.tracking import settle
 
-SLEEP = "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(60)"
+SLEEP = "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)"
 DONE = "make('artifacts/x/out.json', 1)"
 
 

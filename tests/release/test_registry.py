@@ -130,7 +130,7 @@ def test_processes_that_register_at_once(tmp_path, same):
     for w in workers:
         w.join(120)
     assert [w.exitcode for w in workers] == [0] * n
-    got = [queue.get(timeout=5)[0] for _ in workers]
+    got = [queue.get(timeout=120)[0] for _ in workers]
     found, entries = versions(uri, "bank"), read_ledger(ledger)
     assert len(found) == len(set(got)) == len({e.after for e in entries}) == (1 if same else n)
     assert sum(len(v.aliases) for v in found) == 1
@@ -191,7 +191,7 @@ def server(tmp_path):
         yield f"http://127.0.0.1:{port}"
     finally:
         os.killpg(proc.pid, 15)
-        proc.wait(20)
+        proc.wait(120)
         log.close()
 
 
