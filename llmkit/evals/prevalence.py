@@ -94,8 +94,9 @@ def melded(
     "The interval of the corrected rate, by melding; raises `KitError` on impossible counts."
     clopper_pearson(flagged, n, level)
     rng, a, q = np.random.default_rng(seed), tail(level), quality
-    low = _theta(_low(rng, flagged, n, draws), _high(rng, q.hits, q.positives, draws), _low(rng, q.correct_rejections, q.negatives, draws))  # fmt: skip
-    high = _theta(_high(rng, flagged, n, draws), _low(rng, q.hits, q.positives, draws), _high(rng, q.correct_rejections, q.negatives, draws))  # fmt: skip
+    hits, kept = (q.hits, q.positives, draws), (q.correct_rejections, q.negatives, draws)
+    low = _theta(_low(rng, flagged, n, draws), _high(rng, *hits), _low(rng, *kept), useless=0.0)
+    high = _theta(_high(rng, flagged, n, draws), _low(rng, *hits), _high(rng, *kept), useless=1.0)
     how = f"Rogan-Gladen, melded, {draws} draws, seed {seed}"
     return Interval(float(np.quantile(low, a)), float(np.quantile(high, 1 - a)), level, how)
 
@@ -110,9 +111,8 @@ def _high(rng: np.random.Generator, k: int, n: int, draws: int) -> np.ndarray:
     return rng.beta(k + 1, n - k, draws) if k < n else np.ones(draws)
 
 # %% ../../nbs/06_evals/20_prevalence.ipynb #8de8bc50
-def _theta(p: np.ndarray, se: np.ndarray, sp: np.ndarray) -> np.ndarray:
+def _theta(p: np.ndarray, se: np.ndarray, sp: np.ndarray, useless: float) -> np.ndarray:
     "The corrected share of each draw."
-    useless = np.where(p + sp > 1, 1.0, 0.0)  # the limit from above
     span = se + sp - 1
     return np.clip(np.where(span > 0, (p + sp - 1) / np.where(span > 0, span, 1), useless), 0, 1)
 
