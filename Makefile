@@ -44,6 +44,11 @@ smoke: env ## a model answers fixture prompts in under 30 s (MODEL=a base, delta
 	llmkit smoke $(MODEL)
 
 BANKING77 ?= examples/banking77/data
+banking77: env ## the same pipeline on real questions, beside a yardstick (BANKING77=the folder with its train.csv and test.csv)
+	[ -e examples/banking77/data ] || ln -s "$(abspath $(BANKING77))" examples/banking77/data
+	cd examples/banking77 && llmkit repro
+	python examples/banking77/yardstick.py
+
 bench: $(VENV)/.bench ## the benchmarks, as ratios within one run (BANKING77=the folder with its train.csv)
 	for f in benchmarks/[a-z]*.py; do \
 	  args=; [ $$f != benchmarks/finetune_speed.py ] || args="--data $(BANKING77)"; \

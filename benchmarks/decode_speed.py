@@ -21,7 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 
 from llmkit.core.files import write_json
-from llmkit.model.export import export, quiet, run_builder
+from llmkit.model.export import export, mute_builder, run_builder
 from llmkit.runtime.onnx_engine import OnnxEngine
 from llmkit.runtime.slots import Slots
 
@@ -132,7 +132,7 @@ def llama_cpp_subject(folder: Path, out: Path, threads: int) -> Callable:
 
     gguf = write_gguf(folder, out)
     width = llama_cpp.llama_model_default_params()
-    with quiet():
+    with mute_builder():
         llama_cpp.llama_backend_init()
         quantized = str(out / "q4_0.gguf")
         q = llama_cpp.llama_model_quantize_default_params()
@@ -145,7 +145,7 @@ def llama_cpp_subject(folder: Path, out: Path, threads: int) -> Callable:
         c = llama_cpp.llama_context_default_params()
         c.n_ctx, c.n_batch, c.n_seq_max = len(prompts) * (len(prompts[0]) + tokens + 8), 2048, len(prompts)
         c.n_threads = c.n_threads_batch = threads
-        with quiet():
+        with mute_builder():
             ctx = llama_cpp.llama_init_from_model(model, c)
         vocab, n, length = 49152, len(prompts), len(prompts[0])
         batch = llama_cpp.llama_batch_init(n * length, 0, n)

@@ -38,13 +38,13 @@ class Settings:
 
 # %% ../../nbs/01_core/05_settings.ipynb #34b4a341
 def load_settings(
-    path: str | Path = "settings.ini",  # an INI file
+    path: str | Path = "settings.ini",  # an INI file, in its folder or the nearest one above
     profile: str | None = None,  # default: `LLMKIT_PROFILE`, else the `[DEFAULT]` section
     environ: Mapping[str, str] | None = None,  # default: the process's environment
 ) -> Settings:
     "Read one profile; raises `KitError` on an unknown profile or a secret in the file."
     environ = os.environ if environ is None else environ
-    path, ini = Path(path), ConfigParser(interpolation=None)
+    path, ini = _nearest(Path(path)), ConfigParser(interpolation=None)
     try:
         with open(path, encoding="utf-8") as f:
             ini.read_file(f)
@@ -59,6 +59,12 @@ def load_settings(
     values = dict(ini[profile])
     values |= {k: environ[f"LLMKIT_{k.upper()}"] for k in values if f"LLMKIT_{k.upper()}" in environ}
     return Settings(profile, values, path)
+
+
+def _nearest(path: Path) -> Path:
+    "The file itself, or the one of that name in the nearest folder above; a project in a project shares its settings."
+    above = (folder / path.name for folder in path.resolve().parent.parents)
+    return path if path.is_file() else next((p for p in above if p.is_file()), path)
 
 
 def _refuse_secrets(ini: ConfigParser, path: Path) -> None:

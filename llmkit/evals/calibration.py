@@ -131,6 +131,7 @@ def calibration_measurements(
     bins: int = 10,
     kind: Bins = "width",
     seed: int = 0,
+    name: str = "task",  # the table's name in the report
 ) -> list[Measurement]:
     "Calibration errors, what a perfect model would show, Brier score and log-loss of a task."
     c, y, n = table["confidence"], table["correct"], len(table["correct"])
@@ -157,10 +158,10 @@ def calibration_measurements(
         ),
         Measurement("mce", mce(c, y, bins, kind), n, method=f"worst bin; {how}", **low),
     ]
-    return out + [_mean(m, table[m], seed) for m in ("brier", "log_loss")]
+    return out + [_mean(m, table[m], seed, name) for m in ("brier", "log_loss")]
 
 
-def _mean(metric: str, values: list[float], seed: int) -> Measurement:
+def _mean(metric: str, values: list[float], seed: int, name: str) -> Measurement:
     "A mean score with its bootstrap interval, where there is a spread."
     ci = bootstrap(values, seed=seed) if len(set(values)) > 1 else None
     ends = (ci.low, ci.high) if ci else (None, None)
@@ -171,5 +172,5 @@ def _mean(metric: str, values: list[float], seed: int) -> Measurement:
         *ends,
         direction="lower",
         method=ci.method if ci else "no interval",
-        samples=f"task/{metric}",
+        samples=f"{name}/{metric}",
     )

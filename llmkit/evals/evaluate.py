@@ -20,11 +20,14 @@ from ..core.digests import digest_files, digest_json, short
 from ..core.files import atomic_folder
 from ..core.report import Measurement, Report, read_report, write_report
 from .calibration import calibration_measurements
+from .choice import choice_measurements, choice_table, suite_questions
 from .cost import Price, cost_measurement
 from .language import answer_likelihood, language_measurements
+from .overlap import overlap_measurements
 from .speed import speed_report
 from .suite import Suite, load_suite
 from .task import CONFIDENCE, answer_table, ask, task_measurements
+from .temperature import temperature_measurements
 from ..model.tiny import quiet
 from ..runtime.engine import Engine, load_engine
 
@@ -38,11 +41,20 @@ def evaluate(
     "Hold a suite against an engine."
     measured: list[Measurement] = []
     tables: dict[str, dict] = {}
-    if set(suite.scorers) - {"language"}:
+    if set(suite.scorers) - {"language", "choice"}:
         table = answer_table(suite, ask(engine, suite), engine.tokenizer)
         measured, tables = task_measurements(table, suite.scorers, suite.refusal, seed)
         if "calibration" in suite.scorers:
             measured += calibration_measurements(tables["task"], CONFIDENCE, seed=seed)
+        if "temperature" in suite.scorers:
+            more, tables["temperature"] = temperature_measurements(tables["task"], CONFIDENCE, seed=seed)
+            measured += more
+        if overlaps := set(suite.scorers) & {"rouge_l", "token_f1"}:
+            tables["task"]["reference"] = [i.answer for i in suite.items]
+            measured += overlap_measurements(tables["task"], overlaps, seed=seed)
+    if "choice" in suite.scorers:
+        tables["choice"] = choice_table(engine, suite_questions(suite))
+        measured += choice_measurements(tables["choice"], calibration="calibration" not in suite.scorers, seed=seed)
     if "language" in suite.scorers:
         tables["language"] = answer_likelihood(engine, suite)
         measured += language_measurements(tables["language"], seed=seed)

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..core.errors import KitError
 from ..core.report import Measurement
+from .choice import score_pairs
 from .suite import Suite
 from ..gate.intervals import bootstrap
 from ..model.tokenizer import Tokenizer, encode_example
@@ -41,15 +42,17 @@ def answer_likelihood(
     cut = [answer_ids(engine.tokenizer, [*i.messages, {"role": "assistant", "content": i.answer}]) for i in suite.items]
     scored = engine.score([p for p, _ in cut], [c for _, c in cut])
     return {"id": [i.id for i in suite.items], "group": [i.group for i in suite.items]} | _lengths(
-        [i.answer for i in suite.items], scored
+        [i.answer for i in suite.items],
+        [float(-np.sum(s, dtype=np.float64)) for s in scored],
+        [len(s) for s in scored],
     )
 
 
-def _lengths(texts: Sequence[str], scored: Sequence[np.ndarray]) -> dict[str, list]:
+def _lengths(texts: Sequence[str], nll: list[float], tokens: list[int]) -> dict[str, list]:
     "Columns that every language metric is made of."
     return {
-        "nll": [float(-np.sum(s, dtype=np.float64)) for s in scored],
-        "tokens": [len(s) for s in scored],
+        "nll": nll,
+        "tokens": tokens,
         "words": [len(re.split(r"\s+", t)) for t in texts],
         "bytes": [len(t.encode()) for t in texts],
     }
@@ -61,10 +64,10 @@ def windows(
     context: int,  # tokens that the model can read
 ) -> list[tuple[list[int], list[int]]]:
     "(tokens to read, tokens to score) pairs that score every token once."
-    whole, size, out = [prefix, *ids], context - 1, []
-    for i in range(0, len(ids), size):
-        end = min(i + size, len(ids))
-        out.append((whole[max(0, end - size) : i + 1], whole[i + 1 : end + 1]))
+    whole, out = [prefix, *ids], []
+    for i in range(0, len(ids), context):
+        end = min(i + context, len(ids))
+        out.append((whole[max(0, end - context) : i + 1], whole[i + 1 : end + 1]))
     return out
 
 
@@ -72,14 +75,21 @@ def text_likelihood(
     engine: Engine,
     texts: Sequence[str],
     prefix: int | None = None,  # the token before the first; None: the tokenizer's end token
+    block: int = 256,  # texts at a time, which bounds the memory
 ) -> dict[str, list]:
     "The per-sample table of whole texts; raises `KitError` on an empty one."
     prefix = engine.tokenizer.eos_ids[0] if prefix is None else prefix
     if "" in texts:
         raise KitError("an empty text has no likelihood", key=f"text {list(texts).index('')}")
-    cut = [windows(engine.tokenizer.encode(t), prefix, engine.info.context_length) for t in texts]
-    scored = iter(engine.score([p for w in cut for p, _ in w], [c for w in cut for _, c in w]))
-    return {"id": list(range(len(texts)))} | _lengths(texts, [np.concatenate([next(scored) for _ in w]) for w in cut])
+    nll: list[float] = []
+    sizes: list[int] = []
+    for start in range(0, len(texts), block):
+        ids = [engine.tokenizer.encode(t) for t in texts[start : start + block]]
+        cut = [windows(x, prefix, engine.info.context_length) for x in ids]
+        found = iter(score_pairs(engine, [pair for w in cut for pair in w])[0])
+        nll += [float(-sum(next(found) for _ in w)) for w in cut]
+        sizes += map(len, ids)
+    return {"id": list(range(len(texts)))} | _lengths(texts, nll, sizes)
 
 # %% ../../nbs/06_evals/03_language.ipynb #20848870
 UNITS = {"perplexity": "tokens", "word_perplexity": "words", "byte_perplexity": "bytes"}

@@ -175,7 +175,7 @@ def run_stage(
         finish(todo, run, state, facts)
     finally:
         if watcher and (problem := watcher.close()):
-            print(f"llmkit stage {name}: {problem}. `llmkit doctor` repairs it", file=sys.stderr)
+            print(f"llmkit stage {name}: {problem}. `llmkit doctor --repair` repairs it", file=sys.stderr)
         run.close()
         os.close(turn)
     return run

@@ -8,6 +8,7 @@ __all__ = ['GROWTH', 'SHORTEST', 'BUCKETS', 'log_capital', 'rate_sequence', 'Gap
            'mean_difference', 'ratio_mismatch', 'ratio_mismatch_sequence']
 
 # %% ../../nbs/02_gate/09_sequential.ipynb #e7204f3f
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,11 +32,11 @@ def log_capital(
 # %% ../../nbs/02_gate/09_sequential.ipynb #cc7b2ada
 def _ends(s: int, n: int, limit: np.ndarray, upper: bool) -> np.ndarray:
     "Where the log capital reaches each of `limit`, above or below the observed rate."
-    limit = np.asarray(limit, float)
+    limit = np.asarray(limit, float) - (betaln(0.5 + s, 0.5 + n - s) - betaln(0.5, 0.5))
     near, far = np.full(limit.shape, s / n if n else 0.5), np.full(limit.shape, 1.0 if upper else 0.0)
-    for _ in range(44):
+    for _ in range(40):
         mid = (near + far) / 2
-        inside = log_capital(s, n, mid) < limit
+        inside = -xlogy(s, mid) - xlog1py(n - s, -mid) < limit
         near, far = np.where(inside, mid, near), np.where(inside, far, mid)
     return far
 
@@ -180,7 +181,7 @@ def quantile_ratio(
     low = GROWTH ** float(above[0] - _SPAN) if len(above) and above[0] else 0.0
     high = GROWTH ** float(below[-1] - _SPAN + 1) if len(below) and below[-1] < 2 * _SPAN - 1 else np.inf
     value = float(np.exp(logs / m)) if m else 1.0
-    return Gap(value, low, high, alpha, m, n, f"order-statistic confidence sequence, {len(both)} strata")
+    return Gap(value, low, high, alpha, m, n, f"order-statistic confidence sequence, strata: {len(both)}")
 
 
 def _ratio_capital(base: np.ndarray, cand: np.ndarray) -> np.ndarray:
@@ -213,10 +214,10 @@ def add(
         raise KitError("a bounded value lies between 0 and 1", value=x, remedy="Scale it by its range first")
     t, before = r.n + 1, (0.5 + r.total) / (r.n + 1)
     variance = (0.25 + r.squares) / t
-    lam = min((2 * np.log(40) / (variance * t * np.log1p(t))) ** 0.5, 0.5)
+    lam = min((2 * math.log(40) / (variance * t * math.log1p(t))) ** 0.5, 0.5)
     total = r.total + x
     after = (0.5 + total) / (t + 1)
-    spread = r.spread + (x - before) ** 2 * (-np.log1p(-lam) - lam)
+    spread = r.spread + (x - before) ** 2 * (-math.log1p(-lam) - lam)
     return Running(t, total, r.squares + (x - after) ** 2, r.weight + lam, r.weighted + lam * x, spread)
 
 

@@ -86,14 +86,14 @@ def _admissible(self: Scheduler, n: int) -> None:
         raise busy("The queue is full", self.mean * (1 + len(self.waiting) / self.slots), "queue_full")
 
 
-def compute(self: Scheduler, work: Callable[[], Any]) -> Future:
-    "Queue a computation on the engine, done between two steps; raises `ApiError` 503 like `submit`."
-    done: Future = Future()
+def compute(self: Scheduler, *works: Callable[[], Any]) -> list[Future]:
+    "Queue computations on the engine, one between two steps, all or none; raises `ApiError` 503 like `submit`."
+    jobs: list[tuple[Future, Callable]] = [(Future(), w) for w in works]
     with self._wake:
-        self._admissible(1)
-        self.jobs.append((done, work))
+        self._admissible(len(jobs))
+        self.jobs.extend(jobs)
         self._wake.notify_all()
-    return done
+    return [done for done, _ in jobs]
 
 
 def _poke(self: Scheduler) -> None:

@@ -1,0 +1,198 @@
+"""The load generator against queueing theory, against an artificial stall, and against a real server on loopback."""
+
+import asyncio
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from llmkit.core.report import read_report, write_report
+from llmkit.evals.load import (
+    Clock,
+    FakeClock,
+    Objective,
+    arrivals,
+    drive_engine,
+    drive_url,
+    load_engine_report,
+    load_report,
+    load_run,
+)
+from llmkit.gate.judge import judge
+from llmkit.runtime.dummy import DummyEngine
+
+
+class Timed(DummyEngine):
+    "Each step takes some time of a clock; some steps stall."
+
+    def __init__(self, clock, step=0.05, stalls=None):
+        super().__init__()
+        self.clock, self.seconds, self.stalls, self.steps = clock, step, stalls or {}, 0
+
+    def batch(self, slots=8, length=None):
+        inner = super().batch(slots, length)
+        real = inner.step
+
+        def step():
+            self.steps += 1
+            self.clock.sleep(self.stalls.get(self.steps, self.seconds))
+            return real()
+
+        inner.step = step
+        return inner
+
+
+def test_arrivals_are_a_poisson_process():
+    at = arrivals(7, 5000, 3)
+    assert stats.kstest(np.diff(at, prepend=0), "expon", args=(0, 1 / 7)).pvalue > 0.01
+    counts = np.histogram(at, np.arange(0, 700))[0]
+    assert counts.var() == pytest.approx(counts.mean(), rel=0.15)
+
+
+@pytest.mark.parametrize("load", [0.3, 0.6, 0.8])
+def test_waiting_time_is_that_of_queueing_theory(load):
+    "One slot and one token of a fixed time: an M/D/1 queue, whose mean wait is ρS / 2(1 - ρ)."
+    clock, service = FakeClock(), 0.1
+    rows = drive_engine(Timed(clock, service), [[65]], arrivals(load / service, 12000, 1), 1, slots=1, clock=clock)
+    assert np.mean([r["queued"] for r in rows]) == pytest.approx(load * service / (2 * (1 - load)), rel=0.12)
+    assert {round(r["service"], 9) for r in rows} == {service}
+
+
+def test_a_stall_shows_in_p99_and_not_in_the_service_time():
+    def run(stalls):
+        clock = FakeClock()
+        engine = Timed(clock, 0.02, stalls)
+        return load_engine_report(engine, [[65, 66]], 10, 400, tokens=5, slots=8, clock=clock, warmup=10)
+
+    calm, stalled = run({}), run({300: 3.0})
+    assert calm.get("latency_p99").value < 0.2 and calm.get("objective_rate").value == 1
+    assert stalled.get("latency_p99").value > 2.0 and stalled.get("latency_p50").value < 0.2
+    by_service = sum(s > 1 for s in stalled.column("requests/service"))
+    by_latency = sum(s > 1 for s in stalled.column("requests/latency"))
+    assert by_service <= 8 and by_latency > max(9, 2 * by_service)  # service time knows only who was in the batch
+    late = [s for s, at in zip(*(stalled.column(f"requests/{c}") for c in ("latency", "scheduled")), strict=True)]
+    assert max(late) >= 3.0
+
+
+def test_an_overloaded_engine_has_throughput_without_goodput():
+    clock = FakeClock()
+    engine = Timed(clock, 0.1)
+    kept = load_engine_report(engine, [[65]], 60, 300, 10, 4, Objective(latency=2.0), clock=clock)
+    clock = FakeClock()
+    easy = load_engine_report(Timed(clock, 0.1), [[65]], 2, 300, 10, 4, Objective(latency=2.0), clock=clock)
+    assert kept.get("requests_per_second").value == pytest.approx(4 / 1.0, rel=0.1)  # 4 slots, one second each
+    assert kept.get("goodput").value < 0.5 and easy.get("goodput").value > 1.5
+    rule = {"rules": [{"metric": "objective_rate", "on": "load_engine", "min": 0.9, "bound": "wilson"}]}
+    assert judge(rule, {"load_engine": kept}).outcome == "fail"
+    assert judge(rule, {"load_engine": easy}).outcome == "pass"
+
+
+def test_each_request_gets_its_tokens_and_the_report_survives_a_file(tmp_path):
+    clock = FakeClock()
+    report = load_engine_report(Timed(clock), [[65], [66, 67]], 20, 100, 7, 3, clock=clock, seed=4)
+    assert set(report.column("requests/tokens")) == {7} and report.column("requests/id") == list(range(8, 108))
+    clock = FakeClock()
+    again = load_engine_report(Timed(clock), [[65], [66, 67]], 20, 100, 7, 3, clock=clock, seed=4)
+    assert again.measurements == report.measurements
+    write_report(report, tmp_path)
+    assert read_report(tmp_path).get("goodput") == report.get("goodput")
+
+
+def test_a_real_engine_in_real_time(open_onnx):
+    rows = drive_engine(open_onnx("fp32"), [[5, 6, 7]], arrivals(200, 20), tokens=4, slots=4, clock=Clock())
+    assert [r["tokens"] for r in rows] == [4] * 20 and all(r["latency"] >= r["service"] > 0 for r in rows)
+    assert all(r["latency"] >= r["ttft"] > 0 for r in rows)
+
+
+class Server:
+    "An OpenAI-compatible server with a mind of its own, on loopback."
+
+    def __init__(self, stall_at=None, bad=(), silent=(), stall=1.0):
+        self.stall_at, self.bad, self.silent, self.stall = stall_at, set(bad), set(silent), stall
+        self.count, self.most, self.open, self.blocked = 0, 0, 0, None
+        self.ready = threading.Event()
+
+    async def app(self, scope, receive, send):
+        "One request."
+        if scope["type"] != "http":
+            return
+        body = b""
+        while True:
+            m = await receive()
+            body += m.get("body", b"")
+            if not m.get("more_body"):
+                break
+        asked, me = json.loads(body), self.count
+        self.count, self.open = self.count + 1, self.open + 1
+        self.most = max(self.most, self.open)
+        try:
+            await self.answer(asked, me, send)
+        finally:
+            self.open -= 1
+
+    async def answer(self, asked, me, send):
+        "A few chunks; everybody waits while the server stalls."
+        if me == self.stall_at:
+            self.blocked = asyncio.get_running_loop().time() + self.stall
+        if self.blocked:
+            await asyncio.sleep(max(0.0, self.blocked - asyncio.get_running_loop().time()))
+        ok = me not in self.bad
+        head = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200 if ok else 503, "headers": head})
+        if me in self.silent:
+            await asyncio.sleep(3600)
+        for i in range(asked["max_tokens"] if ok else 0):
+            chunk = {"choices": [{"index": 0, "delta": {"content": f"t{i} "}}]}
+            await send(
+                {"type": "http.response.body", "body": f"data: {json.dumps(chunk)}\n\n".encode(), "more_body": True}
+            )
+        usage = {"choices": [], "usage": {"completion_tokens": asked["max_tokens"]}} if ok else {"error": "busy"}
+        await send({"type": "http.response.body", "body": f"data: {json.dumps(usage)}\n\ndata: [DONE]\n\n".encode()})
+
+    def __enter__(self):
+        import uvicorn
+
+        config = uvicorn.Config(self.app, port=0, log_level="error", lifespan="off", interface="asgi3")
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        end = time.monotonic() + 60
+        while not self.server.started and time.monotonic() < end:
+            time.sleep(0.01)
+        port = self.server.servers[0].sockets[0].getsockname()[1]
+        return self, f"http://127.0.0.1:{port}/v1"
+
+    def __exit__(self, *exc):
+        self.server.should_exit = self.server.force_exit = True
+        self.thread.join(60)
+
+
+def test_a_server_is_asked_on_schedule_and_a_stall_is_seen():
+    with Server(stall_at=40, stall=2.0) as (server, url):
+        rows = asyncio.run(drive_url(url, "m", ["Hi", "Hello"], arrivals(60, 120), tokens=3))
+    assert server.count == 120 and [r["ok"] for r in rows] == [1] * 120 and {r["tokens"] for r in rows} == {3}
+    assert server.most > 30  # nobody waited for an answer before asking: requests piled up behind the stall
+    report = load_report(rows, "load_server", 60, Objective(latency=1.0))
+    assert report.get("latency_p99").value > 1.5 and report.get("objective_rate").value < 0.9
+    assert all(r["latency"] >= r["ttft"] >= r["queued"] >= 0 for r in rows)
+
+
+def test_failures_are_counted_and_never_good():
+    with Server(bad=(3, 5), silent=(7,)) as (_, url):
+        rows = asyncio.run(drive_url(url, "m", ["Hi"], arrivals(50, 20), tokens=2, timeout=3.0))
+    errors = sorted(r["error"] for r in rows if not r["ok"])
+    assert errors == ["HTTP 503", "HTTP 503", "TimeoutError"] or errors == ["TimeoutError", "busy", "busy"]
+    report = load_report(rows, "load_server", 50)
+    assert report.get("error_rate").value == pytest.approx(3 / 20) and report.get("latency_p50").n == 17
+
+
+def test_the_command_against_a_server_and_against_nothing(tmp_path, capsys):
+    with Server() as (_, url):
+        assert load_run(url, per_second=100, requests=20, tokens=2, out=str(tmp_path / "r")) == 0
+    assert "goodput" in capsys.readouterr().out
+    assert read_report(tmp_path / "r").get("error_rate").value == 0
+    assert load_run("http://127.0.0.1:9/v1", per_second=100, requests=3, tokens=2) == 2
+    assert "no request was answered" in capsys.readouterr().err

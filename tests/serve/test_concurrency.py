@@ -1,0 +1,207 @@
+"What happens when many ask at once, hang up, or break something."
+
+import asyncio
+import json
+import random
+import threading
+
+import httpx
+import pytest
+from serve_server import PATIENCE, REPLIES, Gated, serving, until
+
+from llmkit.runtime.dummy import DummyEngine
+from llmkit.serve.backend import EngineBackend
+from llmkit.serve.call import Asked
+from llmkit.serve.gateway import Single
+
+ASK = {"model": "bank", "prompt": "count", "max_tokens": 100, "temperature": 0}
+
+
+def post(url, **more):
+    return httpx.post(f"{url}/v1/completions", json={**ASK, **more}, timeout=PATIENCE)
+
+
+def test_a_shared_batch_gives_the_answers_that_each_would_get_alone(dummy):
+    gateway, url = dummy
+    rng = random.Random(5)
+    asks = [
+        {"prompt": [rng.randrange(256) for _ in range(rng.randint(1, 40))], "max_tokens": rng.randint(1, 25),
+         "temperature": rng.choice([0, 0.7, 1.3]), "top_p": rng.choice([1, 0.8]), "seed": i}
+        for i in range(60)
+    ]  # fmt: skip
+
+    async def main():
+        async with httpx.AsyncClient(timeout=PATIENCE) as c:
+            return await asyncio.gather(*(c.post(f"{url}/v1/completions", json={**ASK, **a}) for a in asks))
+
+    got = [r.json()["choices"][0]["text"] for r in asyncio.run(main())]
+    engine = DummyEngine(replies=REPLIES)
+    want = [
+        engine.generate([a["prompt"]], Asked(a["max_tokens"], a["temperature"], a["top_p"], seed=a["seed"]))[0].text
+        for a in asks
+    ]
+    assert got == want and len(set(got)) > 50
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_hangs_up_frees_its_slot(make_gateway, stream):
+    engine = Gated(replies=REPLIES)
+    gateway = make_gateway(engine, slots=1)
+    scheduler = gateway.baseline.scheduler
+    with serving(gateway) as url:
+        engine.gate.clear()
+        host, port = url.removeprefix("http://").split(":")
+
+        async def leave():
+            r, w = await asyncio.open_connection(host, int(port))
+            body = json.dumps({**ASK, "stream": stream}).encode()
+            w.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))
+            await w.drain()
+            await asyncio.to_thread(until, lambda: scheduler.running, "the join")
+            if stream:  # hang up in the middle of the answer
+                for _ in range(3):
+                    engine.gate.set()
+                await r.readuntil(b"data: ")
+            w.close()
+
+        asyncio.run(leave())
+        until(lambda: gateway.open == 0 or stream, "the disconnect")
+        engine.gate.set()
+        until(lambda: not scheduler.running and gateway.open == 0, "the free slot")
+        assert post(url).json()["choices"][0]["text"] == REPLIES["count"]
+    statuses = [e["status"] for e in gateway.events.all("request")]
+    assert statuses[-1] == "ok" and (stream or statuses == ["cancelled", "ok"])
+    assert scheduler.counts["finished"] + scheduler.counts["cancelled"] == 2
+
+
+def test_a_full_queue_is_refused_at_once_and_says_when_to_come_back(make_gateway):
+    engine = Gated(replies=REPLIES)
+    gateway = make_gateway(engine, slots=1, queue=2)
+    scheduler = gateway.baseline.scheduler
+    with serving(gateway) as url:
+        engine.gate.clear()
+        done = []
+        threads = [threading.Thread(target=lambda: done.append(post(url).status_code)) for _ in range(3)]
+        for i, t in enumerate(threads):
+            t.start()
+            until(lambda i=i: len(scheduler.running) + len(scheduler.waiting) == i + 1, "the queueing")
+        full = post(url)
+        assert full.status_code == 503 and int(full.headers["retry-after"]) >= 1
+        assert full.json()["error"]["code"] == "queue_full"
+        assert "llmkit_queue_depth{variant=\"baseline\"} 2.0" in httpx.get(f"{url}/metrics").text
+        engine.gate.set()
+        for t in threads:
+            t.join(PATIENCE)
+        assert done == [200] * 3 and post(url).status_code == 200
+
+
+def test_a_request_past_its_deadline_gets_504_and_frees_its_slot(make_gateway):
+    engine = Gated(replies=REPLIES)
+    gateway = make_gateway(engine, slots=1, timeout=0.05)
+    with serving(gateway) as url:
+        engine.gate.clear()
+        got = []
+        t = threading.Thread(target=lambda: got.append(post(url)))
+        t.start()
+        scheduler = gateway.baseline.scheduler
+        until(lambda: scheduler.running, "the join")
+        [ticket] = scheduler.running.values()
+        until(lambda: scheduler.clock() > ticket.deadline, "the deadline")
+        engine.gate.set()
+        t.join(PATIENCE)
+        assert (got[0].status_code, got[0].json()["error"]["code"]) == (504, "timeout")
+        gateway.timeout = None
+        assert post(url).status_code == 200
+
+
+def test_a_poisoned_request_fails_alone(make_gateway):
+    class Poisoned(Gated):
+        def next_logits(self, prompt, answer=()):
+            if b"poison" in bytes(i for i in prompt if i < 256) and len(answer) == 2:
+                raise RuntimeError("illegal memory access in " + bytes(prompt).decode())
+            return super().next_logits(prompt, answer)
+
+    engine = Poisoned(replies=REPLIES)
+    gateway = make_gateway(engine)
+    with serving(gateway) as url:
+        engine.gate.clear()
+        got = {}
+
+        def ask(name, prompt):
+            got[name] = post(url, prompt=prompt)
+
+        threads = [threading.Thread(target=ask, args=a) for a in (("a", "card"), ("b", "poison"), ("c", "count"))]
+        for t in threads:
+            t.start()
+        until(lambda: len(gateway.baseline.scheduler.running) + len(gateway.baseline.scheduler.waiting) == 3, "all three")
+        engine.gate.set()
+        for t in threads:
+            t.join(PATIENCE)
+        assert [got[k].status_code for k in "abc"] == [200, 500, 200]
+        assert [got[k].json()["choices"][0]["text"] for k in "ac"] == [REPLIES["card"], REPLIES["count"]]
+        assert "poison" not in got["b"].text
+        assert 'llmkit_failed_steps_total{variant="baseline"}' in httpx.get(f"{url}/metrics").text
+        assert post(url).status_code == 200
+
+
+def test_replacing_the_engine_under_load_loses_nothing(make_gateway):
+    gateway = make_gateway()
+    with serving(gateway) as url:
+        texts = ["from engine 0"]
+        gateway.set_variant("baseline", EngineBackend(DummyEngine(replies={"count": texts[0]})))
+
+        async def main():
+            async with httpx.AsyncClient(timeout=PATIENCE, limits=httpx.Limits(max_connections=16)) as c:
+                asks = [asyncio.ensure_future(c.post(f"{url}/v1/completions", json=ASK)) for _ in range(150)]
+                for i in range(1, 5):
+                    await asks[i * 25]
+                    texts.append(f"from engine {i}")
+                    old = gateway.set_variant("baseline", EngineBackend(DummyEngine(replies={"count": texts[-1]}, seed=i)))
+                    await asyncio.to_thread(old.scheduler.close)
+                return await asyncio.gather(*asks)
+
+        got = asyncio.run(main())
+        assert {r.status_code for r in got} == {200}
+        assert {r.json()["choices"][0]["text"] for r in got} == set(texts)
+        one = {(r.json()["system_fingerprint"], r.json()["choices"][0]["text"]) for r in got}
+        assert len(one) == 5, "an answer is of one engine, and says of which"
+
+
+def test_a_unit_stays_with_its_variant_and_a_lost_variant_falls_back(make_gateway):
+    class Halves(Single):
+        events = []
+
+        def assign(self, unit):
+            return "canary" if int(unit, 16) % 2 else "baseline"
+
+        def observe(self, event):
+            self.events.append(event)
+
+    gateway = make_gateway(router=Halves())
+    gateway.set_variant("canary", EngineBackend(DummyEngine(replies={"count": "the new one"}, seed=1)))
+    with serving(gateway) as url:
+        texts = {}
+        for session in map(str, range(12)):
+            for _ in range(2):
+                got = httpx.post(f"{url}/v1/completions", json=ASK, headers={"x-session-id": session}, timeout=PATIENCE)
+                texts.setdefault(session, set()).add(got.json()["choices"][0]["text"])
+        assert all(len(t) == 1 for t in texts.values()) and len({str(t) for t in texts.values()}) == 2
+        gateway.variants["canary"].scheduler.close()
+        lost = next(s for s, t in texts.items() if t == {"the new one"})
+        got = httpx.post(f"{url}/v1/completions", json=ASK, headers={"x-session-id": lost}, timeout=PATIENCE)
+        assert got.json()["choices"][0]["text"] == REPLIES["count"]
+    last = Halves.events[-1]
+    assert (last["variant"], last["fallback"], last["release"]) == ("canary", True, gateway.baseline.release)
+
+
+def test_no_prompt_reaches_the_log(make_gateway, caplog, capfd):
+    class Broken(DummyEngine):
+        def next_logits(self, prompt, answer=()):
+            raise RuntimeError(f"cannot do {bytes(prompt).decode()}")
+
+    gateway = make_gateway(Broken())
+    with serving(gateway) as url:
+        for stream in (False, True):
+            assert post(url, prompt="my secret question", stream=stream).status_code == 500
+    told = caplog.text + "".join(capfd.readouterr())
+    assert "RuntimeError at" in caplog.text and "secret" not in told and "Traceback" not in told

@@ -1,0 +1,120 @@
+"Servers in processes of their own: stopped by a signal, killed, started again, and two at a time."
+
+import asyncio
+import signal
+import sqlite3
+import threading
+
+import httpx
+import pytest
+from serve_server import PATIENCE, process, until
+
+from llmkit.serve.events import Events
+from llmkit.serve.keys import Keys
+
+ASK = {"model": "bank", "prompt": [1, 2, 3], "max_tokens": 20, "temperature": 0, "ignore_eos": True}
+
+
+def test_sigterm_answers_what_was_accepted(tmp_path):
+    with process(tmp_path, pause=0.02) as (p, url):
+
+        async def main():
+            results, refused = [], []
+
+            async def ask(client, i):
+                while True:
+                    try:
+                        got = await client.post(f"{url}/v1/completions", json={**ASK, "stream": bool(i % 2)})
+                    except httpx.TransportError as e:
+                        return refused.append(type(e).__name__)
+                    if got.status_code != 200:
+                        return refused.append(got.status_code)
+                    results.append(got.text)
+
+            async with httpx.AsyncClient(timeout=PATIENCE) as c:
+                tasks = [asyncio.create_task(ask(c, i)) for i in range(8)]
+                while len(results) < 8:
+                    await asyncio.sleep(0.01)
+                p.send_signal(signal.SIGTERM)
+                await asyncio.gather(*tasks)
+            return results, refused
+
+        results, refused = asyncio.run(main())
+        assert p.wait(PATIENCE) == 0
+    # every stream that was begun was finished, everybody else was turned away, nobody was answered 5xx by a failure
+    assert all('"length"' in r and ("[DONE]" in r or "usage" in r) for r in results)
+    assert set(refused) <= {"ConnectError", "RemoteProtocolError", "ReadError", 503}, refused
+    events = list(Events(tmp_path / "events.db").all("request"))
+    assert [e["status"] for e in events].count("ok") == len(results)
+    assert {e["status"] for e in events} <= {"ok", "error"} and all(e["code"] in (200, 503) for e in events)
+    assert not p.stderr.read()
+
+
+def test_a_failed_self_test_stops_the_server(tmp_path):
+    import subprocess
+    import sys
+
+    from serve_server import PROGRAM
+
+    broken = PROGRAM.replace("slots=4)", "slots=4, expected=[[1]] * 3)")
+    done = subprocess.run([sys.executable, "-c", broken, str(tmp_path), "0", "open"], capture_output=True, text=True, timeout=PATIENCE * 2)
+    assert done.returncode == 1 and "self-test failed" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_limits_hold_across_processes_and_a_restart(tmp_path):
+    keys = Keys(tmp_path / "serve.db")
+    text, _ = keys.create("team")
+    keys.allow("team", rpm=10, tpm=100_000)
+    head = {"authorization": f"Bearer {text}"}
+
+    def flood(url, codes, n=15):
+        with httpx.Client(timeout=PATIENCE, headers=head) as c:
+            codes += [c.post(f"{url}/v1/completions", json=ASK).status_code for _ in range(n)]
+
+    codes = []
+    with process(tmp_path, keys=True) as (_, one), process(tmp_path, keys=True) as (_, two):
+        threads = [threading.Thread(target=flood, args=(u, codes)) for u in (one, two, one, two)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join(PATIENCE)
+    assert len(codes) == 60 and set(codes) == {200, 429}
+    # the bucket refills one every 6 s: with 10 at the start, what a slow machine lets in is known from the clock
+    with sqlite3.connect(tmp_path / "serve.db") as db:
+        [(level, at)] = db.execute("SELECT level, at FROM buckets WHERE kind = 'requests'").fetchall()
+    events = list(Events(tmp_path / "events.db").all("request"))
+    first = min(e["time"] for e in events)
+    assert 10 <= codes.count(200) <= 10 + (at - first) / 6 + 1
+    keys.allow("team", rpm=1)
+    with process(tmp_path, keys=True) as (_, again):
+        got = httpx.post(f"{again}/v1/completions", json=ASK, headers=head, timeout=PATIENCE)
+        keys.revoke(keys.find()[0].prefix)
+        assert httpx.post(f"{again}/v1/completions", json=ASK, headers=head, timeout=PATIENCE).status_code == 401
+    assert got.status_code in (200, 429) and (got.status_code == 429 or at - first > 60)
+
+
+def test_a_killed_server_leaves_whole_databases_and_charges_the_worst_case(tmp_path):
+    keys = Keys(tmp_path / "serve.db")
+    text, _ = keys.create("team")
+    keys.allow("team", rpm=1000, tpm=1000, budget=1.0)
+    head = {"authorization": f"Bearer {text}"}
+    with process(tmp_path, pause=0.05, keys=True) as (p, url):
+        fine = httpx.post(f"{url}/v1/completions", json={**ASK, "max_tokens": 2}, headers=head, timeout=PATIENCE)
+        assert fine.status_code == 200
+
+        def lost():
+            with pytest.raises(httpx.TransportError):
+                httpx.post(f"{url}/v1/completions", json={**ASK, "max_tokens": 500}, headers=head, timeout=PATIENCE)
+
+        t = threading.Thread(target=lost)
+        t.start()
+        until(lambda: keys.store.read("SELECT usd FROM spending")[0]["usd"] > 1e-4, "the reservation")
+        p.kill()
+        t.join(PATIENCE)
+    for name in ("serve.db", "events.db"):
+        with sqlite3.connect(tmp_path / name) as db:
+            assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    assert keys.store.read("SELECT usd FROM spending")[0]["usd"] == pytest.approx((3 + 2 + 3 + 500) / 1e6)
+    with process(tmp_path, keys=True) as (_, url):
+        got = httpx.post(f"{url}/v1/completions", json={**ASK, "max_tokens": 2}, headers=head, timeout=PATIENCE)
+        assert got.status_code == 200 and int(got.headers["x-ratelimit-remaining-tokens"]) < 1000
