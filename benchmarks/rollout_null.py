@@ -20,7 +20,7 @@ POLICY = {
         {"setWeight": 50}, {"analysis": {"min_duration": "4h", "max_duration": "72h", "min_samples": 2000}},
     ],
     "shadow": [], "validity": {"srm_alpha": 0.001, "stale_after": "1h", "on_no_data": "inconclusive"},
-    "canary": [{"metric": "error_rate", "margin": 0.005}, {"metric": "refusal_rate", "margin": 0.03}, {"metric": "latency_p95", "max_ratio": 1.25}],
+    "canary": [{"metric": "error_rate", "margin": 0.005}, {"metric": "refusal_rate", "margin": 0.03}, {"metric": "latency_p95", "max_ratio": 1.2}],
     "on": {"fail": "abort", "error": "pause", "inconclusive": "pause"},
 }  # fmt: skip
 HARM = {"errors 1 → 5 %": {"errors": 0.05}, "p95 × 1.5": {"slower": 1.5}, "refusals + 10 points": {"refusals": 0.15}}

@@ -8,10 +8,11 @@ __all__ = ['Unmeasured', 'find', 'successes', 'paired_values', 'judge_rule', 'ju
 # %% ../../nbs/02_gate/06_judge.ipynb #7ee21f04
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import ceil
 from typing import Any
 
 import numpy as np
-from scipy.special import bdtr, bdtrc
+from scipy.special import bdtr, bdtrc, ndtri
 
 from ..core.errors import KitError
 from ..core.params import did_you_mean
@@ -53,8 +54,19 @@ def _judge_limit(r: Rule, reports: Mapping[str, Report]) -> RuleResult:
     asked = f"at {'least' if r.test == 'min' else 'most'} {_num(r.limit, m.unit)} is asked"
     text = f"{r.on} {r.metric}{_where(r)} is {_num(m.value, m.unit)}{how}: {asked}"
     bounds = (low, high) if r.bound else (None, None)
-    needs = rate_needed(r.limit, m.value, r.alpha) if outcome == "inconclusive" and r.bound != "interval" else None
+    needs = _limit_needs(r, m) if outcome == "inconclusive" else None
     return _result(r, outcome, text, m.value, *bounds, r.limit, m.n, needs)
+
+
+def _limit_needs(r: Rule, m: Measurement) -> int | None:
+    "Items that would probably decide: exactly for a rate, and for another interval as its width shrinks with the root of n."
+    if r.bound != "interval":
+        return rate_needed(r.limit, m.value, r.alpha)
+    end = m.low if m.value > r.limit else m.high
+    if m.value == r.limit or end is None:
+        return None
+    z = float(ndtri((1 + m.level) / 2))
+    return ceil(m.n * ((end - m.value) / (m.value - r.limit) * (z + float(ndtri(0.8))) / z) ** 2)
 
 
 def _bounds(r: Rule, m: Measurement) -> tuple[float, float, str]:

@@ -107,7 +107,7 @@ def _unfloored(room: float) -> float:
     return float(np.log(max(2 * np.exp(min(room, 700.0)) - 1, 1e-300)))
 
 # %% ../../nbs/02_gate/09_sequential.ipynb #7687da9e
-GROWTH, SHORTEST, BUCKETS = 1.02, 1e-4, 932  # 0.1 ms to about 10,000 s
+GROWTH, SHORTEST, BUCKETS = 1.005, 1e-4, 3696  # 0.1 ms to about 10,000 s
 
 
 def bucket(
@@ -158,7 +158,7 @@ def quantile_sequence(
     return Interval(low, high, 1 - alpha, "order-statistic confidence sequence")
 
 # %% ../../nbs/02_gate/09_sequential.ipynb #9a292832
-_SPAN = 140  # ratios from 1/16 to 16
+_SPAN = 556  # ratios from 1/16 to 16
 
 
 def quantile_ratio(
@@ -186,7 +186,7 @@ def quantile_ratio(
 
 def _ratio_capital(base: np.ndarray, cand: np.ndarray) -> np.ndarray:
     "For each step of the ratio, GROWTH**k to GROWTH**(k+1), the least log capital against it."
-    rows = np.flatnonzero(base < base.min() + 40)
+    rows = np.flatnonzero(base < base.min() + 25)
     padded = np.concatenate([np.full(_SPAN + 1, cand[0]), cand, np.full(_SPAN + 1, cand[-1])])
     shifts = np.arange(2 * _SPAN + 1)
     least = np.min(base[rows][:, None] + padded[rows[:, None] + shifts[None, :] + 1], axis=0)

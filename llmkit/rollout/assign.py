@@ -43,11 +43,13 @@ def reweigh(
     if "baseline" in want or min(want.values(), default=0) < 0 or sum(want.values()) > SLOTS:
         raise KitError("weights of candidates lie between 0 and 100 percent", value=dict(weights))
     owner = _owners(slots)
+    untouched = [i for i, o in enumerate(owner) if o == "baseline"]
     for v in dict.fromkeys(owner):
         mine = [i for i, o in enumerate(owner) if o == v]
         for i in mine[want.get(v, 0) :] if v != "baseline" else ():
             owner[i] = "baseline"
-    free = (i for i, o in enumerate(owner) if o == "baseline")
+    given_back = sorted({i for i, o in enumerate(owner) if o == "baseline"} - set(untouched))
+    free = iter(untouched + given_back)
     have = {v: owner.count(v) for v in want}
     taken = [(next(free), v) for v, n in want.items() for _ in range(n - have[v])]
     for i, v in taken:

@@ -48,7 +48,7 @@ def _cells(t: Traffic, slower: float) -> np.ndarray:
     return np.diff(np.concatenate([[0.0], below, [1.0]]))
 
 
-def _arrive(fold: Fold, variant: str, t: Traffic, n: int, cells: Sequence[np.ndarray], now: float, rng) -> None:
+def _arrive(fold: Fold, variant: str, t: Traffic, n: int, cells: Sequence[np.ndarray], kinds: Sequence[str], now: float, rng) -> None:  # fmt: skip
     "n requests of one arm, as counts."
     if not n:
         return
@@ -66,14 +66,11 @@ def _arrive(fold: Fold, variant: str, t: Traffic, n: int, cells: Sequence[np.nda
             arm.rates[metric] = [old[0] + int(k), old[1] + int(m)]
     for x in rng.random(ratings) < t.thumbs_up:
         arm.means["user_satisfaction"] = add(arm.means.get("user_satisfaction", Running()), float(x))
-    for kind in _TIMES:
+    for kind in kinds:
         strata = arm.times.setdefault(kind, {})
         for i, c in enumerate(cells):
             if answered >= len(cells):
                 strata[str(i)] = strata.get(str(i), 0) + rng.multinomial(answered // len(cells), c)
-    units = fold.window.units
-    for _ in range(min(n // 4, UNITS - len(units))):
-        units[len(units)] = variant
 
 # %% ../../nbs/09_rollout/13_rehearsal.ipynb #4d008a83
 @dataclass(frozen=True)
@@ -103,6 +100,7 @@ def rehearse_once(
     policy, arms = _without_shadow(policy), {"baseline": traffic, "canary": replace(traffic, **change)}
     medians = np.geomspace(0.5, 2, len(policy.strata) + 1)  # longer prompts take longer
     cells = {v: [_cells(t, m * (slower if v == "canary" else 1)) for m in medians] for v, t in arms.items()}
+    kinds = sorted({k for g in policy.canary if (k := g.metric.rpartition("_p")[0]) in _TIMES})
     fold, now, served = Fold(policy), 0.0, 0
     fold.adopt(fold.plan({"kind": "start", "time": 0.0, "id": "rehearsal", "model": "m", "releases": {v: v for v in ("baseline", *policy.variants)}})[0])  # fmt: skip
     while not fold.state.finished and fold.state.paused_by not in ("policy",):
@@ -110,8 +108,11 @@ def rehearse_once(
         shares = fold.state.weights
         counts = rng.multinomial(rng.poisson(per_hour * every / 3600), [p / 100 for p in shares.values()])
         for v, n in zip(shares, counts, strict=True):
-            _arrive(fold, v, arms.get(v, arms["canary"]), int(n), cells.get(v, cells["canary"]), now, rng)
+            _arrive(fold, v, arms.get(v, arms["canary"]), int(n), cells.get(v, cells["canary"]), kinds, now, rng)
             served += int(n) if v != "baseline" else 0
+        seen, new = fold.window.units, [v for v, n in zip(shares, counts, strict=True) for _ in range(n // 4)]
+        if len(seen) + len(new) <= UNITS:  # four requests a unit; beyond the bound none is remembered
+            seen.update(enumerate(new, len(seen)))
         fold.adopt(fold.plan({"kind": "tick", "time": now})[0])
         if fold.state.paused_by == "step" and policy.steps[fold.state.step].duration is None:
             fold.adopt(fold.plan({"kind": "resume", "time": now, "who": "rehearsal"})[0])

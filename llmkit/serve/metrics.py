@@ -45,6 +45,7 @@ class Metrics:
         self.rejected = count("llmkit_ratelimit_rejections_total", "Requests over a limit.", ("kind",))
         self.guard = count("llmkit_guard_findings_total", "What guards found.", ("guard", "entity", "action"))
         self.router_errors = count("llmkit_router_errors_total", "Failures of the router, by method.", ("method",))
+        self.event_failures = p.Counter("llmkit_event_failures_total", "Events that could not be written.", registry=r)
         self.feedback = count("llmkit_feedback_total", "Feedback by sign of the rating.", ("rating",))
         self.cost = count("llmkit_cost_usd_total", "USD that answers cost.", kinds)
         self.ready = p.Gauge("llmkit_ready", "1 when the server takes requests.", registry=r)

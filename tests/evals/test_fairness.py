@@ -118,7 +118,7 @@ RULES = [
 def test_a_group_that_is_served_worse_fails_and_a_fair_engine_passes():
     suite, _ = bank()
     fair = run_fairness(engine(), suite, "refusal", min_n=15)
-    biased = run_fairness(engine(lambda p: "over_60" in p and "lost" in p), suite, "refusal", min_n=15)
+    biased = run_fairness(engine(lambda p: "over_60" in p and "balance" not in p), suite, "refusal", min_n=15)
     outcomes = []
     for measured, tables in (fair, biased):
         report = Report("fairness_engine", "", str(suite), tuple(measured), tables)
@@ -169,6 +169,21 @@ def test_random_flips_are_no_bias():
         table = {"id": list(range(150)), "swap": ["a"] * 50 + ["b"] * 50 + ["c"] * 50, "flipped": draw(0.2), "control": draw(0.2).tolist(), "correct": draw(0.8), "correct_swapped": draw(0.8)}  # fmt: skip
         called += value(swap_measurements(table), "swaps_biased").value > 0
     assert called / 300 <= 0.05
+
+
+def test_axes_are_adjusted_for_each_other():
+    "Three axes with an exact McNemar p of .031 each: alone significant, together not."
+    from statsmodels.stats.contingency_tables import mcnemar
+
+    right, wrong = [1] * 20, [0] * 6 + [1] * 14
+    table = {c: v * 3 for c, v in {"flipped": [0] * 20, "control": [None] * 20, "correct": right, "correct_swapped": wrong}.items()}  # fmt: skip
+    table |= {"id": list(range(60)), "swap": ["a"] * 20 + ["b"] * 20 + ["c"] * 20}
+    p = mcnemar([[14, 6], [0, 0]], exact=True).pvalue
+    m = value(swap_measurements(table), "swaps_biased")
+    assert p < 0.05 < multipletests([p] * 3, 0.05, "holm")[1].min() and m.value == 0
+    assert f"a p = {multipletests([p] * 3, 0.05, 'holm')[1][0]:.3g}" in m.method
+    one = {c: v[:20] for c, v in table.items()}
+    assert value(swap_measurements(one), "swaps_biased").value == 1
 
 
 # -- stereotypes ---------------------------------------------------------------------------------------------------

@@ -56,6 +56,7 @@ def test_a_faithful_engine_is_not_accused():
         (lambda i: "The text does not say.", "over_abstention_rate", 1.0),
         (lambda i: f"{i.answer}, as Max Frost says." if i.answer else "Unknown.", "unsupported_claim_rate", 1.0),
         (lambda i: "It is 98,765." if i.answer else "Unknown.", "hallucination_rate", 0.5),
+        (lambda i: i.answer or "Yes, quite often.", "hallucination_rate", 0.5),
         (lambda i: "Yes." if i.answer else "Unknown.", "grounded_accuracy", 0.0),
     ],
 )

@@ -208,6 +208,13 @@ def test_the_bound_at_zero_of_127_is_the_known_one():
     assert judge(rule, {"e": Report("e", "", "s@1", (m,))}).outcome == "inconclusive"
 
 
+def test_a_detector_that_is_hardly_known_proves_nothing():
+    "Of four sentences of a kind it got two or three: any true rate is possible, whatever it flags."
+    for k in (0, 5, 20, 40):
+        ci = melded(k, 40, Quality(2, 4, 3, 4))
+        assert (ci.low, ci.high) == (0, 1)
+
+
 def test_rogan_gladen_inverts_the_error():
     for theta in (0.0, 0.1, 0.5, 1.0):
         assert rogan_gladen(theta * 0.8 + (1 - theta) * 0.1, 0.8, 0.9) == pytest.approx(theta)

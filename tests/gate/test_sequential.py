@@ -61,7 +61,9 @@ def test_the_bounds_of_a_difference_are_those_of_a_search_over_both_rates(base, 
         "The least log capital against a difference, by a search that we did not write."
 
         def total(p):
-            logs = [betabinom.logpmf(k, n, 0.5, 0.5) - binom.logpmf(k, n, q) for (k, n), q in ((base, p), (cand, p + d))]
+            logs = [
+                betabinom.logpmf(k, n, 0.5, 0.5) - binom.logpmf(k, n, q) for (k, n), q in ((base, p), (cand, p + d))
+            ]
             return np.logaddexp(0, logs[0]) - np.log(2) + logs[1]
 
         grid = np.linspace(max(0, -d) + 1e-7, min(1, 1 - d) - 1e-7, 400)

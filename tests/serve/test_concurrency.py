@@ -88,7 +88,7 @@ def test_a_full_queue_is_refused_at_once_and_says_when_to_come_back(make_gateway
         full = post(url)
         assert full.status_code == 503 and int(full.headers["retry-after"]) >= 1
         assert full.json()["error"]["code"] == "queue_full"
-        assert "llmkit_queue_depth{variant=\"baseline\"} 2.0" in httpx.get(f"{url}/metrics").text
+        assert 'llmkit_queue_depth{variant="baseline"} 2.0' in httpx.get(f"{url}/metrics").text
         engine.gate.set()
         for t in threads:
             t.join(PATIENCE)
@@ -133,7 +133,9 @@ def test_a_poisoned_request_fails_alone(make_gateway):
         threads = [threading.Thread(target=ask, args=a) for a in (("a", "card"), ("b", "poison"), ("c", "count"))]
         for t in threads:
             t.start()
-        until(lambda: len(gateway.baseline.scheduler.running) + len(gateway.baseline.scheduler.waiting) == 3, "all three")
+        until(
+            lambda: len(gateway.baseline.scheduler.running) + len(gateway.baseline.scheduler.waiting) == 3, "all three"
+        )
         engine.gate.set()
         for t in threads:
             t.join(PATIENCE)
@@ -156,7 +158,9 @@ def test_replacing_the_engine_under_load_loses_nothing(make_gateway):
                 for i in range(1, 5):
                     await asks[i * 25]
                     texts.append(f"from engine {i}")
-                    old = gateway.set_variant("baseline", EngineBackend(DummyEngine(replies={"count": texts[-1]}, seed=i)))
+                    old = gateway.set_variant(
+                        "baseline", EngineBackend(DummyEngine(replies={"count": texts[-1]}, seed=i))
+                    )
                     await asyncio.to_thread(old.scheduler.close)
                 return await asyncio.gather(*asks)
 

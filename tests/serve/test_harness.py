@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("lm_eval")
 from serve_server import serving  # noqa: E402
 
+from llmkit.runtime.dummy import DummyEngine  # noqa: E402
 from llmkit.runtime.sampling import Sampling  # noqa: E402
 
 ROWS = [
@@ -26,6 +27,7 @@ def tasks(tmp_path):
         "dataset_kwargs": {"data_files": {"test": str(data)}},
         "test_split": "test",
         "doc_to_text": "{{q}}",
+        "target_delimiter": "",
     }
     choose = {**common, "task": "serve_choose", "output_type": "multiple_choice", "doc_to_choice": "{{choices}}",
               "doc_to_target": "gold", "metric_list": [{"metric": "acc"}]}  # fmt: skip
@@ -40,7 +42,7 @@ def test_local_completions(make_gateway, tasks, monkeypatch):
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    gateway = make_gateway()
+    gateway = make_gateway(DummyEngine(seed=2))
     engine = gateway.baseline.engine
     with serving(gateway) as url:
         lm = LocalCompletionsAPI(base_url=f"{url}/v1/completions", model="bank", max_length=1024, batch_size=2)
@@ -53,7 +55,10 @@ def test_local_completions(make_gateway, tasks, monkeypatch):
         conts = [list(c.encode()) for c in s["doc"]["choices"]]
         want = [float(x.sum()) for x in engine.score(prompts, conts)]
         assert [float(r[0][0]) for r in s["resps"]] == pytest.approx(want, abs=1e-3)
-        greedy = [engine.generate([p], Sampling(max_tokens=len(c), stop_ids=()))[0].tokens == c for p, c in zip(prompts, conts, strict=True)]
+        greedy = [
+            engine.generate([p], Sampling(max_tokens=len(c), stop_ids=()))[0].tokens == c
+            for p, c in zip(prompts, conts, strict=True)
+        ]
         assert [str(r[0][1]) == "True" for r in s["resps"]] == greedy
     for s in got["samples"]["serve_write"]:
         want = engine.generate([list(s["doc"]["q"].encode())], Sampling(max_tokens=12, stop=("\n",)))[0].text

@@ -199,7 +199,12 @@ def test_feedback_joins_the_answer(dummy):
     c.post("/feedback", body={"id": got.id, "rating": 1, "label": "card_arrival"}, cast_to=object)
     [(_, request, said)] = gateway.events.joined()
     assert said["rating"] == 1 and said["label"] == "card_arrival"
-    assert (request["variant"], request["status"], request["finish"], request["refused"]) == ("baseline", "ok", "stop", False)
+    assert (request["variant"], request["status"], request["finish"], request["refused"]) == (
+        "baseline",
+        "ok",
+        "stop",
+        False,
+    )
     assert request["release"] == gateway.baseline.release and len(request["unit"]) == 32
     assert request["latency"] >= request["ttft"] > 0 and "ann" not in str(request)
     with pytest.raises(openai.NotFoundError):

@@ -9,6 +9,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
+from serve_server import serving
 
 from llmkit.runtime.dummy import DummyEngine
 from llmkit.serve.app import make_app
@@ -19,16 +20,21 @@ from llmkit.serve.gateway import Gateway
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory):
-    return Gateway("bank", {"baseline": EngineBackend(DummyEngine(), queue=4096)}, events=Events(tmp_path_factory.mktemp("e") / "e.db"))
+    return Gateway(
+        "bank",
+        {"baseline": EngineBackend(DummyEngine(), queue=4096)},
+        events=Events(tmp_path_factory.mktemp("e") / "e.db"),
+    )
 
 
 @pytest.fixture(scope="module")
 def api(gateway):
-    return schemathesis.openapi.from_asgi("/openapi.json", make_app(gateway, check=False))
+    with serving(gateway) as url:
+        yield schemathesis.openapi.from_url(f"{url}/openapi.json")
 
 
-SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", make_app(Gateway("bank", {"baseline": EngineBackend(DummyEngine())}), check=False))
-OPERATIONS = [(path, method) for path, methods in SCHEMA.raw_schema["paths"].items() for method in methods]
+PATHS = make_app(Gateway("bank", {"baseline": EngineBackend(DummyEngine())}), check=False).openapi()["paths"]
+OPERATIONS = [(path, method) for path, methods in PATHS.items() for method in methods]
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda m: m.name.lower())
@@ -73,7 +79,9 @@ def test_metrics_are_clean_after_that(gateway):
 
 
 def test_the_page_describes_what_is_enforced(api):
-    body = api.raw_schema["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    body = api.raw_schema["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"][
+        "schema"
+    ]
     assert body["additionalProperties"] is False and body["properties"]["logit_bias"]["enum"] == [{}, None]
     assert "429" in api.raw_schema["paths"]["/v1/completions"]["post"]["responses"]
 

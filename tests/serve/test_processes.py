@@ -57,7 +57,9 @@ def test_a_failed_self_test_stops_the_server(tmp_path):
     from serve_server import PROGRAM
 
     broken = PROGRAM.replace("slots=4)", "slots=4, expected=[[1]] * 3)")
-    done = subprocess.run([sys.executable, "-c", broken, str(tmp_path), "0", "open"], capture_output=True, text=True, timeout=PATIENCE * 2)
+    done = subprocess.run(
+        [sys.executable, "-c", broken, str(tmp_path), "0", "open"], capture_output=True, text=True, timeout=PATIENCE * 2
+    )
     assert done.returncode == 1 and "self-test failed" in done.stderr and "Traceback" not in done.stderr
 
 

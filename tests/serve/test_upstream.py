@@ -25,7 +25,13 @@ def test_the_answers_are_the_upstreams(chain, dummy):
     inner, front, outside = chain
     _, url = dummy
     far, near = (openai.OpenAI(base_url=f"{u}/v1", api_key="x", max_retries=0, timeout=60) for u in (outside, url))
-    chat = {"messages": [{"role": "user", "content": "card"}], "temperature": 0.9, "seed": 3, "logprobs": True, "top_logprobs": 2}
+    chat = {
+        "messages": [{"role": "user", "content": "card"}],
+        "temperature": 0.9,
+        "seed": 3,
+        "logprobs": True,
+        "top_logprobs": 2,
+    }
     a = far.chat.completions.create(model="front", **chat)
     b = near.chat.completions.create(model="bank", **chat)
     assert a.choices == b.choices and a.usage == b.usage and a.model == "front"
@@ -40,7 +46,9 @@ def test_the_answers_are_the_upstreams(chain, dummy):
 
 def test_its_refusals_are_passed_on_and_its_failures_are_not(chain):
     inner, front, outside = chain
-    ask = lambda **more: httpx.post(f"{outside}/v1/completions", json={"model": "front", "prompt": "card", **more}, timeout=PATIENCE)  # noqa: E731
+    ask = lambda **more: httpx.post(
+        f"{outside}/v1/completions", json={"model": "front", "prompt": "card", **more}, timeout=PATIENCE
+    )  # noqa: E731
     got = ask(prompt="x" * 2000)
     assert (got.status_code, got.json()["error"]["code"]) == (400, "context_length_exceeded")
     assert httpx.post(f"{outside}/tokenize", json={"prompt": "a"}).status_code == 404
@@ -63,7 +71,9 @@ def test_hanging_up_in_front_frees_the_slot_behind(make_gateway):
             async def leave():
                 async with httpx.AsyncClient() as c:
                     task = asyncio.create_task(
-                        c.post(f"{outside}/v1/completions", json={"model": "front", "prompt": "count"}, timeout=PATIENCE)
+                        c.post(
+                            f"{outside}/v1/completions", json={"model": "front", "prompt": "count"}, timeout=PATIENCE
+                        )
                     )
                     await asyncio.to_thread(until, lambda: inner.baseline.scheduler.running, "the join")
                     task.cancel()

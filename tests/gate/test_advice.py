@@ -1,0 +1,95 @@
+"""Advice of an inconclusive verdict, and margins below the noise of the measurement."""
+
+import numpy as np
+import pytest
+
+from llmkit.core.report import Measurement, Report
+from llmkit.gate.intervals import bootstrap, wilson
+from llmkit.gate.judge import judge, judge_rule
+from llmkit.gate.plan import about
+from llmkit.gate.policy import read_rule
+
+
+def rated(subject, values, **more):
+    "A report with one accuracy and its samples."
+    m = Measurement("accuracy", float(np.mean(values)), len(values), samples="task/correct")
+    extra = tuple(Measurement(k, v, 100, direction="lower") for k, v in more.items())
+    return Report(subject, "", "s@1", (m, *extra), {"task": {"id": list(range(len(values))), "correct": list(values)}})
+
+
+def pair(n, differ, seed=0):
+    "Two equally good models that differ on a share of the items."
+    k = round(n * differ / 2)
+    old = [1] * (n - 2 * k) + [1] * k + [0] * k
+    new = [1] * (n - 2 * k) + [0] * k + [1] * k
+    return {"engine": rated("engine", new), "merged": rated("merged", old)}
+
+
+def test_equal_models_are_told_about_1550_items():
+    rule = {"metric": "accuracy", "noninferiority": 0.02, "against": "merged"}
+    result = judge({"rules": [rule]}, pair(400, 0.1)).reasons[0]
+    assert (result.outcome, result.needs) == ("inconclusive", 1546)
+    assert "needs about 1,550 items" in result.sentence
+    assert judge({"rules": [rule]}, pair(3000, 0.1)).outcome == "pass"
+
+
+@pytest.mark.parametrize(
+    "rate,limit,test,bound", [(0.9, 0.88, "min", "wilson"), (0.02, 0.03, "max", "clopper_pearson")]
+)
+def test_the_advised_number_of_items_decides(rate, limit, test, bound):
+    rule = read_rule({"metric": "accuracy", test: limit, "bound": bound})
+    k = round(200 * rate)
+    [first] = judge_rule(rule, {"engine": rated("engine", [1] * k + [0] * (200 - k))})
+    assert first.outcome == "inconclusive" and f"about {about(first.needs)} items" in first.sentence
+    rng = np.random.default_rng(0)
+    seen = []
+    for right in rng.binomial(first.needs, k / 200, 200):
+        m = Measurement("accuracy", right / first.needs, first.needs)
+        seen.append(judge_rule(rule, {"engine": Report("engine", "", "s@1", (m,))})[0].outcome == "pass")
+    assert np.mean(seen) > 0.7
+
+
+def test_the_advice_for_a_bootstrapped_score_decides():
+    rng, rule = np.random.default_rng(3), read_rule({"metric": "score", "min": 0.5, "bound": "interval"})
+
+    def report(n, seed):
+        x = np.random.default_rng(seed).normal(0.56, 0.4, n)
+        x = x - x.mean() + 0.56 if seed < 0 else x
+        ci = bootstrap(x, times=400)
+        return {"engine": Report("engine", "", "s@1", (Measurement("score", float(x.mean()), n, ci.low, ci.high),))}
+
+    x = rng.normal(0, 0.4, 80)
+    x = x - x.mean() + 0.56
+    ci = bootstrap(x)
+    first = Report("engine", "", "s@1", (Measurement("score", 0.56, 80, ci.low, ci.high),))
+    [result] = judge_rule(rule, {"engine": first})
+    assert result.outcome == "inconclusive" and 150 < result.needs < 800 and "needs about" in result.sentence
+    passed = [judge_rule(rule, report(result.needs, s))[0].outcome == "pass" for s in range(120)]
+    assert 0.65 < np.mean(passed) < 0.95
+
+
+def test_no_number_is_promised_where_none_would_do():
+    rule = read_rule({"metric": "accuracy", "min": 0.9, "bound": "wilson"})
+    [result] = judge_rule(rule, {"engine": rated("engine", [1] * 90 + [0] * 10)})
+    assert result.needs is None and "Not sure enough at this n" in result.sentence
+
+
+@pytest.mark.parametrize("noise,margin,outcome", [(0.0, 0.02, "pass"), (0.015, 0.02, "pass"), (0.02, 0.02, "error"), (0.05, 0.02, "error")])  # fmt: skip
+@pytest.mark.parametrize("noisy", ["engine", "merged"])
+def test_a_margin_must_be_above_the_noise_of_both(noise, margin, outcome, noisy):
+    reports = pair(4000, 0.05)
+    reports[noisy] = rated(noisy, reports[noisy].samples["task"]["correct"], accuracy_noise=noise)
+    verdict = judge({"rules": [{"metric": "accuracy", "noninferiority": margin, "against": "merged"}]}, reports)
+    assert verdict.outcome == outcome
+    if outcome == "error":
+        assert f"measured noise {noise:.4g}" in verdict.reasons[0].sentence and "Widen" in verdict.reasons[0].sentence
+
+
+def test_no_bootstrap_at_nothing_of_n():
+    zero = {"engine": Report("engine", "", "s@1", (Measurement("rate", 0.0, 127, direction="lower"),))}
+    [interval] = judge_rule(read_rule({"metric": "rate", "max": 0.03, "bound": "interval"}), zero)
+    [exact] = judge_rule(read_rule({"metric": "rate", "max": 0.03, "bound": "clopper_pearson"}), zero)
+    [tight] = judge_rule(read_rule({"metric": "rate", "max": 0.02, "bound": "clopper_pearson"}), zero)
+    assert (interval.outcome, exact.outcome, tight.outcome) == ("error", "pass", "inconclusive")
+    assert exact.high == pytest.approx(0.0233, abs=5e-5) and tight.needs == 149
+    assert wilson(0, 127, 0.95, "upper").high < exact.high

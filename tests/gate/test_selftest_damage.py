@@ -1,0 +1,134 @@
+"""The self-test: independent rules fall alone, dependent ones together and by name, and a crooked judge is found out."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import llmkit.gate.selftest as gate_selftest_module
+from llmkit.core.report import Measurement, Report
+from llmkit.evals.calibration import calibration_measurements
+from llmkit.evals.damage import DAMAGES, catch_all
+from llmkit.evals.speed import speed_measurements
+from llmkit.evals.task import task_measurements
+from llmkit.gate.judge import judge
+from llmkit.gate.selftest import bite_table, kind, selftest
+
+LABELS = ("balance", "refund", "login", "card")
+
+
+def quality(subject, seed=1, n=600):
+    "A healthy report on a task, with honest confidences."
+    rng = np.random.default_rng(seed)
+    label, confidence = rng.choice(LABELS, n), rng.beta(30, 1, n)
+    right = rng.random(n) < confidence
+    other = np.array([LABELS[(LABELS.index(x) + 1) % 4] for x in label])
+    table = {
+        "id": list(range(n)),
+        "group": rng.choice(["over_60", "under_60"], n, p=[0.3, 0.7]).tolist(),
+        "label": label.tolist(),
+        "predicted": np.where(right, label, other).tolist(),
+        "correct": right.astype(int).tolist(),
+        "unknown": [0] * n,
+        "exact": right.astype(int).tolist(),
+        "confidence": confidence.tolist(),
+    }
+    measured, tables = task_measurements(table, ("label", "exact"))
+    return Report(subject, "", "bank@1", tuple(measured + calibration_measurements(tables["task"], "x")), tables)
+
+
+@pytest.fixture(scope="module")
+def reports():
+    times = {
+        "id": list(range(200)),
+        **{k: list(np.random.default_rng(0).gamma(2, 0.05, 200)) for k in ("latency", "ttft", "inter_token")},
+        "tokens": [5] * 200,
+    }
+    leak = Measurement("canary_leak_rate", 0.0, 300, direction="lower", samples="canary/leaked")
+    recovery = Measurement("delta_recovery", 0.98, 64)
+    return {
+        "engine": quality("engine"),
+        "merged": quality("merged"),
+        "speed_engine": Report("speed_engine", "", "s@1", tuple(speed_measurements(times)), {"requests": times}),
+        "safety": Report("safety", "", "p@1", (leak,), {"canary": {"id": list(range(300)), "leaked": [0] * 300}}),
+        "parity/chain": Report("chain", "", "c@1", (recovery,)),
+    }
+
+
+RULES = {
+    "wrong labels": {"metric": "accuracy", "min": 0.85, "bound": "wilson"},
+    "biased group": {"metric": "worst_group_accuracy", "min": 0.8, "bound": "wilson"},
+    "miscalibrated head": {"metric": "ece_debiased", "max": 0.1, "bound": "interval"},
+    "slow engine": {"metric": "latency_p95", "on": "speed_engine", "max": 2.0},
+    "leaked canary": {"metric": "canary_leak_rate", "on": "safety", "max": 0.02, "bound": "clopper_pearson"},
+    "broken quantization": {"metric": "delta_recovery", "on": "parity/chain", "min": 0.9},
+}
+
+
+def test_every_damage_is_caught_by_its_rule(reports):
+    found = {c.kind: c for c in catch_all({"rules": list(RULES.values())}, reports, ("label", "exact"))}
+    assert found.keys() == RULES.keys() == DAMAGES.keys()
+    for name, c in found.items():
+        assert c.ok and len(c.fell) == 1 and RULES[name]["metric"] in c.fell[0], str(c)
+    for name in ("miscalibrated head", "slow engine", "leaked canary"):
+        assert found[name].along == (), str(found[name])  # independent: exactly that rule
+    assert any("worst_group" in r for r in found["wrong labels"].along)  # dependent: both count the same answers
+
+
+@pytest.mark.parametrize("name", ["miscalibrated head", "slow engine", "leaked canary"])
+def test_without_its_rule_a_damage_passes_unseen(reports, name):
+    rules = [r for k, r in RULES.items() if k != name]
+    bad = DAMAGES[name](dict(reports), 1.0, ("label", "exact"))
+    assert judge({"rules": rules}, bad).outcome == "pass"
+    assert judge({"rules": [RULES[name]]}, bad).outcome == "fail"
+    found = {c.kind: c for c in catch_all({"rules": rules}, reports, ("label", "exact"))}
+    assert "no rule" in found[name].note and "no rule" in str(found[name])
+
+
+def test_each_rule_bites_and_says_who_falls_with_it(reports):
+    rules = [*RULES.values(), {"metric": "accuracy", "noninferiority": 0.03, "against": "merged"}]
+    bites = {b.rule: b for b in selftest({"rules": rules}, reports)}
+    assert all(b.bites for b in bites.values()), bite_table(list(bites.values()))
+    assert bites["engine accuracy: min 0.85"].along == ("engine accuracy: noninferiority 0.03 against merged",)
+    alone = [b.rule for b in bites.values() if not b.along]
+    assert len(alone) == 5 and "5 of them alone" in bite_table(list(bites.values()))
+
+
+def test_a_judge_that_looks_elsewhere_is_found_out(reports, monkeypatch):
+    "A judge that lets the speed of the engine decide on its accuracy."
+    real = gate_selftest_module.judge_rule
+
+    def crooked(r, given):
+        if r.metric == "accuracy" and given["speed_engine"].get("latency_p95").value > 2:
+            return [replace(x, outcome="fail") for x in real(r, given)]
+        return real(r, given)
+
+    monkeypatch.setattr(gate_selftest_module, "judge_rule", crooked)
+    bites = selftest({"rules": [RULES["slow engine"], RULES["wrong labels"]]}, reports)
+    assert bites[0].stray == ("engine accuracy: min 0.85",) and not bites[0].bites
+    assert "ASTRAY" in bite_table(bites)
+
+
+def test_a_powerless_rule_is_found_out(reports):
+    rules = [
+        {"metric": "accuracy", "min": 0.85, "min_n": 5000},
+        {"metric": "canary_leak_rate", "on": "safety", "max": 1.0},
+    ]
+    assert [b.bites for b in selftest({"rules": rules}, reports)] == [False, False]
+    found = {c.kind: c for c in catch_all({"rules": rules}, reports, ("label", "exact"))}
+    assert not found["wrong labels"].ok and not found["leaked canary"].ok
+    assert "NOT CAUGHT" in str(found["leaked canary"])
+
+
+def test_kinds():
+    from llmkit.gate.policy import Rule
+
+    cases = {
+        "accuracy": "wrong labels", "rouge_l": "wrong labels", "broken_rate_excess": "wrong labels", "ece_debiased": "miscalibrated head",
+        "brier": "miscalibrated head", "ttft_p95": "slow engine", "goodput": "slow engine", "canary_leak_rate": "leaked canary",
+        "attack_success_rate": "leaked canary", "over_refusal_rate": "refusals", "worst_group_accuracy": "biased group",
+        "equalized_odds_difference": "biased group", "delta_recovery": "broken quantization", "bits_per_byte": "broken quantization",
+    }  # fmt: skip
+    assert {m: kind(Rule(m, "min", 0.5)) for m in cases} == cases
+    assert kind(Rule("accuracy", "noninferiority", 0.1, against="merged")) == "broken quantization"
+    assert kind(Rule("accuracy", "min", 0.1, slice="group=x")) == "biased group"

@@ -1,0 +1,184 @@
+"""What a rollout comes to: promotion, abort, pause; on broken telemetry, on silence, and by order."""
+
+import threading
+import time
+
+import pytest
+from rollout_road import CANARY, SECTION, H, Recorder, World
+
+from llmkit.core.errors import KitError
+from llmkit.rollout.policy import read_rollout
+from llmkit.rollout.rehearsal import rehearse
+
+POLICY = CANARY | {
+    "steps": [
+        {"setWeight": 5}, {"analysis": {"min_duration": "1h", "max_duration": "48h", "min_samples": 1000, "require": "no_harm"}},
+        {"setWeight": 50}, {"analysis": {"min_duration": "4h", "max_duration": "72h", "min_samples": 2000}},
+    ],
+    "canary": [{"metric": "error_rate", "margin": 0.005}, {"metric": "refusal_rate", "margin": 0.03}, {"metric": "latency_p95", "max_ratio": 1.2}],
+    "validity": SECTION["validity"] | {"stale_after": "2h"},
+}  # fmt: skip
+
+
+def test_equal_releases_are_promoted_and_hardly_ever_aborted():
+    """benchmarks/rollout_null.py does it a thousand times."""
+    found = rehearse(read_rollout(POLICY), 4000, 60, every=3 * H)
+    assert found.share("Degraded") <= 0.05 + 3 * (0.05 * 0.95 / 60) ** 0.5
+    assert found.share("Healthy") >= 0.9
+
+
+@pytest.mark.parametrize("harm", [{"errors": 0.05}, {"slower": 1.5}, {"refusals": 0.15}], ids=str)
+def test_harm_is_stopped_before_a_thousand_canary_requests(harm):
+    ends = rehearse(read_rollout(POLICY), 4000, 25, canary=harm, every=900).endings
+    assert all(e.phase == "Degraded" for e in ends)
+    assert sum(e.canary < 1000 for e in ends) >= 19
+
+
+def test_a_good_canary_is_promoted_through_the_controller(tmp_path):
+    w = World(tmp_path)
+    w.traffic(12_000)
+    assert (w.c.state.phase, w.c.state.weights) == ("Healthy", {"canary": 100.0})
+    said = w.registry.read()
+    assert said["aliases"] == {"champion": "sha256:b", "previous": "sha256:a"}
+    assert [e[:3] for e in said["ledger"]] == [["promote", "previous", "sha256:a"], ["promote", "champion", "sha256:b"]]
+    evidence = {e[3] for e in said["ledger"]}
+    assert evidence == {w.c.state.verdict}
+    assert w.store.rows("select count(*) from verdicts where digest = ?", w.c.state.verdict) == [(1,)]
+    assert w.store.replay("r1").state == w.store.load("r1").state == w.c.state
+
+
+def test_a_crashing_canary_is_stopped_at_once(tmp_path):
+    w = World(tmp_path)
+    w.traffic(400, step=5, errors=(0.01, 0.9))
+    assert w.c.state.aborted and "error_rate" in w.c.state.reason and w.n < 100
+    assert {w.c.assign(f"u{i}") for i in range(500)} == {"baseline"}
+    assert w.registry.read()["aliases"] == {"champion": "sha256:a"}
+
+
+def test_a_hard_stop_needs_no_comparison(tmp_path):
+    w = World(tmp_path)
+    w.traffic(400, step=5, errors=(0.4, 0.4))
+    assert w.c.state.aborted and "hard stop" in w.c.state.reason and 30 <= w.n < 300
+
+
+def test_an_abort_is_latched_and_retry_begins_anew(tmp_path):
+    w = World(tmp_path)
+    w.traffic(400, errors=(0.01, 0.9))
+    w.traffic(50)
+    assert w.c.step().phase == "Degraded"
+    for order in ("resume", "promote", "pause", "undo"):
+        with pytest.raises(KitError, match="retry starts it again"):
+            w.c.command(order, "ann")
+    again = w.c.command("retry", "ann", "fixed")
+    assert (again.phase, again.attempt, again.aborted, again.step) == ("Progressing", 2, False, 1)
+    assert w.canary() == 0  # what was measured before counts no more
+    w.traffic(12_000)
+    assert w.c.state.phase == "Healthy"
+
+
+def test_undo_gives_the_previous_release_back(tmp_path):
+    w = World(tmp_path)
+    w.traffic(12_000)
+    s = w.c.command("undo", "ann", "customers complain")
+    assert (s.phase, s.aborted, s.weights) == ("Degraded", True, {"baseline": 100.0})
+    said = w.registry.read()
+    assert said["aliases"] == {"champion": "sha256:a", "previous": "sha256:b"}
+    assert [e[0] for e in said["ledger"]] == ["promote", "promote", "rollback", "rollback"]
+
+
+@pytest.mark.parametrize(("on_no_data", "after"), [("inconclusive", 24 * H), ("error", 0.2 * H)])
+def test_silence_pauses_and_never_promotes(tmp_path, on_no_data, after):
+    w = World(tmp_path, CANARY | {"validity": CANARY["validity"] | {"on_no_data": on_no_data}})
+    while w.c.step().phase == "Progressing" and w.now < 80 * H:
+        w.now += 60
+    assert (w.c.state.phase, w.c.state.aborted, w.c.state.weights["canary"]) == ("Paused", False, 20.0)
+    assert w.now == pytest.approx(after, abs=120)
+    w.now += 1000 * H
+    assert w.c.step().phase == "Paused"
+
+
+def test_traffic_that_ends_in_the_middle_does_not_promote(tmp_path):
+    w = World(tmp_path)
+    w.traffic(3000, every=0.2)  # plenty, and too soon
+    assert w.c.state.phase == "Progressing" and w.canary() > 400
+    w.now += 2 * H  # long enough now, and silent
+    assert w.c.step().phase == "Progressing"
+    w.now += 30 * H
+    assert w.c.step().phase == "Paused"
+
+
+def test_a_wrong_split_is_an_error_and_pauses(tmp_path):
+    w = World(tmp_path)
+    for i in range(2000):
+        w.now += 1
+        v = "canary" if i % 3 == 0 else "baseline"  # a third, where a fifth was asked for
+        w.c.observe({"kind": "request", "time": w.now, "id": f"x{i}", "variant": v, "release": "sha256:b", "unit": f"y{i}", "code": 200, "status": "ok", "latency": 0.2, "ttft": None, "prompt_tokens": 9, "fallback": False, "refused": False})  # fmt: skip
+        if i % 50 == 0:
+            w.c.step()
+    assert (w.c.state.phase, w.c.state.aborted) == ("Paused", False)
+    assert "otherwise than intended" in w.c.state.reason and w.c.fold.verdict(w.now).outcome == "error"
+
+
+def test_a_silent_arm_is_stale_and_an_error(tmp_path):
+    w = World(tmp_path)
+    w.traffic(500)
+    users = [u for u in (f"v{i}" for i in range(3000)) if w.c.assign(u) == "baseline"]
+    for i, u in enumerate(users[:800]):
+        w.request(unit=u)
+        if i % 20 == 0:
+            w.c.step()
+    assert (w.c.state.phase, w.c.state.aborted) == ("Paused", False) and "stale" in w.c.state.reason
+    w.traffic(25)  # it is heard of again
+    assert w.c.command("resume", "ann").phase == "Progressing"
+
+
+def test_harm_ends_a_paused_rollout_too(tmp_path):
+    w = World(tmp_path)
+    w.c.command("pause", "ann", "lunch")
+    w.traffic(2000, errors=(0.01, 0.15))
+    assert w.c.state.phase == "Degraded"
+
+
+def test_a_busy_user_is_one_draw_of_the_split(tmp_path):
+    w = World(tmp_path)
+    robot = next(u for u in (f"robot{i}" for i in range(100)) if w.c.assign(u) == "canary")
+    for i in range(3000):
+        w.request(unit=robot if i % 2 else None)
+    w.c.step()
+    assert w.c.fold.verdict(w.now).outcome != "error"
+
+
+def test_an_order_takes_effect_within_a_step_of_another_process(tmp_path):
+    w = World(tmp_path)
+    w.c.clock = time.time
+    w.c.run(every=0.01)
+    try:
+        World(tmp_path, begin=False).c.command("abort", "ben")
+        until = time.monotonic() + 60
+        while not w.c.state.finished and time.monotonic() < until:
+            threading.Event().wait(0.01)
+        assert w.c.state.phase == "Degraded" and w.c.assign("u1") == "baseline"
+    finally:
+        w.c.stop()
+    assert w.c.trouble == ""
+
+
+def test_two_candidates_are_judged_side_by_side(tmp_path):
+    section = CANARY | {"steps": [{"setWeight": {"canary": 20, "other": 20}}, CANARY["steps"][1] | {}, {"setWeight": {"canary": 20, "other": 20}}, CANARY["steps"][3]]}  # fmt: skip
+    policy = read_rollout(section)
+    assert policy.variants == ("canary", "other")
+    from llmkit.rollout.controller import Controller
+    from llmkit.rollout.store import Store
+
+    store, clock = Store(tmp_path / "two.db"), [0.0]
+    store.create("r1", section)
+    w = Controller(store, "r1", Recorder(tmp_path / "registry.json"), lambda: clock[0])
+    w.command("start", "ann", model="m", releases={"baseline": "sha256:a", "canary": "sha256:b", "other": "sha256:c"})
+    for i in range(1500):
+        clock[0] += 1
+        v = w.assign(f"u{i}")
+        bad = v == "other" and i % 4 == 0
+        w.observe({"kind": "request", "time": clock[0], "id": f"x{i}", "variant": v, "release": v, "unit": f"u{i}", "code": 500 if bad else 200, "status": "error" if bad else "ok", "latency": 0.2, "ttft": None, "prompt_tokens": 9, "fallback": False, "refused": False})  # fmt: skip
+        if i % 20 == 0:
+            w.step()
+    assert w.state.phase == "Degraded" and "other error_rate" in w.state.reason

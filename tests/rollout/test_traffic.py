@@ -1,0 +1,156 @@
+"""Ten thousand requests through promotion and rollback, a day of shadow, a hundred thousand events."""
+
+import json
+import threading
+import tracemalloc
+from collections import Counter
+
+from rollout_road import RELEASES, SECTION, H, World
+
+from llmkit.rollout.policy import read_rollout
+from llmkit.rollout.shadow import Mirror
+from llmkit.rollout.window import Window, window_json
+
+
+def test_ten_thousand_requests_through_a_promotion_and_an_undo(tmp_path):
+    w = World(tmp_path)
+    answers, lock, asked = {}, threading.Lock(), iter(range(10_000))
+    path: dict[str, list[str]] = {}
+    halfway = threading.Semaphore(0)
+
+    def client(k):
+        while True:
+            with lock:
+                i = next(asked, None)
+                if i is None:
+                    return
+                w.now += 1.0
+                if i == 8_000:
+                    halfway.release()
+            unit = f"user{i % 997}"
+            v = w.c.assign(unit)
+            with lock:
+                assert f"q{i}" not in answers
+                answers[f"q{i}"] = (v, RELEASES[v])
+                path.setdefault(unit, []).append(v)
+            w.c.observe({"kind": "request", "time": w.now, "id": f"q{i}", "variant": v, "release": RELEASES[v], "unit": unit, "code": 200, "status": "ok", "latency": 0.2, "ttft": None, "prompt_tokens": 40, "fallback": False, "refused": False})  # fmt: skip
+
+    w.c.run(every=0.005)
+    threads = [threading.Thread(target=client, args=(k,)) for k in range(4)]
+    for t in threads:
+        t.start()
+    halfway.acquire()
+    phase = w.c.command("promote", "ann", full=True).phase if not w.c.state.finished else w.c.state.phase
+    undone = w.c.command("undo", "ann", "customers complain")
+    for t in threads:
+        t.join()
+    w.c.stop()
+    assert (phase, undone.phase) == ("Healthy", "Degraded") and w.c.trouble == ""
+    assert len(answers) == 10_000 and w.c.counts == {"events": 10_000, "refused": 0, "overflow": 0}
+    assert all(RELEASES[v] == r for v, r in answers.values())  # one variant, one release
+    assert set(Counter(v for v, _ in answers.values())) == {"baseline", "canary"}
+    assert {w.c.assign(u) for u in path} == {"baseline"}
+    assert w.registry.read()["aliases"] == {"champion": "sha256:a", "previous": "sha256:b"}
+
+
+def test_users_move_one_way_only_until_the_end(tmp_path):
+    w, seen = World(tmp_path), {}
+    for i in range(9_000):
+        e = w.request(unit=f"user{i % 997}")
+        seen.setdefault(e["unit"], []).append(e["variant"])
+        if i % 25 == 0 and w.c.step().finished:
+            break
+    assert w.c.state.phase == "Healthy"
+    turns = Counter(sum(a != b for a, b in zip(p, p[1:], strict=False)) for p in seen.values())
+    assert set(turns) <= {0, 1} and turns[1] > 100
+    assert all(p[-1] == "canary" for p in seen.values() if p[0] == "canary")
+    logged = [e for (b,) in w.store.rows("select body from events where kind = 'traffic'") for e in json.loads(b)["events"]]
+    assert len({e["id"] for e in logged}) == len(logged) >= i - 25  # none lost, none twice
+
+
+def test_a_day_of_shadow_on_a_clock_that_is_turned(tmp_path):
+    w, at = World(tmp_path, SECTION), []
+    assert w.c.state.mirror == 100.0 and w.c.state.weights == {"baseline": 100.0}
+    while w.c.state.stage == 1 and w.now < 80 * H:
+        live = w.request(every=60.0)
+        assert live["variant"] == "baseline" and w.c.mirror(live["unit"])
+        w.shadow(live, failed=w.n % 97 == 0, same=w.n % 25 > 0)
+        if w.n % 10 == 0:
+            at.append(w.c.step().stage)
+    assert w.now / H == 24.0 + 1 / 6 or 24.0 <= w.now / H <= 24.2
+    assert w.c.state.stage == 2 and w.c.state.weights["canary"] == 20.0 and w.c.state.mirror == 0
+    assert w.canary() == 0
+
+
+def test_a_worse_shadow_is_aborted_and_nobody_was_served_by_it(tmp_path):
+    w = World(tmp_path, SECTION)
+    while not w.c.state.finished and w.now < 80 * H:
+        live = w.request(every=60.0)
+        w.shadow(live, same=w.n % 2 == 0)
+        if w.n % 10 == 0:
+            w.c.step()
+    assert w.c.state.aborted and "label_agreement" in w.c.state.reason
+    assert "canary" not in w.c.fold.window.arms
+
+
+def test_a_shadow_that_is_silent_pauses(tmp_path):
+    w = World(tmp_path, SECTION)
+    for _ in range(100):
+        w.request(every=60.0)
+        w.c.step()
+    assert w.c.state.phase == "Paused" and "stale" in w.c.state.reason and w.c.state.stage == 1
+
+
+def test_looks_at_the_shadow_are_few_however_often_it_steps(tmp_path):
+    w = World(tmp_path, SECTION)
+    while w.c.state.stage == 1 and w.c.state.phase == "Progressing" and w.now < 80 * H:
+        live = w.request(every=20.0)
+        w.shadow(live, same=w.n % 20 > 2)  # 85 %: exactly at the limit, not to be decided
+        if w.n % 10 == 0:
+            w.c.step()
+    assert w.c.state.phase == "Paused" and "no answer within" in w.c.state.reason
+    assert 2 <= w.c.state.looks <= 4
+
+
+def test_a_mirror_feeds_the_controller_and_accounts_for_every_copy(tmp_path):
+    w = World(tmp_path, SECTION)
+
+    def send(body):
+        if body["n"] % 10 == 0:
+            raise ConnectionError("down")
+        return "card_lost: done"
+
+    mirror = Mirror(send, w.c.observe, release="sha256:b", capacity=8, clock=lambda: w.now)
+    for i in range(300):
+        live = w.request()
+        if w.c.mirror(live["unit"]):
+            mirror.submit(live["id"], {"n": i}, "card_lost: done")
+    counts = mirror.close(wait=60)
+    w.c.step()
+    assert counts["sent"] == 300 == counts["ok"] + counts["failed"] + counts["dropped"] and counts["waiting"] == 0
+    assert {k: w.c.fold.window.counts[k] for k in ("ok", "failed", "dropped")} == {k: counts[k] for k in ("ok", "failed", "dropped")}  # fmt: skip
+    assert len(w.c.fold.window.pairs) == counts["ok"] + counts["failed"]
+
+
+def test_a_hundred_thousand_events_take_no_more_memory_than_the_bounds():
+    section = SECTION | {"canary": [*SECTION["canary"], {"metric": "task_success_rate", "margin": 0.05}]}
+    w = Window(read_rollout(section))
+    usual = {"kind": "request", "release": "sha256:a", "code": 200, "status": "ok", "latency": 0.2, "ttft": 0.1, "prompt_tokens": 40, "fallback": False, "refused": False}  # fmt: skip
+
+    def feed(a, b):
+        for i in range(a, b):
+            w.add(usual | {"time": i / 50, "id": f"q{i}", "variant": "canary" if i % 5 == 0 else "baseline", "unit": f"u{i}"})
+            if i % 3 == 0:
+                w.add({"kind": "feedback", "time": i / 50 + 1, "id": f"q{i}", "success": i % 4 > 0})
+
+    tracemalloc.start()
+    feed(0, 60_000)
+    before = tracemalloc.get_traced_memory()[0]
+    feed(60_000, 100_000)
+    after = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert after - before < 2_000_000, f"{before:,} → {after:,} bytes"
+    assert w.arms["baseline"].n == 80_000 and len(w.units) == 20_000 and len(w.labels) < 31_000
+    k, n = w.arms["canary"].rates["task_success_rate"]
+    assert 4000 < n < 5000 and abs(k / n - 0.75) < 0.01
+    assert len(json.dumps(window_json(w))) < 8_000_000

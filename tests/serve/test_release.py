@@ -1,0 +1,140 @@
+"From the registry to an answer: a registered bundle with a real ONNX engine is found, verified, tested and served."
+
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from release_road import LINES, TINY, random_delta, run_card, run_gate, run_package, small_dataset, write_reports
+from serve_server import PATIENCE, serving, until
+
+from llmkit.core.artifact import open_artifact
+from llmkit.core.errors import KitError
+from llmkit.core.files import read_json, write_json, write_text
+from llmkit.core.settings import load_settings
+from llmkit.runtime.sampling import Sampling
+from llmkit.serve.gateway import Gateway
+from llmkit.serve.server import from_registry, open_backend, resolve
+
+BUNDLE = "artifacts/package/bundle"
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    "A project in miniature with a registered release."
+    from llmkit.model.base import make_base
+    from llmkit.model.merge import merge
+    from llmkit.model.quantize import quantize
+    from llmkit.stages.register import run
+
+    root = tmp_path_factory.mktemp("released")
+    with pytest.MonkeyPatch.context() as m:
+        m.chdir(root)
+        m.delenv("MLFLOW_RUN_ID", raising=False)
+        write_text("corpus.txt", "\n".join(LINES))
+        art = Path("artifacts")
+        parts = {"base": make_base(art / "base/base", source="tiny", corpus="corpus.txt", tiny=TINY)}
+        parts["dataset"] = small_dataset(art / "prepare/dataset", parts["base"])
+        parts["delta"] = random_delta(art / "finetune/delta", parts["base"], parts["dataset"])
+        merge(art / "merge/model", art / "base/base", art / "finetune/delta", limits={"kl_max": 1.0})
+        parts["model"] = open_artifact(art / "merge/model")
+        with quantize(art / "merge/model", art / "quantize/engine", precision="int8", block_size=32):
+            pass
+        parts["engine"] = open_artifact(art / "quantize/engine")
+        write_reports(parts, art / "evaluate/report", art / "quantize/report")
+        for stage in ("base", "prepare", "finetune", "merge", "quantize", "evaluate", "gate", "package", "card"):
+            write_json(art / stage / "record.ipynb", {"stage": stage})
+        write_text("LICENSE", "Apache-2.0\n")
+        write_text("params.yaml", "seed: 0\n")
+        write_text("settings.ini", "[DEFAULT]\ntracking_uri = sqlite:///mlflow.db\nhost = 127.0.0.1\nport = 0\n")
+        run_gate()
+        run_package()
+        run_card()
+        run(model_name="bank-support", alias="challenger")
+    return root
+
+
+@pytest.fixture
+def project(released, monkeypatch):
+    monkeypatch.chdir(released)
+    return released
+
+
+def test_the_registry_names_what_is_served(project):
+    t = from_registry(load_settings())
+    receipt = read_json("artifacts/register/receipt.json")
+    assert (t.model, t.release, t.note) == ("bank-support", receipt["release"], "version 1, challenger")
+    assert t.bundle == open_artifact(BUNDLE).digest and Path(t.where) == (project / BUNDLE).resolve()
+    with pytest.raises(KitError, match="Aliases here: challenger"):
+        from_registry(load_settings(), alias="champion")
+    by_folder = resolve(BUNDLE, load_settings())
+    assert by_folder.bundle == t.bundle and "not from the registry" in by_folder.note
+
+
+def test_a_changed_byte_is_not_served(project, tmp_path):
+    shutil.copytree(BUNDLE, tmp_path / "bundle")
+    victim = tmp_path / "bundle/engine/weights.bin"
+    data = bytearray(victim.read_bytes())
+    data[100] ^= 1
+    victim.unlink()
+    victim.write_bytes(data)
+    with pytest.raises(KitError, match="not whole"):
+        open_backend(resolve(str(tmp_path / "bundle"), load_settings()))
+
+
+def test_the_onnx_engine_answers_over_http_as_it_does_alone(project):
+    backend = open_backend(resolve(BUNDLE, load_settings()), slots=4)
+    assert backend.expected, "the bundle's own self-test goes along"
+    engine, tok = backend.engine, backend.tokenizer
+    with serving(Gateway("bank-support", {"baseline": backend}), check=True) as url:
+        until(lambda: httpx.get(f"{url}/ready").status_code == 200, "the self-test")
+        prompts = [tok.encode(line, special=True) for line in LINES[:9]]
+        with httpx.Client(timeout=PATIENCE) as c:
+            got = c.post(
+                f"{url}/v1/completions",
+                json={
+                    "model": "bank-support",
+                    "prompt": prompts,
+                    "max_tokens": 12,
+                    "temperature": 0.8,
+                    "seed": 5,
+                    "logprobs": 1,
+                },
+            ).json()
+            want = [engine.generate([p], Sampling(12, 0.8, seed=5))[0] for p in prompts]
+            assert [x["text"] for x in got["choices"]] == [w.text for w in want]
+            assert [x["logprobs"]["token_logprobs"] for x in got["choices"]] == [
+                pytest.approx(w.logprobs) for w in want
+            ]
+            ids = tok.encode("my card and the money", special=False)
+            scored = c.post(
+                f"{url}/v1/completions",
+                json={"model": "bank-support", "prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 1},
+            ).json()["choices"][0]["logprobs"]["token_logprobs"]
+            assert scored[1:] == pytest.approx([float(x) for x in engine.score([ids[:1]], [ids[1:]])[0]], abs=1e-4)
+            info = c.get(f"{url}/tokenizer_info").json()
+            assert info["eos_token"] == tok.special["eos_token"] and info["chat_template"] == tok.template
+            text = c.post(f"{url}/tokenize", json={"prompt": LINES[0]}).json()["tokens"]
+            assert text == prompts[0] and c.post(f"{url}/detokenize", json={"tokens": text}).json()["prompt"]
+
+
+def test_serve_starts_with_nothing_said_and_stops_on_sigterm(project):
+    code = "import sys; from llmkit.serve.server import serve; sys.exit(serve())"
+    p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        line = p.stdout.readline()
+        assert "version 1, challenger" in line and "keys off" in line, line + p.stderr.read()
+        url = line.split(" on ")[1].split("/v1")[0]
+        until(lambda: httpx.get(f"{url}/ready").status_code == 200, "the self-test")
+        ask = {"model": "bank-support", "messages": [{"role": "user", "content": LINES[0]}], "max_tokens": 8}
+        got = httpx.post(f"{url}/v1/chat/completions", json=ask, timeout=PATIENCE)
+        assert got.status_code == 200 and got.json()["usage"]["completion_tokens"] <= 8
+        p.send_signal(signal.SIGTERM)
+        assert p.wait(PATIENCE) == 0 and not p.stderr.read()
+    finally:
+        if p.poll() is None:
+            p.kill()
+            p.wait(PATIENCE)
