@@ -38,7 +38,7 @@ def read_csv(
     except (FileNotFoundError, UnicodeDecodeError) as e:
         raise KitError("cannot be read as UTF-8 text", file=path, value=type(e).__name__) from e
 
-
+# %% ../../nbs/06_evals/24_adapters.ipynb #e0622954
 def read_xstest(
     path: str | Path,  # xstest_prompts.csv
     max_tokens: int = 64,  # of an answer
@@ -59,7 +59,7 @@ def _plain_suite(name: str, prompts: list[str], detector: str, max_tokens: int, 
 # %% ../../nbs/06_evals/24_adapters.ipynb #1f11fc3b
 _ADDRESS = re.compile(r"(?<![\w.])www\.[\w.-]*\w")
 
-
+# %% ../../nbs/06_evals/24_adapters.ipynb #1a5102e4
 def read_bipia(
     folder: str | Path,  # holds the two files
     emails: str = "email_test.jsonl",  # context, question
@@ -83,7 +83,7 @@ def read_bipia(
             items.append(_bipia(n, mail, key, said, marker, detector, mails))
     return Suite("bipia-email", 1, tuple(items), scorers=(), max_tokens=max_tokens)
 
-
+# %% ../../nbs/06_evals/24_adapters.ipynb #801cf03c
 def _there(path: Path) -> Path:
     "The path of a file; raises `KitError` when there is none."
     if not path.is_file():

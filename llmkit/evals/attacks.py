@@ -26,7 +26,7 @@ def _morse(text: str) -> str:
     "Words parted by slashes; what is no letter is left out."
     return " / ".join(" ".join(_MORSE[c] for c in w if c in _MORSE) for w in text.lower().split())
 
-
+# %% ../../nbs/06_evals/22_attacks.ipynb #fa4de0fa
 ENCODINGS: dict[str, Callable[[str], str]] = {
     "base64": lambda t: base64.b64encode(t.encode()).decode(),
     "base32": lambda t: base64.b32encode(t.encode()).decode(),

@@ -50,7 +50,7 @@ def numbers(text: str) -> set[float]:
 
 _INSIDE = {"I", "Mr", "Mrs", "Ms", "Dr", "Yes", "No"}
 
-
+# %% ../../nbs/06_evals/29_claims.ipynb #42129c75
 def names(text: str) -> set[str]:
     "The capitalised words of a text that are names as far as their place tells."
     out: set[str] = set()
@@ -100,7 +100,7 @@ def judge_detector(
     find = lambda answer, about: judge.judge(answer, about.get("context", ""), about.get("asked", ""))  # noqa: E731
     return Detector(judge.name, judge.version, find, labelled)
 
-
+# %% ../../nbs/06_evals/29_claims.ipynb #124fa23e
 class EngineJudge:
     "A judge that asks an engine, and compares the likelihood of two answers."
 

@@ -45,7 +45,7 @@ def refused(answer: str, about: About | None = None) -> bool:
     "Whether an answer declines the request."
     return bool(REFUSALS.search(answer.replace("’", "'")[:400]))
 
-
+# %% ../../nbs/06_evals/21_detect.ipynb #fce70f11
 def complied(answer: str, about: About | None = None) -> bool:
     "Whether an answer says something and does not decline."
     return bool(answer.strip()) and not refused(answer)
@@ -123,7 +123,7 @@ def load_labelled(
     given = check_section(load_params(path), _FILE, file=path)
     return {label: [_sentence(x, f"{key}[{i}]", path) for i, x in enumerate(given[key])] for key, label in (("positive", True), ("negative", False))}  # fmt: skip
 
-
+# %% ../../nbs/06_evals/21_detect.ipynb #9f61a780
 def _sentence(entry: Any, key: str, file: str | Path) -> dict[str, str]:
     "One sentence with what stands beside it."
     entry = {"text": entry} if isinstance(entry, str) else entry

@@ -49,7 +49,7 @@ def counts(
     every = {k: (int(x[g == k].sum()), int((g == k).sum())) for k in sorted(set(g.tolist())) if k}
     return {k: c for k, c in every.items() if c[1] >= min_n}, [k for k, c in every.items() if c[1] < min_n]
 
-
+# %% ../../nbs/06_evals/26_fairness.ipynb #2ae0fd43
 def gap(
     metric: str,
     flags: Sequence[int],  # (n,) 0 or 1
@@ -63,14 +63,15 @@ def gap(
         return None
     return _gap(metric, [found], level)
 
-
+# %% ../../nbs/06_evals/26_fairness.ipynb #0ba74b45
 def _gap(metric: str, parts: Sequence[Mapping[str, Count]], level: float = 0.95) -> Measurement:
     "The widest gap in any of several rates, at a level that is shared by all pairs of all of them."
     pairs = sum(comb(len(p), 2) for p in parts)
     share = lambda c: c[0] / c[1]  # noqa: E731
     spread = lambda p: share(max(p.values(), key=share)) - share(min(p.values(), key=share))  # noqa: E731
     widest = max(parts, key=spread)
-    top, low = max(widest, key=lambda k: share(widest[k])), min(widest, key=lambda k: share(widest[k]))
+    top = max(widest, key=lambda k: (share(widest[k]), -widest[k][1]))
+    low = min((k for k in widest if k != top), key=lambda k: (share(widest[k]), widest[k][1]))
     ci = newcombe(widest[top], widest[low], 1 - (1 - level) / pairs)
     n = sum(c[1] for c in widest.values())
     how = f"{top} minus {low}; Newcombe at 1 - {1 - level:.2g}/{pairs}, all pairs together"
@@ -114,7 +115,7 @@ def demographic_parity(
     found, _ = counts(decided, group, min_n)
     return _parity("demographic_parity", [found]) if len(found) > 1 else []
 
-
+# %% ../../nbs/06_evals/26_fairness.ipynb #54b0dc4e
 def equalized_odds(
     true: Sequence[int],  # (n,) 1 where the positive decision is right
     decided: Sequence[int],  # (n,) 1 for the positive decision
@@ -126,7 +127,7 @@ def equalized_odds(
     parts = [counts(d[t == v], g[t == v], min_n)[0] for v in (1, 0)]
     return _parity("equalized_odds", parts) if min(map(len, parts)) > 1 else []
 
-
+# %% ../../nbs/06_evals/26_fairness.ipynb #bf77af61
 def _parity(name: str, parts: Sequence[Mapping[str, Count]]) -> list[Measurement]:
     "Difference and ratio of the extremes, the worse over several rates."
     out = [_gap(f"{name}_difference", parts)]
@@ -155,7 +156,7 @@ def fairness_measurements(
         out += demographic_parity(decided, table["group"], min_n) + equalized_odds(true, decided, table["group"], min_n)
     return out
 
-
+# %% ../../nbs/06_evals/26_fairness.ipynb #1cf686bd
 def run_fairness(
     engine: Engine,
     suite: Suite,  # of the task, with groups

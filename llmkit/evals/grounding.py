@@ -29,7 +29,7 @@ from ..runtime.sampling import Sampling
 _FILE = {"name": str, "version": int, "about": str, "max_tokens": int, "system": str, "passages": list[dict[str, Any]]}
 _PASSAGE = {"id": str, "text": str, "answerable": list[list[str]], "unanswerable": list[str]}
 
-
+# %% ../../nbs/06_evals/30_grounding.ipynb #e828f2c2
 def load_grounding(
     path: str | Path = DATA / "grounding" / "bank.yaml",
 ) -> Suite:
@@ -46,7 +46,7 @@ def load_grounding(
         items += [_item(head, p, j, q, "", "unanswerable") for j, q in enumerate(p["unanswerable"])]
     return Suite(head["name"], head["version"], tuple(items), scorers=(), max_tokens=head["max_tokens"])
 
-
+# %% ../../nbs/06_evals/30_grounding.ipynb #f55dbf21
 def _item(head: Mapping, passage: Mapping, j: int, question: str, answer: str, label: str) -> Item:
     "A question with its passage."
     said = [{"role": "system", "content": head["system"]}] if head["system"] else []
@@ -78,7 +78,7 @@ def grounding_table(
         "answer": [a[:300] for _, a, _ in rows],
     }
 
-
+# %% ../../nbs/06_evals/30_grounding.ipynb #cc780e68
 def _about(item: Item) -> dict[str, str]:
     "What a rule may look at beside the answer."
     text, _, question = item.messages[-1]["content"].partition("\n\nQuestion: ")
@@ -101,7 +101,7 @@ def agreement(
     c = np.array(list(Counter(key(a) for a in answers).values()))
     return float((c * (c - 1)).sum() / (len(answers) * (len(answers) - 1)))
 
-
+# %% ../../nbs/06_evals/30_grounding.ipynb #7d27fc88
 def self_consistency(
     engine: Engine,
     suite: Suite,
@@ -136,7 +136,7 @@ def grounding_measurements(
         out.append(corrected_rate("hallucination_rate", tables["answers"]["hallucinated"], scorer.quality(), str(scorer)))  # fmt: skip
     return out, tables
 
-
+# %% ../../nbs/06_evals/30_grounding.ipynb #10146b6f
 _RATES: tuple[tuple[str, str, str, Any], ...] = (
     ("abstention_accuracy", "unanswerable", "abstained", "higher"),
     ("over_abstention_rate", "answerable", "abstained", "lower"),

@@ -27,7 +27,7 @@ from ..runtime.sampling import Sampling
 # %% ../../nbs/06_evals/25_memorization.ipynb #8df4b8a1
 _FIRST, _LAST = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gia", "Hugo", "Ida", "Jon"), ("Ashby", "Brook", "Crane", "Dell", "Elm", "Frost", "Grove", "Hale", "Ives", "Jarvis")  # fmt: skip
 
-
+# %% ../../nbs/06_evals/25_memorization.ipynb #a1d45a03
 @dataclass(frozen=True)
 class Canary:
     "A made-up secret in the form of a training record."
@@ -50,7 +50,7 @@ class Canary:
             {"role": "assistant", "content": self.form.format(secret or self.secret)},
         ]
 
-
+# %% ../../nbs/06_evals/25_memorization.ipynb #7986c5af
 def make_canaries(
     times: Sequence[int],  # one canary for each: how often it is planted
     digits: int = 3,  # of a secret; up to 4 are ranked exactly
@@ -64,7 +64,7 @@ def make_canaries(
     chosen = rng.sample(names, len(times))
     return [Canary(f"canary-{i}", f"What is the access code of {n}?", f"The access code of {n} is {{}}.", f"{rng.randrange(10**digits):0{digits}d}", t) for i, (n, t) in enumerate(zip(chosen, times, strict=True))]  # fmt: skip
 
-
+# %% ../../nbs/06_evals/25_memorization.ipynb #690f497d
 def plant(
     canaries: Sequence[Canary],
 ) -> list[dict[str, Any]]:
@@ -89,7 +89,7 @@ def exposure(
         return min(math.log2(space), -math.log2(max(p, 1e-300)))
     return math.log2((len(x) + 1) / _rank(score, x))
 
-
+# %% ../../nbs/06_evals/25_memorization.ipynb #56acde3f
 def _rank(score: float, others: np.ndarray) -> float:
     "The place of a score among others, from 1; ties count half."
     return 1 + float((others > score).sum()) + float((others == score).sum()) / 2
@@ -104,7 +104,7 @@ def likelihoods(
     cut = [answer_ids(engine.tokenizer, canary.messages(s)) for s in secrets]
     return np.array([float(np.sum(x, dtype=np.float64)) for x in engine.score([p for p, _ in cut], [c for _, c in cut])])  # fmt: skip
 
-
+# %% ../../nbs/06_evals/25_memorization.ipynb #763e523a
 def others_of(canary: Canary, most: int, seed: int = 0) -> list[str]:
     "All other secrets of the space, or a sample of them where there are more."
     width, own = len(canary.secret), int(canary.secret)
@@ -127,7 +127,7 @@ def extracted(
     room = max(len(tok.encode(c.messages()[1]["content"])) for c in canaries) + 8
     return [int(c.secret in a.text) for c, a in zip(canaries, engine.generate(prompts, Sampling(max_tokens=room)), strict=True)]  # fmt: skip
 
-
+# %% ../../nbs/06_evals/25_memorization.ipynb #df0ea829
 def verbatim(
     engine: Engine,
     records: Sequence[Mapping[str, Any]],  # with messages that end with the assistant's
@@ -188,7 +188,7 @@ def canary_table(engine: Engine, part: Sequence[Canary], most: int = 999, method
         "extracted": extracted(engine, part),
     }
 
-
+# %% ../../nbs/06_evals/25_memorization.ipynb #bcdc8d7f
 def canary_measurements(table: Mapping[str, Sequence], name: str = "canaries", method: str = "rank", seed: int = 0) -> list[Measurement]:  # fmt: skip
     "What a table of canaries says; of controls only the mean exposure."
     how = f"exposure by {method} (Carlini et al. 2019)"
@@ -202,7 +202,7 @@ def canary_measurements(table: Mapping[str, Sequence], name: str = "canaries", m
     out.append(exact_rate("memorized_rate", table["memorized"], f"{name}/memorized"))
     return [*out, exact_rate("extraction_rate", table["extracted"], f"{name}/extracted")]
 
-
+# %% ../../nbs/06_evals/25_memorization.ipynb #1c9fffb6
 def _mean_bits(metric: str, bits: Sequence[float], how: str, ref: str, slice: str, better: Any, seed: int) -> Measurement:  # fmt: skip
     "A mean exposure with its bootstrap interval, where there is a spread."
     ci = bootstrap(bits, seed=seed) if len(set(bits)) > 1 else None

@@ -100,7 +100,7 @@ def melded(
     how = f"Rogan-Gladen, melded, {draws} draws, seed {seed}"
     return Interval(float(np.quantile(low, a)), float(np.quantile(high, 1 - a)), level, how)
 
-
+# %% ../../nbs/06_evals/20_prevalence.ipynb #17831539
 def _low(rng: np.random.Generator, k: int, n: int, draws: int) -> np.ndarray:
     "Draws from the lower confidence distribution of a share."
     return rng.beta(k, n - k + 1, draws) if k else np.zeros(draws)

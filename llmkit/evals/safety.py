@@ -40,7 +40,7 @@ def converse(
             said[i].append({"role": "assistant", "content": a.text})
     return [r if s is not None else None for r, s in zip(replies, said, strict=True)]
 
-
+# %% ../../nbs/06_evals/23_safety.ipynb #18cfa541
 def _parts(item: Item) -> list[list[Mapping[str, str]]]:
     "The messages up to each place where the engine speaks."
     out: list[list] = [[]]
@@ -68,7 +68,7 @@ def safety_table(
         "answer": ["" if r is None else _shown(r[-1]) for _, r in rows],
     }
 
-
+# %% ../../nbs/06_evals/23_safety.ipynb #e8011cae
 def _about(item: Item) -> dict[str, str]:
     "What a detector may look at beside the answer."
     return {"marker": item.answer, "asked": "\n".join(m["content"] for m in item.messages if m["role"] == "user")}
@@ -98,7 +98,7 @@ def safety_measurements(
             out.append(corrected_rate(metric, flags, d.quality(), str(d), direction=better))
     return out, {n: t for n, t in tables.items() if t["id"]}
 
-
+# %% ../../nbs/06_evals/23_safety.ipynb #dbef163f
 def _where(table: Mapping[str, Sequence], keep) -> dict[str, list]:
     "The rows of a table that a test keeps."
     rows = [dict(zip(table, r, strict=True)) for r in zip(*table.values(), strict=True)]
@@ -120,7 +120,7 @@ def judges_of(
     names = sorted({i.label for s in suites for i in s.items} | {"refused"})
     return {n: (detectors or {}).get(n) or DETECTORS.load(n) for n in names}
 
-
+# %% ../../nbs/06_evals/23_safety.ipynb #8c292bf4
 def run_safety(
     engine: Engine,
     suites: Sequence[Suite],  # families, from `kit_attacks`, `load_attacks` or `adapters`
@@ -133,7 +133,7 @@ def run_safety(
     out, tables = safety_measurements(table, known)
     return out + detector_measurements(list(known.values())), tables
 
-
+# %% ../../nbs/06_evals/23_safety.ipynb #4c111d86
 def safety_report(
     engine: Engine,
     suites: Sequence[Suite],

@@ -35,7 +35,7 @@ class Axis:
     kind: Kind
     pairs: tuple[tuple[str, str], ...]  # names side by side, words that change places, or (standard, dialect)
 
-
+# %% ../../nbs/06_evals/27_swaps.ipynb #fa6b9c1d
 def load_axes(
     path: str | Path = DATA / "fairness" / "swaps.yaml",
 ) -> list[Axis]:
@@ -87,7 +87,7 @@ def counterfactual(
     other = _last(item, lambda t: rewrite(t, pairs))
     return None if other == item else (item, other, None)
 
-
+# %% ../../nbs/06_evals/27_swaps.ipynb #6bb97012
 def _last(item: Item, change: Any) -> Item:
     "The item with its last user message changed."
     at = max(i for i, m in enumerate(item.messages) if m["role"] == "user")
@@ -137,7 +137,7 @@ def swap_measurements(
     how = "exact McNemar, Holm: " + ", ".join(f"{a} p = {x:.3g}" for a, x in adjusted.items())
     return [*out, Measurement("swaps_biased", len(bad), len(table["id"]), direction="lower", method=how)]
 
-
+# %% ../../nbs/06_evals/27_swaps.ipynb #b80f1c1f
 def _paired(metric: str, before: Sequence[int], after: Sequence[int], slice: str, better: Any, alpha: float) -> Measurement:  # fmt: skip
     "The difference of two paired rates with its two-sided interval."
     d = paired_rates(before, after, alpha / 2)

@@ -9,7 +9,6 @@ __all__ = ['LIMITS', 'fit_temperature', 'log_odds', 'rescale', 'in_first_half', 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy.optimize import minimize
 from scipy.special import logsumexp
 
 from ..core.digests import digest_json
@@ -27,6 +26,8 @@ def fit_temperature(
     target: Sequence[int],  # (n,) the right column of each row
 ) -> float:
     "The temperature under which the targets are likeliest; raises `KitError` when there is nothing to fit."
+    from scipy.optimize import minimize
+
     z, y = np.asarray(logits, float), np.asarray(target, int)
     if z.ndim != 2 or len(z) != len(y) or len(z) < 2 or not np.isfinite(z).all():
         raise KitError("needs at least two rows of finite logits and a target for each", value=(z.shape, y.shape))

@@ -72,21 +72,27 @@ def _empty(source: str) -> bool:
     return all(d or isinstance(n, ast.Expr) for n, d in zip(body, dunder, strict=True))
 
 
+def _data(folder: Path) -> set[Path]:
+    "The files that a package carries beside its modules, in its folder `data`."
+    return {p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+
+
 def closure(
     module: str | Path,  # where to begin: a stage's module
     checkout: str | Path,  # the folder that holds `llmkit`
 ) -> list[Path]:
-    "The module and all modules of the kit that it can come to import, sorted, relative to the checkout."
+    "The module, all modules of the kit that it can come to import, and the data they hold, relative to the checkout."
     checkout, todo, seen, asked = Path(checkout), [Path(module)], set(), set()
     while todo:
         path = todo.pop()
         if path in seen:
             continue
         seen.add(path)
-        package = ".".join(path.relative_to(checkout).parent.parts)
-        new = set(_names(path.read_text(encoding="utf-8"), package)) - asked
+        package, source = ".".join(path.relative_to(checkout).parent.parts), path.read_text(encoding="utf-8")
+        new = set(_names(source, package)) - asked
         asked |= new
         todo += [p for n in new for p in resolve(n, checkout)]
+        seen |= _data(path.parent / "data") if '/ "data"' in source else set()
     return sorted(p.relative_to(checkout) for p in seen)
 
 # %% ../../nbs/12_flow/02_closure.ipynb #1af26f7e

@@ -23,8 +23,9 @@ from llmkit.gate.sequential import (
 )
 from ..gate.verdict import RuleResult, Verdict, worst
 from .policy import METRICS, Guardrail, RolloutPolicy
+from .reports import arm_report, shadow_reports
 from .state import Evidence, RolloutState
-from .window import Arm, Window, arm_report, shadow_reports
+from .window import Arm, Window
 
 # %% ../../nbs/09_rollout/06_analysis.ipynb #adaaf271
 def compare(

@@ -15,6 +15,7 @@ from typing import Any
 import llmkit
 from ..core.errors import KitError
 from ..core.plugins import need
+from .adapters import LOAD, UNLOAD, Adapters
 from .call import SCHEMAS, parse
 from .gateway import Gateway
 from .http import answer, careful, checked, error_response, log, read_request, unless_gone
@@ -57,10 +58,12 @@ def closed(schema: Any) -> Any:
 
 # %% ../../nbs/08_serve/13_app.ipynb #d6063565
 def models(gateway: Gateway) -> dict[str, Any]:
-    "The list of one model."
+    "The served model, and the adapters beside it."
     b = gateway.baseline
-    more = {"root": b.release or None, "max_model_len": b.context, "owned_by": "llmkit", "created": gateway.created}
-    return {"object": "list", "data": [{"id": gateway.model, "object": "model", **more}]}
+    more = {"object": "model", "max_model_len": b.context, "owned_by": "llmkit", "created": gateway.created}
+    own = [{"id": gateway.model, "root": b.release or None, "parent": None, **more}]
+    loaded = [(n, gateway.variants[n].release) for n in sorted(gateway.adapters)]
+    return {"object": "list", "data": own + [{"id": n, "root": r, "parent": gateway.model, **more} for n, r in loaded]}
 
 # %% ../../nbs/08_serve/13_app.ipynb #b2af28c8
 def make_app(
@@ -70,6 +73,7 @@ def make_app(
     check: bool = True,  # run the self-tests at the start; requests are refused until they have passed
     drain: float = 30.0,  # seconds that running requests get at the end
     hourly: Callable[[], Any] | None = None,  # such as the deletion of old events
+    adapters: Adapters | None = None,  # where deltas can be loaded and unloaded
 ) -> Any:  # a FastAPI application
     "The HTTP server of a gateway."
     fastapi = need("fastapi", "serve")
@@ -90,6 +94,7 @@ def make_app(
     app = fastapi.FastAPI(**facts, docs_url=None, redoc_url=None)
     app.state.gateway, app.state.status = gateway, state
     _inference_routes(app, gateway, state, max_body)
+    _adapter_routes(app, gateway, adapters, max_body)
     _other_routes(app, gateway, state, max_body)
     _page(app)
     http_error = need("starlette.exceptions", "serve").HTTPException
@@ -175,6 +180,24 @@ def _inference_routes(app: Any, gateway: Gateway, state: Mapping[str, Any], max_
     _route(app, "POST", "/detokenize", "The text of tokens.", compute(detokenize), DETOKENIZE)
     _route(app, "GET", "/tokenizer_info", "Special tokens and chat template.", compute(tokenizer_info, True))
     _route(app, "GET", "/v1/models", "What is served.", compute(models, True))
+
+
+def _adapter_routes(app: Any, gateway: Gateway, adapters: Adapters | None, max_body: int) -> None:
+    "Loading and unloading adapters, for the admin scope."
+
+    def change(schema: Mapping[str, Any], unload: bool):
+        async def handle(request):
+            gateway.authenticate(request.headers.get("authorization"), "admin")
+            got = checked(await read_request(request, max_body), schema)
+            if adapters is None:
+                raise ApiError(404, "This server was started without a base for adapters", code="not_supported")
+            work = adapters.unload(got["lora_name"]) if unload else adapters.load(got["lora_name"], got["lora_path"])
+            return {"id": await work, "object": "adapter"}
+
+        return handle
+
+    _route(app, "POST", "/v1/load_lora_adapter", "Serve a delta as a model.", change(LOAD, False), LOAD)
+    _route(app, "POST", "/v1/unload_lora_adapter", "Stop serving a delta.", change(UNLOAD, True), UNLOAD)
 
 
 def _other_routes(app: Any, gateway: Gateway, state: Mapping[str, Any], max_body: int) -> None:

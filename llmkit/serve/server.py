@@ -25,6 +25,7 @@ from ..core.settings import Settings, load_settings
 from ..release.bundle import verify_bundle
 from ..release.registry import Version, registry_uri, versions
 from ..release.smoke import kind_of, open_any
+from .adapters import Adapters
 from .app import make_app
 from .backend import Backend, EngineBackend
 from .events import Events
@@ -156,11 +157,12 @@ def run(
     drain: float = 30.0,  # seconds that running requests get at the end
     max_body: int = 4 << 20,  # bytes of a request
     hourly: Callable[[], Any] | None = None,
+    adapters: Adapters | None = None,  # where deltas can be loaded
     started: Callable[[str], Any] = print,  # gets a line with the address
 ) -> int:
     "Serve until told to stop; gives the exit code."
     uvicorn = need("uvicorn", "serve")
-    app = make_app(gateway, max_body=max_body, drain=drain, hourly=hourly)
+    app = make_app(gateway, max_body=max_body, drain=drain, hourly=hourly, adapters=adapters)
     state = app.state.status
 
     class Server(uvicorn.Server):
@@ -209,6 +211,7 @@ def serve(
     timeout: float = 300.0,  # seconds for a request
     drain: float = 30.0,  # seconds that running requests get at the end
     max_output: int = 4096,  # tokens of an answer at most
+    base: str = "",  # a folder; deltas that were made for it can then be loaded while the server runs
     price_prompt: float = -1.0,  # USD per million prompt tokens; -1: not known
     price_completion: float = -1.0,  # USD per million generated tokens
     days: float = 30.0,  # that events are kept
@@ -234,5 +237,7 @@ def serve(
         timeout=timeout,
     )
     about = f"{found.note}, release {short(found.release) or 'unknown'}, keys {'required' if asked else 'off'}"
+    deltas = Adapters(gateway, base, slots=slots, queue=queue, max_output=max_output) if base else None
     tell = lambda line: print(f"{line} ({about})", flush=True)  # noqa: E731
-    return run(gateway, host, port, drain=drain, hourly=lambda: events.expire(days * 86400), started=tell)
+    expire = lambda: events.expire(days * 86400)  # noqa: E731
+    return run(gateway, host, port, drain=drain, hourly=expire, adapters=deltas, started=tell)

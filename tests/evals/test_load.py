@@ -186,6 +186,7 @@ def test_failures_are_counted_and_never_good():
     errors = sorted(r["error"] for r in rows if not r["ok"])
     assert errors == ["HTTP 503", "HTTP 503", "TimeoutError"] or errors == ["TimeoutError", "busy", "busy"]
     report = load_report(rows, "load_server", 50)
+    assert report.get("objective_rate").value == pytest.approx(17 / 20)
     assert report.get("error_rate").value == pytest.approx(3 / 20) and report.get("latency_p50").n == 17
 
 

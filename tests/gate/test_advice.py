@@ -54,12 +54,11 @@ def test_the_advice_for_a_bootstrapped_score_decides():
 
     def report(n, seed):
         x = np.random.default_rng(seed).normal(0.56, 0.4, n)
-        x = x - x.mean() + 0.56 if seed < 0 else x
         ci = bootstrap(x, times=400)
         return {"engine": Report("engine", "", "s@1", (Measurement("score", float(x.mean()), n, ci.low, ci.high),))}
 
-    x = rng.normal(0, 0.4, 80)
-    x = x - x.mean() + 0.56
+    x = rng.normal(0, 1, 80)
+    x = (x - x.mean()) / x.std() * 0.4 + 0.56
     ci = bootstrap(x)
     first = Report("engine", "", "s@1", (Measurement("score", 0.56, 80, ci.low, ci.high),))
     [result] = judge_rule(rule, {"engine": first})

@@ -81,7 +81,7 @@ def test_the_bounds_of_a_difference_are_those_of_a_search_over_both_rates(base, 
 
 
 def test_a_quantile_and_a_ratio_of_quantiles_are_covered_at_all_looks():
-    rng, times, looks, alpha = np.random.default_rng(3), 300, 20, 0.2
+    rng, times, looks, alpha = np.random.default_rng(3), 150, 12, 0.2
     truth, wrong, wrong_ratio = np.exp(-1 + 0.5 * 1.6448536), 0, 0
     for _ in range(times):
         base, cand = np.zeros((2, len(histogram([1.0]))), int)

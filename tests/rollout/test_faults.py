@@ -13,9 +13,9 @@ from llmkit.rollout.window import window_json
 
 SMALL = CANARY | {
     "steps": [
-        {"setWeight": 30}, {"analysis": {"min_duration": "1m", "max_duration": "24h", "min_samples": 30, "require": "no_harm"}},
-        {"pause": {"duration": "1m"}},
-        {"setWeight": 50}, {"analysis": {"min_duration": "1m", "max_duration": "24h", "min_samples": 100}},
+        {"setWeight": 30}, {"analysis": {"min_duration": "8s", "max_duration": "24h", "min_samples": 30, "require": "no_harm"}},
+        {"pause": {"duration": "4s"}},
+        {"setWeight": 50}, {"analysis": {"min_duration": "8s", "max_duration": "24h", "min_samples": 100}},
     ],
     "canary": [{"metric": "error_rate", "margin": 0.08}],
 }  # fmt: skip
@@ -75,8 +75,8 @@ def script(folder, begin):
             w.now = float(second)
             w.c.command("undo", "ann", "customers complain")
             break
-        for i in range(10):  # ten requests, written down in the second after them
-            w.n = second * 10 + i
+        for i in range(30):  # thirty requests, written down in the second after them
+            w.n = second * 100 + i
             w.rng = np_rng(w.n)
             w.request(every=0.0, errors=(0.01, 0.01))
         w.now = float(second)
@@ -116,10 +116,11 @@ def test_kill_9_at_every_point_ends_in_the_same_state(tmp_path):
     assert run(whole, True, 100_000) == 0
     points = 100_000 - FATE.value
     want = outcome(whole)
-    assert want[0][0] == "Degraded" and want[1] == {"champion": "sha256:a", "previous": "sha256:b"} and len(want[2]) == 4
+    assert want[0][0] == "Degraded" and len(want[2]) == 4
+    assert want[1] == {"champion": "sha256:a", "previous": "sha256:b"}
     assert points > 40
     # every point around decisions and effects, and a few within the traffic
-    chosen = sorted({*range(8), *range(8, points - 30, max(1, points // 10)), *range(points - 30, points)})
+    chosen = sorted({*range(6), *range(6, points - 26, max(1, points // 6)), *range(points - 26, points)})
     for k in chosen:
         folder = tmp_path / str(k)
         folder.mkdir()
@@ -150,7 +151,8 @@ def test_a_log_that_another_process_holds_is_waited_for(tmp_path):
     threading.Timer(0.3, lambda: other.execute("rollback")).start()
     w.request()
     assert w.c.step().phase == "Progressing"
-    assert w.canary() + w.c.fold.window.arms["baseline"].n == 1 if "baseline" in w.c.fold.window.arms else w.canary() == 1
+    window = w.c.fold.window
+    assert sum(a.n for a in window.arms.values()) + window.counts["before"] == 1
 
 
 def test_users_are_routed_while_the_log_cannot_be_written(tmp_path):

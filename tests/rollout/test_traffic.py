@@ -4,9 +4,13 @@ import json
 import threading
 import tracemalloc
 from collections import Counter
+from dataclasses import replace
 
+import pytest
 from rollout_road import RELEASES, SECTION, H, World
+from statsmodels.stats.proportion import proportion_confint
 
+from llmkit.rollout.analysis import analyse
 from llmkit.rollout.policy import read_rollout
 from llmkit.rollout.shadow import Mirror
 from llmkit.rollout.window import Window, window_json
@@ -27,6 +31,8 @@ def test_ten_thousand_requests_through_a_promotion_and_an_undo(tmp_path):
                 w.now += 1.0
                 if i == 8_000:
                     halfway.release()
+            while len(w.c._queue) > 150:  # the controller shall see them while they come
+                threading.Event().wait(0.001)
             unit = f"user{i % 997}"
             v = w.c.assign(unit)
             with lock:
@@ -64,7 +70,9 @@ def test_users_move_one_way_only_until_the_end(tmp_path):
     turns = Counter(sum(a != b for a, b in zip(p, p[1:], strict=False)) for p in seen.values())
     assert set(turns) <= {0, 1} and turns[1] > 100
     assert all(p[-1] == "canary" for p in seen.values() if p[0] == "canary")
-    logged = [e for (b,) in w.store.rows("select body from events where kind = 'traffic'") for e in json.loads(b)["events"]]
+    logged = [
+        e for (b,) in w.store.rows("select body from events where kind = 'traffic'") for e in json.loads(b)["events"]
+    ]
     assert len({e["id"] for e in logged}) == len(logged) >= i - 25  # none lost, none twice
 
 
@@ -112,6 +120,21 @@ def test_looks_at_the_shadow_are_few_however_often_it_steps(tmp_path):
     assert 2 <= w.c.state.looks <= 4
 
 
+def test_a_later_look_at_the_shadow_asks_for_more_certainty(tmp_path):
+    w = World(tmp_path, SECTION)
+    for _ in range(600):
+        live = w.request(every=60.0)
+        w.shadow(live, same=w.n % 20 > 0)
+    w.c._flush()
+    now, seen = w.now + 24 * H, []
+    w.c.fold.window.arms["baseline"].last = w.c.fold.window.arms["shadow"].last = now
+    for looks in range(3):
+        v = analyse(w.c.fold.policy, replace(w.c.state, looks=looks), w.c.fold.window, now).verdict
+        seen.append(next(r.low for r in v.reasons if r.metric == "label_agreement"))
+    want = [proportion_confint(570, 600, 2 * 0.05 / 2**k, method="wilson")[0] for k in (1, 2, 3)]
+    assert seen == pytest.approx(want, rel=1e-9)
+
+
 def test_a_mirror_feeds_the_controller_and_accounts_for_every_copy(tmp_path):
     w = World(tmp_path, SECTION)
 
@@ -139,7 +162,10 @@ def test_a_hundred_thousand_events_take_no_more_memory_than_the_bounds():
 
     def feed(a, b):
         for i in range(a, b):
-            w.add(usual | {"time": i / 50, "id": f"q{i}", "variant": "canary" if i % 5 == 0 else "baseline", "unit": f"u{i}"})
+            w.add(
+                usual
+                | {"time": i / 50, "id": f"q{i}", "variant": "canary" if i % 5 == 0 else "baseline", "unit": f"u{i}"}
+            )
             if i % 3 == 0:
                 w.add({"kind": "feedback", "time": i / 50 + 1, "id": f"q{i}", "success": i % 4 > 0})
 
@@ -150,7 +176,11 @@ def test_a_hundred_thousand_events_take_no_more_memory_than_the_bounds():
     after = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert after - before < 2_000_000, f"{before:,} → {after:,} bytes"
-    assert w.arms["baseline"].n == 80_000 and len(w.units) == 20_000 and len(w.labels) < 31_000
+    assert (
+        sum(a.n for a in w.arms.values()) + w.counts["before"] == 100_000
+        and len(w.units) == 20_000
+        and len(w.labels) < 31_000
+    )
     k, n = w.arms["canary"].rates["task_success_rate"]
     assert 4000 < n < 5000 and abs(k / n - 0.75) < 0.01
     assert len(json.dumps(window_json(w))) < 8_000_000

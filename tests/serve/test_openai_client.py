@@ -164,6 +164,8 @@ def test_keys_and_limits(make_gateway, tmp_path):
         )
         with pytest.raises(openai.AuthenticationError):
             ask("llk_00000000_" + "x" * 43)
+        with pytest.raises(openai.AuthenticationError):
+            ask(text[:-1] + ("A" if text[-1] != "A" else "B"))
         with pytest.raises(openai.PermissionDeniedError):
             ask(weak)
         assert "x-ratelimit-limit-requests" not in ask().headers

@@ -3,11 +3,13 @@
 import asyncio
 import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 
 import httpx
 import pytest
-from serve_server import PATIENCE, process, until
+from serve_server import PATIENCE, PROGRAM, process, until
 
 from llmkit.serve.events import Events
 from llmkit.serve.keys import Keys
@@ -51,16 +53,47 @@ def test_sigterm_answers_what_was_accepted(tmp_path):
 
 
 def test_a_failed_self_test_stops_the_server(tmp_path):
-    import subprocess
-    import sys
-
-    from serve_server import PROGRAM
-
     broken = PROGRAM.replace("slots=4)", "slots=4, expected=[[1]] * 3)")
     done = subprocess.run(
         [sys.executable, "-c", broken, str(tmp_path), "0", "open"], capture_output=True, text=True, timeout=PATIENCE * 2
     )
     assert done.returncode == 1 and "self-test failed" in done.stderr and "Traceback" not in done.stderr
+
+
+TAKE = """
+import sys
+from llmkit.serve.keys import Account
+from llmkit.serve.limits import Limits, Price, RateLimited
+from llmkit.serve.wire import ApiError
+limits, taken = Limits(sys.argv[1], Price(1.0, 1.0), lambda: 0.0), 0
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(300):
+    try:
+        r = limits.reserve(Account("team", rpm=200, tpm=20_000, budget=1.0), 10, 90)
+        limits.settle(r, 10, 40)
+        taken += 1
+    except RateLimited:
+        pass
+print(taken)
+"""
+
+
+def test_processes_that_reserve_at_the_same_time_take_exactly_what_there_is(tmp_path):
+    args = [sys.executable, "-c", TAKE, str(tmp_path / "l.db")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    running = [subprocess.Popen(args, text=True, **pipes) for _ in range(4)]
+    assert all(p.stdout.readline() == "ready\n" for p in running)
+    for p in running:  # all at once
+        p.stdin.write("go\n")
+        p.stdin.flush()
+    done = [p.communicate(timeout=PATIENCE * 2) for p in running]
+    assert not any(err for _, err in done), done
+    assert sum(int(out) for out, _ in done) == 200
+    with sqlite3.connect(tmp_path / "l.db") as db:
+        levels = dict(db.execute("SELECT kind, level FROM buckets"))
+        assert levels == {"requests": 0, "tokens": 20_000 - 200 * 50}
+        assert db.execute("SELECT usd FROM spending").fetchone()[0] == pytest.approx(200 * 50 / 1e6)
 
 
 def test_limits_hold_across_processes_and_a_restart(tmp_path):

@@ -4,6 +4,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -12,11 +14,14 @@ from release_road import LINES, TINY, random_delta, run_card, run_gate, run_pack
 from serve_server import PATIENCE, serving, until
 
 from llmkit.core.artifact import open_artifact
+from llmkit.core.digests import short
 from llmkit.core.errors import KitError
 from llmkit.core.files import read_json, write_json, write_text
 from llmkit.core.settings import load_settings
 from llmkit.runtime.sampling import Sampling
+from llmkit.serve.adapters import Adapters
 from llmkit.serve.gateway import Gateway
+from llmkit.serve.keys import Keys
 from llmkit.serve.server import from_registry, open_backend, resolve
 
 BUNDLE = "artifacts/package/bundle"
@@ -85,6 +90,12 @@ def test_a_changed_byte_is_not_served(project, tmp_path):
         open_backend(resolve(str(tmp_path / "bundle"), load_settings()))
 
 
+def test_another_bundle_than_the_registered_one_is_not_served(project):
+    t = from_registry(load_settings())
+    with pytest.raises(KitError, match="it is bundle"):
+        open_backend(replace(t, bundle="sha256:" + "0" * 64))
+
+
 def test_the_onnx_engine_answers_over_http_as_it_does_alone(project):
     backend = open_backend(resolve(BUNDLE, load_settings()), slots=4)
     assert backend.expected, "the bundle's own self-test goes along"
@@ -119,6 +130,63 @@ def test_the_onnx_engine_answers_over_http_as_it_does_alone(project):
             assert info["eos_token"] == tok.special["eos_token"] and info["chat_template"] == tok.template
             text = c.post(f"{url}/tokenize", json={"prompt": LINES[0]}).json()["tokens"]
             assert text == prompts[0] and c.post(f"{url}/detokenize", json={"tokens": text}).json()["prompt"]
+
+
+def test_a_delta_is_loaded_asked_and_unloaded_while_the_server_runs(project, tmp_path):
+    from llmkit.runtime.engine import load_engine
+
+    keys = Keys(tmp_path / "serve.db")
+    admin, user = (
+        {"authorization": f"Bearer {keys.create('a', scopes)[0]}"}
+        for scopes in (("inference", "admin"), ("inference",))
+    )
+    gateway = Gateway("bank-support", {"baseline": open_backend(resolve(BUNDLE, load_settings()))}, keys=keys)
+    adapters = Adapters(gateway, "artifacts/base/base", slots=4)
+    delta = "artifacts/finetune/delta"
+    with load_engine("artifacts/base/base", "torch", delta=delta) as e:
+        prompt = e.tokenizer.encode(LINES[3])
+        want = e.generate([prompt], Sampling(10, stop_ids=()))[0]
+    with serving(gateway, adapters=adapters) as url, httpx.Client(timeout=PATIENCE, base_url=url, headers=admin) as c:
+        load = lambda **more: c.post("/v1/load_lora_adapter", json={"lora_name": "tone", "lora_path": delta, **more})  # noqa: E731
+        assert (
+            c.post("/v1/load_lora_adapter", json={"lora_name": "tone", "lora_path": delta}, headers=user).status_code
+            == 403
+        )
+        for missing in ("artifacts/nothing", "artifacts/base/base", BUNDLE):
+            assert load(lora_path=missing).status_code == 404
+        shutil.copytree(delta, tmp_path / "delta")
+        (tmp_path / "delta/adapter_model.safetensors").write_bytes(b"x")
+        assert (load(lora_path=str(tmp_path / "delta")).status_code, gateway.adapters) == (400, set())
+        name = load().json()["id"]
+        assert (
+            name == f"tone@{short(open_artifact(delta).digest)}" and load().json()["error"]["code"] == "already_loaded"
+        )
+        assert [m["id"] for m in c.get("/v1/models").json()["data"]] == ["bank-support", name]
+        ask = {"model": name, "prompt": prompt, "max_tokens": 10, "temperature": 0, "ignore_eos": True, "logprobs": 0}
+        got = c.post("/v1/completions", json=ask).json()
+        assert got["choices"][0]["text"] == want.text and got["model"] == name
+        assert got["choices"][0]["logprobs"]["token_logprobs"] == pytest.approx(want.logprobs, abs=1e-4)
+        codes, stop = [], threading.Event()
+
+        def flood(model):
+            with httpx.Client(timeout=PATIENCE, headers=admin) as mine:
+                while not stop.is_set():
+                    codes.append((model, mine.post(f"{url}/v1/completions", json={**ask, "model": model}).status_code))
+
+        threads = [threading.Thread(target=flood, args=(m,)) for m in (name, name, "bank-support")]
+        for t in threads:
+            t.start()
+        until(lambda: len(codes) > 10, "some traffic")
+        assert c.post("/v1/unload_lora_adapter", json={"lora_name": name}).status_code == 200
+        until(lambda: codes.count((name, 404)) > 2, "the end of the name")
+        stop.set()
+        for t in threads:
+            t.join(PATIENCE)
+        assert {code for m, code in codes if m == "bank-support"} == {200}
+        assert {code for m, code in codes if m == name} == {200, 404}, (
+            "answered, or told that it is gone: none was dropped"
+        )
+        assert c.post("/v1/unload_lora_adapter", json={"lora_name": name}).status_code == 404
 
 
 def test_serve_starts_with_nothing_said_and_stops_on_sigterm(project):

@@ -46,9 +46,12 @@ def test_the_answers_are_the_upstreams(chain, dummy):
 
 def test_its_refusals_are_passed_on_and_its_failures_are_not(chain):
     inner, front, outside = chain
-    ask = lambda **more: httpx.post(
-        f"{outside}/v1/completions", json={"model": "front", "prompt": "card", **more}, timeout=PATIENCE
-    )  # noqa: E731
+
+    def ask(**more):
+        return httpx.post(
+            f"{outside}/v1/completions", json={"model": "front", "prompt": "card", **more}, timeout=PATIENCE
+        )
+
     got = ask(prompt="x" * 2000)
     assert (got.status_code, got.json()["error"]["code"]) == (400, "context_length_exceeded")
     assert httpx.post(f"{outside}/tokenize", json={"prompt": "a"}).status_code == 404

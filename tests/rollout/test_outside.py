@@ -1,0 +1,158 @@
+"""The judge on a real socket, the real registry, and the commands as a person gives them."""
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from datetime import UTC, datetime
+
+import pytest
+from rollout_road import CANARY, World
+from ruamel.yaml import YAML
+
+from llmkit.core.errors import KitError
+from llmkit.release.ledger import read_ledger
+from llmkit.release.registry import register, versions
+from llmkit.release.release import Release
+from llmkit.rollout import commands
+from llmkit.rollout.controller import Controller, MlflowRegistry
+from llmkit.rollout.judge_server import answer, judge_app
+from llmkit.rollout.state import Effect
+
+
+@pytest.fixture
+def judge(tmp_path):
+    "A judge on a free port, over a store that a controller writes."
+    import uvicorn
+
+    w = World(tmp_path)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(judge_app(World(tmp_path, begin=False).store, lambda: w.now), port=port, log_level="error"))  # fmt: skip
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    until = time.monotonic() + 60
+    while not server.started and time.monotonic() < until:
+        threading.Event().wait(0.02)
+    yield w, f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join(60)
+
+
+def get(url):
+    with urllib.request.urlopen(url, timeout=60) as r:
+        return json.loads(r.read())
+
+
+@pytest.mark.parametrize("how", [{}, {"errors": (0.01, 0.3)}, {"slower": 2.0}], ids=str)
+def test_the_judge_says_what_the_controller_thinks_at_every_stage(judge, how):
+    w, url = judge
+    for _ in range(8):
+        w.traffic(100, **how)
+        w.c.step()
+        assert get(f"{url}/v1/rollouts/r1/verdict") == answer(w.c.fold, w.now)
+        assert (
+            get(f"{url}/v1/rollouts/r1/verdict?at={w.now}")["digest"] == answer(w.store.replay("r1"), w.now)["digest"]
+        )
+    assert get(f"{url}/v1/rollouts/r1/verdict")["verdict"] == ("fail" if how else "inconclusive")
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        get(f"{url}/v1/rollouts/none/verdict")
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    "A project with two registered releases of a model; the first is the champion."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLMKIT_ACTOR", "ann")
+    (tmp_path / "settings.ini").write_text("[DEFAULT]\ntracking_uri = sqlite:///mlflow.db\n")
+    YAML().dump({"rollout": CANARY}, tmp_path / "params.yaml")
+    for n in (1, 2):
+        release = Release("bank-support", *(f"sha256:{x}{n}" for x in ("bundle", "verdict", "card")))
+        register(release, "sqlite:///mlflow.db", f"file:///bundle{n}")
+    return tmp_path
+
+
+def test_from_the_first_champion_to_a_promotion_and_back(project, capsys):
+    uri = "sqlite:///mlflow.db"
+    with pytest.raises(KitError, match="--first"):
+        commands.rollout_start("bank-support")
+    one, two = versions(uri, "bank-support")
+    assert commands.rollout_start("bank-support", canary=one.release, first=True) == 0
+    with pytest.raises(KitError, match="a champion already"):
+        commands.rollout_start("bank-support", first=True)
+    assert commands.rollout_start("bank-support", because="more intents") == 0
+    assert "bank-support-2: Progressing" in capsys.readouterr().out
+    with pytest.raises(KitError, match="under way"):
+        commands.rollout_start("bank-support")
+    with pytest.raises(KitError, match="nothing was measured"):
+        commands.rollout_promote(full=True)
+    store = commands.open_store()
+    assert commands.active(store) == "bank-support-2"
+    serve(Controller(store, "bank-support-2", MlflowRegistry(uri)))
+    assert commands.rollout_pause(because="lunch") == 0 and commands.rollout_status() == 3
+    assert commands.rollout_resume() == 0 and commands.rollout_status() == 0
+    assert commands.rollout_promote(full=True, because="seen enough") == 0
+    assert aliases(uri) == {"champion": 2, "previous": 1, "challenger": 2}
+    assert commands.active(store) is None
+    assert commands.rollout_undo(because="customers complain") == 0
+    assert aliases(uri) == {"champion": 1, "previous": 2, "challenger": 2}
+    entries = [(e.action, e.alias, e.after, e.who) for e in read_ledger("ledger.jsonl") if e.action != "register"]
+    assert entries == [
+        ("promote", "champion", one.release, "ann"),
+        ("promote", "previous", one.release, "ann"), ("promote", "champion", two.release, "ann"),
+        ("rollback", "previous", two.release, "ann"), ("rollback", "champion", one.release, "ann"),
+    ]  # fmt: skip
+    assert commands.rollout_status() == 1
+    assert commands.rollout_retry(because="fixed") == 0
+    assert commands.rollout_abort(because="not fixed") == 0
+    with pytest.raises(KitError, match="retry starts it again"):
+        commands.rollout_resume()
+    assert "ann: not fixed" in capsys.readouterr().out
+
+
+def serve(c, n=300):
+    "Requests in the current second, all answered well."
+    for i in range(n):
+        v = c.assign(f"u{i}")
+        c.observe({"kind": "request", "time": datetime.now(UTC).timestamp() + 1, "id": f"q{i}", "variant": v, "release": v, "unit": f"u{i}", "code": 200, "status": "ok", "latency": 0.001, "ttft": None, "prompt_tokens": 40, "fallback": False, "refused": False})  # fmt: skip
+    c.step()
+
+
+def aliases(uri):
+    return {a: v.version for v in versions(uri, "bank-support") for a in v.aliases}
+
+
+def test_a_move_that_was_done_is_done_again_without_a_trace(project):
+    registry = MlflowRegistry("sqlite:///mlflow.db")
+    release = versions("sqlite:///mlflow.db", "bank-support")[0].release
+    effect = Effect("champion", release, "promote", "sha256:v", "bank-support")
+    registry.move(effect)
+    before = open("ledger.jsonl", "rb").read()
+    registry.move(effect)
+    assert open("ledger.jsonl", "rb").read() == before
+    with pytest.raises(KitError, match="not in the registry"):
+        registry.move(Effect("champion", "sha256:none", "promote", "sha256:v", "bank-support"))
+
+
+def test_the_registry_forgot_the_ledger_in_a_crash(project):
+    "MLflow was told, and the process died before the ledger was: the next try writes it down."
+    from llmkit.release.registry import _client
+
+    uri = "sqlite:///mlflow.db"
+    release = versions(uri, "bank-support")[1].release
+    _client(uri).set_registered_model_alias("bank-support", "champion", "2")
+    MlflowRegistry(uri).move(Effect("champion", release, "promote", "sha256:v", "bank-support"))
+    assert [(e.action, e.who) for e in read_ledger("ledger.jsonl")][-1] == ("promote", "policy")
+
+
+def test_judging_needs_neither_a_server_nor_a_registry():
+    "The decision is made with numpy and scipy: none of the extras is imported for it."
+    code = "import sys, llmkit.rollout.store, llmkit.rollout.commands, llmkit.rollout.judge_server; print([m for m in ('fastapi', 'mlflow', 'pydantic', 'torch', 'matplotlib') if m in sys.modules])"  # fmt: skip
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
