@@ -41,6 +41,13 @@ COMMANDS = {
     "releases": "llmkit.release.registry:list_releases",
     "register": "llmkit.release.registry:register_release",
     "ledger verify": "llmkit.release.ledger:verify_ledger",
+    "harness": "llmkit.evals.harness:harness_run",
+    "load": "llmkit.evals.load:load_run",
+    "serve": "llmkit.serve.server:serve",
+    "keys create": "llmkit.serve.keys:keys_create",
+    "keys list": "llmkit.serve.keys:keys_list",
+    "keys revoke": "llmkit.serve.keys:keys_revoke",
+    "keys rotate": "llmkit.serve.keys:keys_rotate",
     "image write": "llmkit.deploy.image:image_write",
     "image build": "llmkit.deploy.image:image_build",
 }

@@ -21,6 +21,8 @@ EXTRAS = {
     **dict.fromkeys(("onnx", "onnxruntime", "onnxruntime_genai"), "onnx"),
     **dict.fromkeys(("papermill", "nbclient", "nbformat", "ipykernel", "dvc", "psutil"), "flow"),
     **dict.fromkeys(("mlflow", "matplotlib", "nbconvert"), "release"),
+    **dict.fromkeys(("fastapi", "uvicorn", "httpx", "prometheus_client"), "serve"),
+    **{"redis": "streams", "deltalake": "delta", "lm_eval": "harness"},
 }
 
 

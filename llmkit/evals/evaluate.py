@@ -105,14 +105,14 @@ def evaluate_cached(
 
 
 def _code() -> str:
-    "The digest of the modules that evaluate, and of the Python that runs them."
+    "The digest of the modules that evaluate, of the data they carry, and of the Python that runs them."
     folders = [Path(p) for p in llmkit.evals.__path__]
     return digest_json([platform.python_version(), *(digest_files(f, skip=_compiled(f)) for f in folders)])
 
 
 def _compiled(folder: Path) -> tuple[str, ...]:
-    "Files beside the modules that are none."
-    return tuple(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix != ".py")
+    "Files that are neither modules nor their data."
+    return tuple(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix not in (".py", ".yaml"))
 
 # %% ../../nbs/06_evals/07_evaluate.ipynb #2b584174
 def open_quietly(folder: str | Path, **options) -> Engine:

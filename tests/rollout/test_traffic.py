@@ -150,7 +150,11 @@ def test_a_mirror_feeds_the_controller_and_accounts_for_every_copy(tmp_path):
             mirror.submit(live["id"], {"n": i}, "card_lost: done")
     counts = mirror.close(wait=60)
     w.c.step()
-    assert counts["sent"] == 300 == counts["ok"] + counts["failed"] + counts["dropped"] and counts["waiting"] == 0
+    assert (
+        counts["failed"]
+        and counts["sent"] == 300 == counts["ok"] + counts["failed"] + counts["dropped"]
+        and counts["waiting"] == 0
+    )
     assert {k: w.c.fold.window.counts[k] for k in ("ok", "failed", "dropped")} == {k: counts[k] for k in ("ok", "failed", "dropped")}  # fmt: skip
     assert len(w.c.fold.window.pairs) == counts["ok"] + counts["failed"]
 

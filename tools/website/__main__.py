@@ -66,7 +66,10 @@ def pipeline(names: dict[str, str], mermaid: bool) -> None:
             text.append(f'- <a href="../{what.lower().replace(" ", "_")}/{first}">{what}</a>\n')
         else:
             text.append(f"- {what}: none on this machine; `make repro` makes it in `{folder}`\n")
-    text += [toctree([s.stem for s in stages], "Stages"), toctree([f"{r.stem} (record) <../records/{r.stem}>" for r in records], "Records")]
+    text += [
+        toctree([s.stem for s in stages], "Stages"),
+        toctree([f"{r.stem} (record) <../records/{r.stem}>" for r in records], "Records"),
+    ]
     write("pipeline/index.md", "\n".join(text))
     for r in records:
         page(r, Path("records") / r.name, names, mermaid, record=True)
