@@ -258,9 +258,9 @@ def load_engine_report(
 def load_run(
     target: str,  # an engine, model or base folder, or the address of a server up to /v1
     per_second: float = 1.0,  # requests that arrive in a second, on average
-    requests: int = 200,
+    requests: int = 200,  # measured; a twentieth more go before them to warm up
     tokens: int = 32,  # of each answer
-    prompt: str = "Hello, my card was declined at a shop. What can I do?",
+    prompt: str = "Hello, my card was declined at a shop. What can I do?",  # what every request asks
     slots: int = 8,  # requests that an engine runs together
     model: str = "default",  # the model's name at the server
     key: str = "",  # API key of the server

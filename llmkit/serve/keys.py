@@ -219,7 +219,10 @@ def _spelt(p: GuardPolicy) -> str:
     return ", ".join(f"{k}={v}" for k, v in vars(p).items())
 
 
-def keys_list(*, settings: str = "settings.ini") -> int:
+def keys_list(
+    *,
+    settings: str = "settings.ini",  # the profile names the database
+) -> int:
     "List the API keys by prefix, with account, scopes, state and limits."
     keys = Keys(database_path(settings))
     print("| key | account | scopes | state | expires | rpm | tpm | budget |\n|---|---|---|---|---|--:|--:|--:|")
