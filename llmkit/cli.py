@@ -30,7 +30,7 @@ COMMANDS = {
     "gate plan": "llmkit.gate.run:gate_plan",
     "gate selftest": "llmkit.evals.selftest:gate_selftest",
     "baseline set": "llmkit.gate.run:baseline_set",
-    "eval": "llmkit.evals.evaluate:eval_run",
+    "eval": "llmkit.evals.battery:eval_run",
     "data diff": "llmkit.data.diff:data_diff",
     "tokenizer lint": "llmkit.model.lint:lint_command",
     "lineage": "llmkit.release.lineage:show_lineage",

@@ -20,6 +20,7 @@ from .calibration import calibration_measurements
 from .suite import Suite
 from .task import sliced
 from ..model.tokenizer import Tokenizer, encode_after
+from ..runtime.endpoint import EndpointEngine
 from ..runtime.engine import EngineBase, check_ids, groups_by_length
 from ..runtime.sampling import log_softmax
 
@@ -87,6 +88,9 @@ def score_pairs(
     ],  # (tokens to read, at least one; tokens to score, at least one)
 ) -> tuple[np.ndarray, np.ndarray]:
     "The log-likelihood of each second part, (n,) float64, and whether the model would have said it, (n,) bool."
+    if isinstance(engine, EndpointEngine):  # a server does not tell logits, but scores by itself
+        told = engine.score_greedy([p for p, _ in pairs], [o for _, o in pairs])
+        return np.array([float(lp.sum(dtype=float)) for lp, _ in told]), np.array([g for _, g in told], bool)
     rows, where = needed_rows([[*p, *o][:-1] for p, o in pairs])
     wanted: list[list[int]] = [[] for _ in rows]
     for k, row in enumerate(where):

@@ -28,7 +28,7 @@ def answer_ids(
 ) -> tuple[list[int], list[int]]:
     "Prompt and answer as tokens, cut where training cuts them."
     if not isinstance(tokenizer, Tokenizer):  # a test's tokenizer without a template
-        return tokenizer.chat(messages[:-1]), [*tokenizer.encode(messages[-1]["content"]), tokenizer.eos_ids[0]]
+        return tokenizer.chat(messages[:-1]), [*tokenizer.encode(messages[-1]["content"]), *tokenizer.eos_ids[:1]]
     ids, mask = encode_example(tokenizer, messages)
     start = mask.index(1)
     return ids[:start], ids[start:]

@@ -299,15 +299,18 @@ ENGINES = Registry(
     onnx="llmkit.runtime.onnx_engine:OnnxEngine",
     torch="llmkit.runtime.torch_engine:TorchEngine",
     dummy="llmkit.runtime.dummy:DummyEngine",
+    endpoint="llmkit.runtime.endpoint:EndpointEngine",
 )
 
 
 def load_engine(
-    folder: str | Path,  # an engine artifact, or a base or model
-    kind: str | None = None,  # "onnx", "torch", or a registered name; None: as the folder says
+    folder: str | Path,  # an engine artifact, a base or model, or the address of a server up to and with /v1
+    kind: str | None = None,  # "onnx", "torch", "endpoint", or a registered name; None: as the folder says
     **options,  # of the engine: `delta`, `device`, `slots`, `threads`
 ) -> Engine:
-    "Open a model for use."
+    "Open a model for use; raises `KitError`."
+    if str(folder).startswith(("http://", "https://")):
+        return ENGINES.load(kind or "endpoint")(str(folder), **options)
     folder = Path(folder)
     if not folder.is_dir():
         raise KitError("no such folder", file=folder, remedy="Run the stage that makes it")

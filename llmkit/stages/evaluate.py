@@ -6,11 +6,14 @@
 __all__ = ['NEEDS', 'MAKES', 'SUBJECTS', 'run']
 
 # %% ../../nbs/pipeline/06_evaluate.ipynb #ec3a97d0
+from typing import Any
+
 from ..core.artifact import Artifact, build, open_artifact, require_parent
 from ..core.files import read_jsonl
 from ..core.report import write_report
+from ..evals.battery import Surroundings, run_suite, suite_options
 from ..evals.cost import load_price
-from ..evals.evaluate import quality_report, timing_report
+from ..evals.evaluate import open_quietly, quality_report, timing_report
 from ..evals.suite import make_suite
 
 # %% ../../nbs/pipeline/06_evaluate.ipynb #01ce3b37
@@ -30,9 +33,12 @@ def run(
     version: int,  # of the questions and of how they are asked
     limit: int | None,  # the first so many of the test split; null for all
     max_tokens: int,  # of an answer
-    scorers: list[str],  # what is measured: label, exact, language, calibration, refusal
+    scorers: list[
+        str
+    ],  # what is measured: label, exact, language, calibration, refusal, temperature, rouge_l, token_f1, choice
     batch_size: int,  # rows that run together
     noise_items: int,  # items that the engine answers a second time, in other batches
+    suites: dict[str, dict[str, Any]],  # behaviour suites and their options: `llmkit.evals.battery`
     speed_subjects: list[str],  # which of engine, merged and base are timed
     speed_prompts: int,  # different prompts for the timing
     speed_tokens: int,  # tokens generated for each
@@ -44,6 +50,7 @@ def run(
 ) -> Artifact:
     "Measure quality and speed of the engine, the merged model and the base."
     price = load_price(machine, price_table)
+    asked_of = {name: suite_options(name, given, f"evaluate.suites.{name}") for name, given in suites.items()}
     parts = {role: open_artifact(path) for role, path in NEEDS.items()}
     for child, role in (("engine", "model"), ("model", "base"), ("dataset", "base")):
         require_parent(parts[child], role, parts[role])
@@ -55,6 +62,10 @@ def run(
             twice = noise_items if subject == "engine" else 0
             report = quality_report(subject, parts[role], questions, batch_size, twice, seed)
             write_report(report, folder / subject)
+        around = Surroundings(questions, parts["model"].path, parts["dataset"].path, batch_size, seed)
+        with open_quietly(parts["engine"].path, slots=batch_size) as engine:
+            for name, options in asked_of.items():
+                write_report(run_suite(name, engine, around, options), folder / f"{name}_engine")
         for subject in speed_subjects:
             where = parts[SUBJECTS[subject]].path
             asked = (speed_prompts, speed_tokens, speed_repeats)
