@@ -703,6 +703,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'llmkit/flow/kernel.py'),
                                     'llmkit.flow.kernel.SeedOnImport.find_spec': ( '12_flow/kernel.html#seedonimport.find_spec',
                                                                                    'llmkit/flow/kernel.py'),
+                                    'llmkit.flow.kernel.orders_end_first': ( '12_flow/kernel.html#orders_end_first',
+                                                                             'llmkit/flow/kernel.py'),
                                     'llmkit.flow.kernel.prepare': ('12_flow/kernel.html#prepare', 'llmkit/flow/kernel.py')},
             'llmkit.flow.notebook': { 'llmkit.flow.notebook.NotebookError': ( '12_flow/notebook.html#notebookerror',
                                                                               'llmkit/flow/notebook.py'),

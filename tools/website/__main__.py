@@ -78,7 +78,9 @@ def pipeline(names: dict[str, str], mermaid: bool) -> None:
 def package(folder: Path, promises: dict[str, str]) -> None:
     "The page of one package: its promise and its modules."
     books, name = sorted(folder.glob("[0-9]*.ipynb")), folder.name.partition("_")[2]
-    head = f"# {name}\n\n{{.promise}}\n> {promises.get(name, '')}\n\n"
+    if name not in promises:
+        raise SystemExit(f"docs: nbs/index.ipynb has no row for the package `{name}` in its table of packages")
+    head = f"# {name}\n\n{{.promise}}\n> {promises[name]}\n\n"
     write(f"{folder.name}/index.md", head + listing(books, folder) + toctree([b.stem for b in books]))
 
 
