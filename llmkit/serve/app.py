@@ -9,7 +9,7 @@ __all__ = ['FEEDBACK', 'ERROR', 'closed', 'models', 'make_app']
 import asyncio
 import html
 from collections.abc import Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any
 
 import llmkit
@@ -74,6 +74,7 @@ def make_app(
     drain: float = 30.0,  # seconds that running requests get at the end
     hourly: Callable[[], Any] | None = None,  # such as the deletion of old events
     adapters: Adapters | None = None,  # where deltas can be loaded and unloaded
+    beside: AbstractAsyncContextManager | None = None,  # what runs while the server does, such as a rollout
 ) -> Any:  # a FastAPI application
     "The HTTP server of a gateway."
     fastapi = need("fastapi", "serve")
@@ -85,7 +86,8 @@ def make_app(
         gateway.metrics.ready.set(float(state["ready"]))
         tasks = [asyncio.create_task(_self_test(gateway, state))] if check else []
         tasks += [asyncio.create_task(_every_hour(hourly))] if hourly else []
-        yield
+        async with beside or nullcontext():
+            yield
         for task in tasks:
             task.cancel()
         await gateway.close(drain)
