@@ -672,6 +672,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llmkit.flow.closure.resolve': ('12_flow/closure.html#resolve', 'llmkit/flow/closure.py'),
                                      'llmkit.flow.closure.statements': ('12_flow/closure.html#statements', 'llmkit/flow/closure.py')},
             'llmkit.flow.dag': { 'llmkit.flow.dag._scalar': ('12_flow/dag.html#_scalar', 'llmkit/flow/dag.py'),
+                                 'llmkit.flow.dag._sections': ('12_flow/dag.html#_sections', 'llmkit/flow/dag.py'),
                                  'llmkit.flow.dag.check': ('12_flow/dag.html#check', 'llmkit/flow/dag.py'),
                                  'llmkit.flow.dag.check_entry': ('12_flow/dag.html#check_entry', 'llmkit/flow/dag.py'),
                                  'llmkit.flow.dag.dag': ('12_flow/dag.html#dag', 'llmkit/flow/dag.py'),

@@ -97,7 +97,9 @@ def evaluate_cached(
     "`evaluate`, unless this engine has answered this suite before."
     if not engine.info.digest:
         return evaluate(engine, suite, subject, seed)
-    kept = Path(cache) / short(digest_json([engine.info.digest, engine.info.device, suite.digest, seed, evaluation_digest()]), 24)
+    kept = Path(cache) / short(
+        digest_json([engine.info.digest, engine.info.device, suite.digest, seed, evaluation_digest()]), 24
+    )
     if not (kept / "report.json").is_file():
         with atomic_folder(kept) as tmp:
             write_report(evaluate(engine, suite, "cached", seed), tmp)

@@ -182,7 +182,7 @@ async def drive_url(
     traces = [Trace(i, float(t)) for i, t in enumerate(schedule)]
     async with httpx.AsyncClient(base_url=url.rstrip("/"), headers=head, limits=limits, timeout=None) as client:
         start = time.perf_counter()
-        bodies = [common | {"messages": [{"role": "user", "content": prompts[t.id % len(prompts)]}]} for t in traces]
+        bodies = [common | {"user": f"load-{t.id}", "messages": [{"role": "user", "content": prompts[t.id % len(prompts)]}]} for t in traces]  # fmt: skip
         jobs = [_ask(client, "/chat/completions", b, t, start, timeout) for b, t in zip(bodies, traces, strict=True)]
         await asyncio.gather(*jobs)
     return [t.row() for t in traces]

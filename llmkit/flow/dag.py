@@ -10,14 +10,17 @@ __all__ = ['RECEIPTS', 'HEADER', 'stage_entry', 'data_deps', 'dag', 'dag_text', 
 import json
 import os
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import KitError
 from ..core.files import write_text
 from ..core.params import did_you_mean, load_params
+from ..evals.battery import suite_options
 from .closure import closure
 from .notebook import Stage, find_checkout, find_stages, read_stage, stage_values
+from ..rollout.policy import read_rollout
 
 # %% ../../nbs/12_flow/07_dag.ipynb #5c497df8
 RECEIPTS = {"register": "artifacts/register/receipt.json"}  # stage → the file that vouches for its side effect
@@ -159,7 +162,7 @@ def check(
 def params_problems(
     project: str | Path = ".",  # the folder of `params.yaml`
 ) -> list[str]:
-    "What is unknown, missing or mistyped in `params.yaml`, one line for each stage and each unknown section."
+    "What is unknown, missing or mistyped in `params.yaml`, one line for each stage, policy, suite and unknown section."
     checkout, file = find_checkout(project), Path(project) / "params.yaml"
     params, bad = load_params(file), []
     stages = [read_stage(n, checkout) for n in find_stages(checkout)]
@@ -168,8 +171,22 @@ def params_problems(
             stage_values(stage, params, file)
         except KitError as e:
             bad.append(str(e))
-    known = {s.name for s in stages} | {n for s in stages for n in s.parameters} | {"seed"}
+    for check in _sections(params, file):
+        try:
+            check()
+        except KitError as e:
+            bad.append(str(e))
+    known = {"rollout"} | {s.name for s in stages} | {n for s in stages for n in s.parameters} | {"seed"}
     return bad + [f"{file}: {k}: belongs to no stage. {did_you_mean(k, known)}" for k in params if k not in known]
+
+
+def _sections(params: dict[str, Any], file: Path) -> Iterator[Callable[[], Any]]:
+    "Checks of what a stage's signature does not tell."
+    if "rollout" in params:
+        yield lambda: read_rollout(params["rollout"], file)
+    suites = (params.get("evaluate") or {}).get("suites")
+    for name, given in suites.items() if isinstance(suites, dict) else ():
+        yield lambda name=name, given=given: suite_options(name, given, f"evaluate.suites.{name}", file)
 
 
 def params_check(

@@ -20,7 +20,8 @@ from .controller import Controller, MlflowRegistry, Registry
 from .policy import read_rollout
 from .state import Effect
 from .store import Store
-from .view import view, watch
+from .view import view
+from .view import watch as show
 
 # %% ../../nbs/09_rollout/12_commands.ipynb #6f099c3d
 EXIT = {"Progressing": 0, "Healthy": 0, "Paused": 3, "Degraded": 1}  # phase → exit code
@@ -128,14 +129,14 @@ def _free_id(store: Store, id: str) -> str:
 def rollout_status(
     id: str = "",  # of a rollout; default: the last one
     *,
-    watching: bool = False,  # show it until it ends (`--watch`)
+    watch: bool = False,  # show it until it ends
     settings: str = "settings.ini",  # where the store is
 ) -> int:
     "Show a rollout; exit code 0 while it goes well, 3 when paused, 1 when aborted."
     store = open_store(settings)
     id = latest(store, id)
-    if watching:
-        return EXIT[watch(store, id).state.phase]
+    if watch:
+        return EXIT[show(store, id).state.phase]
     c = Controller(store, id, _registry(settings))
     print(view(c.fold, c.clock()))
     for p in store.promises(id):

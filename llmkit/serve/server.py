@@ -9,6 +9,31 @@ __all__ = ['LOOPBACK', 'Target', 'pick', 'from_registry', 'target_of', 'resolve'
 # %% ../../nbs/08_serve/14_server.ipynb #eb00f653
 import os
 import signal
+import threading
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..core.artifact import MANIFEST, open_artifact
+from ..core.digests import short
+from ..core.errors import KitError
+from ..core.files import read_json
+from ..core.plugins import need
+from ..core.settings import Settings, load_settings
+from ..release.bundle import verify_bundle
+from ..release.registry import Version, registry_uri, versions
+from ..release.restore import bundle_of
+from ..release.smoke import kind_of, open_any
+from .adapters import Adapters
+from .app import make_app
+from .backend import Backend, EngineBackend
+from .events import Events
+from .gateway import Gateway
+from .keys import DATABASE, Keys
+from .limits import Limits, Price
+from .upstream import UpstreamBackend
 
 # %% ../../nbs/08_serve/14_server.ipynb #d21f8049
 @dataclass(frozen=True)

@@ -1,0 +1,216 @@
+"A server with real requests while releases come and go: a bad one is stopped, a good one stays, an undo takes it back."
+
+import itertools
+import threading
+import time
+from collections import Counter
+from contextlib import contextmanager
+
+import httpx
+import pytest
+from rollout_road import CANARY, SECTION, Recorder
+from serve_server import PATIENCE, serving, until
+
+from llmkit.rollout.controller import Controller
+from llmkit.rollout.live import Live, newest
+from llmkit.rollout.store import Store
+from llmkit.runtime.dummy import DummyEngine
+from llmkit.serve.backend import EngineBackend
+from llmkit.serve.events import Events
+from llmkit.serve.gateway import Gateway
+
+REPLIES = {"card": "lost_card: Blocked."}
+SHORT = {"min_duration": "1s", "max_duration": "10m", "min_samples": 40}
+RAILS = [{"metric": "error_rate", "margin": 0.4, "hard_stop": {"max": 0.3, "min_n": 20}}]
+QUICK = CANARY | {"steps": [{"setWeight": 50}, {"analysis": SHORT}], "canary": RAILS}
+AFTER_SHADOW = SECTION | {
+    "steps": [{"shadow": {"percent": 100}}, {"analysis": SHORT}, *QUICK["steps"]],
+    "shadow": [{"metric": "error_rate", "noninferiority": 0.4, "against": "baseline", "min_n": 20}],
+    "canary": RAILS,
+}
+
+
+class Broken(DummyEngine):
+    "Passes its self-test, and then fails on every question of a customer."
+
+    def next_logits(self, prompt, answer=()):
+        if "my card is gone" in self.tokenizer.decode(list(prompt)):
+            raise RuntimeError("a bad release")
+        return super().next_logits(prompt, answer)
+
+
+class Slow(DummyEngine):
+    "Takes its time to load."
+
+    def __init__(self):
+        time.sleep(0.3)
+        super().__init__(replies=REPLIES, seed=1)
+
+
+ENGINES = {"sha256:a": lambda: DummyEngine(replies=REPLIES), "sha256:bad": Broken, "sha256:good": Slow}
+
+
+class Town:
+    "A server, customers, and somebody in another process who gives orders."
+
+    def __init__(self, folder):
+        self.folder, self.registry = folder, Recorder(folder / "registry.json")
+        self.store = Store(folder / "rollouts.db")
+        self.answers, self.ids, self._go = [], itertools.count(), threading.Event()
+
+    @contextmanager
+    def server(self, champion="sha256:a", **options):
+        "The address of a server, and what follows the rollouts there."
+        gateway = Gateway("bank-support", {"baseline": self.open(champion)}, events=Events(self.folder / "events.db"))
+        live = Live(gateway, Store(self.folder / "rollouts.db"), self.registry, self.open, every=0.05, **options)
+        with serving(gateway, beside=live.beside()) as url:
+            yield url, live
+
+    def open(self, release):
+        "A release as the server loads it."
+        if release not in ENGINES:
+            raise OSError("the disk has lost it")
+        return EngineBackend(ENGINES[release](), release=release)
+
+    @contextmanager
+    def customers(self, url, n=4):
+        "Ask all the time, each time as somebody else."
+        stop = threading.Event()
+
+        def ask():
+            with httpx.Client(timeout=PATIENCE) as c:
+                while not stop.is_set():
+                    i = next(self.ids)
+                    said = [{"role": "user", "content": "my card is gone"}]
+                    body = {"model": "bank-support", "user": f"u{i}", "max_tokens": 4, "messages": said}
+                    got = c.post(f"{url}/v1/chat/completions", json=body)
+                    name = got.json().get("system_fingerprint", "") if got.status_code == 200 else "error"
+                    self.answers.append((i, got.status_code, name))
+
+        threads = [threading.Thread(target=ask) for _ in range(n)]
+        for t in threads:
+            t.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            for t in threads:
+                t.join(PATIENCE)
+
+    def order(self, id, kind, **more):
+        "Give an order as another process does."
+        return Controller(self.store, id, self.registry).command(kind, "ann", **more)
+
+    def begin(self, id, canary, section=QUICK, champion="sha256:a"):
+        "Begin a rollout as another process does."
+        self.store.create(id, section)
+        return self.order(id, "start", model="bank-support", releases={"baseline": champion, "canary": canary})
+
+    def phase(self, id):
+        "Where a rollout stands."
+        return self.store.load(id).state.phase
+
+    def recent(self, since):
+        "Who answered from some answer on."
+        return Counter(name for _, _, name in self.answers[since:])
+
+
+@pytest.fixture
+def town(tmp_path):
+    return Town(tmp_path)
+
+
+def fingerprint(release):
+    return f"llmkit-{release.removeprefix('sha256:')[:12]}"
+
+
+def test_a_bad_release_is_stopped_and_a_good_one_stays_until_it_is_undone(town):
+    with town.server() as (url, live), town.customers(url):
+        town.begin("r1", "sha256:bad")
+        until(lambda: town.phase("r1") == "Degraded", "the abort")
+        state = town.store.load("r1").state
+        assert state.aborted and state.weights == {"baseline": 100.0}
+        harmed = sum(code != 200 for _, code, _ in town.answers)
+        assert 0 < harmed < 200, "some were harmed before it could be known, and no more"
+        until(lambda: live.controller.state.finished, "the server's knowledge")
+        time.sleep(0.2)  # requests that were under way
+        mark = len(town.answers)
+        until(lambda: len(town.answers) > mark + 50, "more answers")
+        assert set(town.recent(mark)) == {fingerprint("sha256:a")}
+
+        town.begin("r2", "sha256:good", AFTER_SHADOW)
+        until(lambda: town.phase("r2") == "Healthy", "the promotion")
+        moved = {"champion": "sha256:good", "previous": "sha256:a"}
+        until(lambda: town.registry.read()["aliases"] == moved, "the promise that was kept")
+        until(lambda: live.controller.state.finished, "the server's knowledge")
+        time.sleep(0.2)
+        mark = len(town.answers)
+        until(lambda: len(town.answers) > mark + 50, "more answers")
+        assert set(town.recent(mark)) == {fingerprint("sha256:good")}
+        page = httpx.get(f"{url}/metrics").text
+        assert 'llmkit_rollout_phase{model="bank-support",phase="Healthy"} 1.0' in page
+
+        began = time.monotonic()
+        town.order("r2", "undo", because="customers complain")
+        until(lambda: set(town.recent(-20)) == {fingerprint("sha256:a")}, "the way back")
+        assert time.monotonic() - began < 30
+        assert town.registry.read()["aliases"]["champion"] == "sha256:a"
+    seen = [i for i, _, _ in town.answers]
+    assert len(set(seen)) == len(seen) == next(town.ids), "every request was answered, once"
+    assert sum(code != 200 for _, code, _ in town.answers) < harmed + 50, "nobody was harmed by the good one"
+    logged = [e for e in Events(town.folder / "events.db").all("request")]
+    assert len(logged) == len(town.answers)
+
+
+def test_every_copy_for_the_shadow_is_accounted_for(town):
+    endless = {"shadow": {"percent": 100}}, {"analysis": SHORT | {"min_samples": 20_000}}
+    with town.server() as (url, live), town.customers(url):
+        town.begin("r1", "sha256:bad", AFTER_SHADOW | {"steps": [*endless, *QUICK["steps"]]})
+        until(lambda: live.shadow is not None and live.shadow.counts["failed"] > 20, "copies")
+        counts = live.shadow.counts
+        assert counts["sent"] == counts["ok"] + counts["failed"] + counts["dropped"] + counts["waiting"]
+        assert 'llmkit_shadow_copies{result="sent"}' in httpx.get(f"{url}/metrics").text
+    assert {code for _, code, _ in town.answers} == {200}, "whatever the shadow does, no user sees it"
+    shadows = [e["result"] for e in Events(town.folder / "events.db").all("shadow")]
+    assert len(shadows) > 20 and "failed" in shadows
+
+
+def test_another_server_goes_on_where_the_first_one_was(town):
+    waits = QUICK | {"steps": [{"setWeight": 50}, {"pause": {}}, *QUICK["steps"][1:]]}
+    town.begin("r1", "sha256:good", waits)
+    with town.server() as (url, live):
+        until(lambda: live.controller is not None and live.controller.state.phase == "Paused", "the pause")
+        first = live.controller.state
+        who = {u: live.assign(u) for u in map(str, range(200))}
+    with town.server() as (url, live):
+        until(lambda: live.controller is not None, "the second server")
+        assert live.controller.state == first and {u: live.assign(u) for u in who} == who
+        assert set(who.values()) == {"baseline", "canary"}
+        town.order("r1", "resume")
+        with town.customers(url):
+            until(lambda: town.phase("r1") == "Healthy", "the promotion")
+    with town.server("sha256:good") as (url, live):  # the champion now
+        town.order("r1", "undo")
+        until(lambda: live.gateway.baseline.release == "sha256:a", "the way back without a rollout in hand")
+
+
+def test_a_release_that_cannot_be_loaded_is_aborted(town):
+    town.begin("r1", "sha256:lost")
+    with town.server() as (url, live), town.customers(url, 1):
+        until(lambda: town.phase("r1") == "Degraded", "the abort")
+        assert "the disk has lost it" in town.store.load("r1").state.reason
+        until(lambda: len(town.answers) > 10, "answers")
+    assert {name for _, _, name in town.answers} == {fingerprint("sha256:a")}
+
+
+def test_memory_is_given_back_after_a_while(town):
+    with town.server(hold=0.5) as (url, live), town.customers(url):
+        town.begin("r1", "sha256:good")
+        until(lambda: set(live.gateway.variants) == {"baseline", "canary"}, "the canary")
+        until(lambda: set(live.gateway.variants) == {"baseline"}, "one that is left")
+        assert live.gateway.baseline.release == "sha256:good" and live.controller is None
+        mark = len(town.answers)
+        until(lambda: len(town.answers) > mark + 20, "answers")
+        assert set(town.recent(mark + 10)) == {fingerprint("sha256:good")}
+        assert newest(live.store, "bank-support")[1].phase == "Healthy"
+    assert {code for _, code, _ in town.answers} == {200}
