@@ -171,7 +171,8 @@ def catch(
     scorers: Sequence[str],
 ) -> Caught:
     "Do one damage in growing shares, until the rules that are there for it fail."
-    aimed, fell = [r for r in rules if kind(r) == name and _stands(r, reports)], []
+    touched = _touched(DAMAGES[name](dict(reports), SHARES[0], scorers), reports)
+    aimed, fell = [r for r in rules if kind(r) == name and r.on in touched and _stands(r, reports)], []
     if not aimed:
         return Caught(name, None, note="no rule of the policy is there for it, or passes on healthy reports")
     for share in SHARES:
@@ -184,6 +185,11 @@ def catch(
     stood = tuple(str(r) for r in aimed if r not in fell)
     along, stray = fallen([r for r in rules if r not in aimed], reports, bad)
     return Caught(name, None if stood else share, tuple(map(str, fell)), stood, along, stray)
+
+
+def _touched(bad: Mapping[str, Report] | None, healthy: Mapping[str, Report]) -> set[str]:
+    "The subjects whose report a damage changes; all of them where it could not be done, which `catch` says."
+    return set(healthy) if bad is None else {s for s, r in bad.items() if r is not healthy.get(s)}
 
 
 def _fails(r: Rule, reports: Mapping[str, Report]) -> bool:

@@ -16,7 +16,7 @@ from ..core.artifact import MANIFEST, open_artifact
 from ..core.errors import KitError
 from ..core.files import read_json, read_jsonl
 from .bundle import verify_bundle
-from ..runtime.engine import Completion, Engine, load_engine
+from ..runtime.engine import is_address, Completion, Engine, load_engine
 from ..runtime.sampling import Sampling
 
 # %% ../../nbs/07_release/03_smoke.ipynb #b8d127a4
@@ -32,10 +32,12 @@ def kind_of(folder: str | Path) -> str:
 
 
 def open_any(
-    folder: str | Path,  # a delta, a bundle, an engine, a model or a base
+    folder: str | Path,  # a delta, a bundle, an engine, a model or a base, or the address of a server up to /v1
     base: str | Path | None = None,  # for a delta: what it was made for
 ) -> Engine:
-    "An engine for a folder of any kind; its bytes are checked first; raises `KitError`."
+    "An engine for a folder of any kind, whose bytes are checked first, or for a server; raises `KitError`."
+    if is_address(folder):
+        return load_engine(folder)
     folder, kind = Path(folder), kind_of(folder)
     if kind == "bundle":
         return load_engine(verify_bundle(folder) / "engine")
@@ -167,7 +169,7 @@ def run_smoke(
 
 # %% ../../nbs/07_release/03_smoke.ipynb #7cf12880
 def ask(
-    path: str,  # a delta, a bundle, an engine, a model or a base
+    path: str,  # a delta, a bundle, an engine, a model or a base, or the address of a server up to /v1
     question: str,  # for the model
     *,
     base: str = "",  # for a delta: what it was made for
@@ -188,7 +190,7 @@ def ask(
 
 def system_of(folder: str | Path) -> str:
     'The system message with which a bundle was tested, or "".'
-    if kind_of(folder) != "bundle":
+    if is_address(folder) or kind_of(folder) != "bundle":
         return ""
     prompts: list[Any] = read_json(Path(folder) / "bundle.json")["self_test"]["prompts"]
     told = [m["content"] for p in prompts[:1] for m in p["messages"] if m["role"] == "system"]

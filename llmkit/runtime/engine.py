@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GREEDY', 'ENGINES', 'EngineInfo', 'Token', 'Completion', 'Batch', 'Engine', 'Request', 'EngineBase', 'check_ids',
-           'run_all', 'per_prompt', 'generate', 'stream', 'score', 'groups_by_length', 'load_engine']
+           'run_all', 'per_prompt', 'generate', 'stream', 'score', 'groups_by_length', 'is_address', 'load_engine']
 
 # %% ../../nbs/05_runtime/03_engine.ipynb #ec06e2fc
 from collections import deque
@@ -303,13 +303,20 @@ ENGINES = Registry(
 )
 
 
+def is_address(
+    place: str | Path,
+) -> bool:
+    "Whether a model is behind a URL, and not in a folder."
+    return str(place).startswith(("http://", "https://"))
+
+
 def load_engine(
     folder: str | Path,  # an engine artifact, a base or model, or the address of a server up to and with /v1
     kind: str | None = None,  # "onnx", "torch", "endpoint", or a registered name; None: as the folder says
     **options,  # of the engine: `delta`, `device`, `slots`, `threads`
 ) -> Engine:
     "Open a model for use; raises `KitError`."
-    if str(folder).startswith(("http://", "https://")):
+    if is_address(folder):
         return ENGINES.load(kind or "endpoint")(str(folder), **options)
     folder = Path(folder)
     if not folder.is_dir():

@@ -214,3 +214,15 @@ def test_memory_is_given_back_after_a_while(town):
         assert set(town.recent(mark + 10)) == {fingerprint("sha256:good")}
         assert newest(live.store, "bank-support")[1].phase == "Healthy"
     assert {code for _, code, _ in town.answers} == {200}
+
+
+def test_a_drill_stops_a_good_release(town):
+    with town.server(drill=0.5) as (url, live), town.customers(url):
+        town.begin("r1", "sha256:good")
+        until(lambda: town.phase("r1") == "Degraded", "the abort")
+        until(lambda: live.controller.state.finished, "the server's knowledge")
+    events = list(Events(town.folder / "events.db").all("request"))
+    failed = [e for e in events if e["status"] == "error"]
+    assert failed and {(e["variant"], e["reason"]) for e in failed} == {("canary", "drill")}
+    answered = [e for e in events if e["variant"] == "canary" and e["status"] == "ok"]
+    assert abs(len(answered) - len(failed)) <= 8, "half of them, but for those under way"
