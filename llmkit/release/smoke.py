@@ -16,7 +16,7 @@ from ..core.artifact import MANIFEST, open_artifact
 from ..core.errors import KitError
 from ..core.files import read_json, read_jsonl
 from .bundle import verify_bundle
-from ..runtime.engine import is_address, Completion, Engine, load_engine
+from ..runtime.engine import Completion, Engine, is_address, load_engine
 from ..runtime.sampling import Sampling
 
 # %% ../../nbs/07_release/03_smoke.ipynb #b8d127a4
