@@ -42,6 +42,7 @@ COMMANDS = {
     "register": "llmkit.release.registry:register_release",
     "ledger verify": "llmkit.release.ledger:verify_ledger",
     "harness": "llmkit.evals.harness:harness_run",
+    "tradeoff": "llmkit.evals.tradeoff:tradeoff",
     "load": "llmkit.evals.load:load_run",
     "serve": "llmkit.rollout.live:serve",
     "rollout start": "llmkit.rollout.commands:rollout_start",

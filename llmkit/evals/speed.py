@@ -19,6 +19,7 @@ from typing import Any
 from ..core.errors import KitError
 from ..core.files import read_json, write_json
 from ..core.report import Measurement, Report
+from .energy import best_meter, energy_measurements
 from ..gate.intervals import quantile_interval
 from ..runtime.engine import Engine, load_engine
 from ..runtime.sampling import Sampling
@@ -156,9 +157,15 @@ def measure(
     start = time.perf_counter()
     engine = load_engine(folder, kind, **options)
     loaded = time.perf_counter() - start
-    table = closed_loop(engine, prompts, tokens, repeats, warmup)
+    for p in prompts[:warmup]:
+        time_request(engine, p, tokens)
+    meter = best_meter()
+    before = meter.read()
+    table = closed_loop(engine, prompts, tokens, repeats, warmup=0)
+    joules = meter.between(before, meter.read())
     many = [prompts[i % len(prompts)] for i in range(batch)]
     out = [*speed_measurements(table), batch_throughput(engine, many, tokens)]
+    out += energy_measurements(meter, joules, sum(table["tokens"]), len(table["id"]))
     out.append(
         Measurement("load_seconds", loaded, 1, direction="lower", unit="s", method="one load, files possibly cached")
     )
