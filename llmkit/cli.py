@@ -54,6 +54,7 @@ COMMANDS = {
     "rollout retry": "llmkit.rollout.commands:rollout_retry",
     "rollout undo": "llmkit.rollout.commands:rollout_undo",
     "judge serve": "llmkit.rollout.judge_server:judge_serve",
+    "batch run": "llmkit.serve.batch:batch_run",
     "keys create": "llmkit.serve.keys:keys_create",
     "keys list": "llmkit.serve.keys:keys_list",
     "keys revoke": "llmkit.serve.keys:keys_revoke",

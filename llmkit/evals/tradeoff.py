@@ -82,10 +82,10 @@ def measure(
 # %% ../../nbs/06_evals/32_tradeoff.ipynb #7bf4956f
 METRICS: Mapping[str, tuple[str, str, float]] = {  # metric → heading, better, factor
     "accuracy": ("accuracy", "higher", 1.0),
-    "ece_debiased": ("calibration error", "lower", 1.0),
+    "ece_debiased": ("ECE", "lower", 1.0),
     "perplexity": ("perplexity", "lower", 1.0),
-    "attack_success_rate": ("attacks that succeed", "lower", 1.0),
-    "latency_p95": ("latency p95, ms", "lower", 1e3),
+    "attack_success_rate": ("attacks", "lower", 1.0),
+    "latency_p95": ("p95, ms", "lower", 1e3),
     "tokens_per_second": ("tokens/s", "higher", 1.0),
     "joules_per_token": ("J/token", "lower", 1.0),
     "size_bytes": ("size, MB", "lower", 1e-6),

@@ -1,0 +1,108 @@
+"A batch in a process that is killed, and one whose engine fails now and then."
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from serve_server import PATIENCE, until
+
+from llmkit.core.errors import KitError
+from llmkit.runtime.dummy import DummyEngine
+from llmkit.serve.backend import EngineBackend
+from llmkit.serve.batch import Line, batch_run, run_batch
+from llmkit.serve.gateway import Gateway
+
+PROGRAM = """
+import sys, time
+import llmkit.serve.batch as batch
+from llmkit.runtime.dummy import DummyEngine
+from llmkit.serve.backend import EngineBackend
+from llmkit.serve.server import Target
+
+class Paced(DummyEngine):
+    def next_logits(self, prompt, answer=()):
+        time.sleep(0.002)
+        return super().next_logits(prompt, answer)
+
+batch.resolve = lambda *a: Target("bank", "here")
+batch.open_backend = lambda found, **how: EngineBackend(Paced(replies=lambda p: "yes"), **how)
+sys.exit(batch.batch_run("in.jsonl", "out.jsonl", resume=True, slots=4))
+"""
+
+
+def request(i):
+    body = {"prompt": f"question {i}", "max_tokens": 6}
+    return {"custom_id": f"q{i}", "method": "POST", "url": "/v1/completions", "body": body}
+
+
+def ids(path):
+    return [json.loads(line)["custom_id"] for line in path.read_text().splitlines()]
+
+
+def test_kill_9_and_resume_answer_each_request_once(tmp_path):
+    n = 150
+    (tmp_path / "in.jsonl").write_text("\n".join(json.dumps(request(i)) for i in range(n)) + "\nnonsense\n")
+    (tmp_path / "settings.ini").write_text("[DEFAULT]\n")
+    out = tmp_path / "out.jsonl"
+    kills = 0
+    for goal in (20, 60):
+        p = subprocess.Popen([sys.executable, "-c", PROGRAM], cwd=tmp_path, stderr=subprocess.DEVNULL)
+        until(lambda goal=goal: out.exists() and out.read_text().count("\n") >= goal, "some answers")
+        p.send_signal(signal.SIGKILL)
+        kills += p.wait(PATIENCE) == -9
+    assert kills == 2 and goal <= len(ids(out)) < n, "it was killed in the middle, twice"
+    with open(out, "a") as f:
+        f.write('{"custom_id": "q14')  # as a write that was cut
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert done.returncode == 1 and f"{n + 1:,} lines" in done.stdout, done.stderr
+    assert sorted(ids(out)) == sorted(f"q{i}" for i in range(n))
+    assert all(json.loads(x)["response"]["body"]["choices"][0]["text"] == "yes" for x in out.read_text().splitlines())
+    (error,) = [json.loads(x) for x in Path(f"{out}.errors.jsonl").read_text().splitlines()]
+    assert (error["line"], error["error"]["code"]) == (n + 1, "invalid_line")
+
+
+def test_an_existing_file_is_not_touched_unasked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("in.jsonl").write_text(json.dumps(request(1)))
+    Path("out.jsonl").write_text("mine\n")
+    with pytest.raises(KitError, match="--resume"):
+        batch_run("in.jsonl", "out.jsonl")
+    assert Path("out.jsonl").read_text() == "mine\n"
+
+
+class Moody(DummyEngine):
+    "Fails on every fifth question."
+
+    def next_logits(self, prompt, answer=()):
+        if int(self.tokenizer.decode(list(prompt)).split()[-1]) % 5 == 0:
+            raise RuntimeError("not today")
+        return super().next_logits(prompt, answer)
+
+
+def test_a_failing_request_harms_no_other_and_memory_holds_only_what_runs():
+    ahead, answered, failed = [], [], []
+
+    def lines(n=200):
+        for i in range(1, n + 1):
+            ahead.append(i - len(answered) - len(failed))
+            yield Line(i, f"q{i}", "completion", {"prompt": f"question {i}", "max_tokens": 2})
+
+    async def work():
+        gateway = Gateway("bank", {"baseline": EngineBackend(Moody(), slots=4)})
+        try:
+            return await run_batch(lines(), gateway, answered.append, failed.append, together=8)
+        finally:
+            await gateway.close(PATIENCE)
+
+    tally = asyncio.run(work())
+    assert (tally.answered, tally.errors) == (160, 40)
+    assert {int(a["custom_id"][1:]) % 5 for a in failed} == {0} and {a["response"]["status_code"] for a in failed} == {
+        500
+    }
+    assert max(ahead) <= 9, "no more are read than are under way"
