@@ -53,6 +53,8 @@ COMMANDS = {
     "rollout abort": "llmkit.rollout.commands:rollout_abort",
     "rollout retry": "llmkit.rollout.commands:rollout_retry",
     "rollout undo": "llmkit.rollout.commands:rollout_undo",
+    "monitor check": "llmkit.monitor.check:monitor_check",
+    "monitor traffic": "llmkit.monitor.check:monitor_traffic",
     "judge serve": "llmkit.rollout.judge_server:judge_serve",
     "batch run": "llmkit.serve.batch:batch_run",
     "keys create": "llmkit.serve.keys:keys_create",
