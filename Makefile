@@ -10,7 +10,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 # Git hands hooks its own location in these; a test that makes a repository of its own must not see it.
 unexport GIT_DIR GIT_INDEX_FILE GIT_WORK_TREE
 
-.PHONY: help env lock repro smoke bench cache-pull cache-push report-pr test quick lint format sync readme hooks lab docs dist clean
+.PHONY: help env system lock repro smoke bench cache-pull cache-push report-pr test quick lint format sync readme hooks lab docs dist clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ env: $(VENV)/.installed ## the environment, with the versions of requirements.lo
 $(VENV)/.installed: requirements.lock pyproject.toml tools/install.sh
 	tools/install.sh $(VENV)
 	touch $@
+
+system: ## Debian packages that tests use beside Python's: podman, redis, prometheus, chromium (needs root)
+	tools/system.sh
 
 lock: env ## compile requirements.in to requirements.lock, keeping the versions that still fit (UPGRADE=1: the newest)
 	grep -v '^torch==' requirements.lock > .lock.tmp
@@ -69,7 +72,7 @@ report-pr: ## put the verdict on the pull request that brought this commit (need
 
 # -- proof ------------------------------------------------------------------------------------------------------
 
-test: env ## notebooks as tests, then pytest: everything (PYTEST_ARGS="-k gate" narrows pytest)
+test: env system ## notebooks as tests, then pytest: everything (PYTEST_ARGS="-k gate" narrows pytest)
 	OMP_NUM_THREADS=1 nbdev-test
 	pytest $(PYTEST_ARGS)
 
