@@ -85,6 +85,7 @@ lint: env ## style, notebooks and modules in step, import arrows, stages, record
 	pytest -m "not slow" tests/repo
 	llmkit params check
 	llmkit dag check
+	llmkit dag check --project examples/banking77
 	llmkit records check
 
 format: env ## what ruff can mend by itself
