@@ -10,9 +10,10 @@ import asyncio
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, get_args
 
 from ..core.digests import short
 from ..core.errors import KitError
@@ -23,7 +24,7 @@ from ..release.registry import registry_uri, versions
 from .commands import open_store
 from .controller import Controller, MlflowRegistry, Registry
 from .shadow import Mirror
-from .state import RolloutState
+from .state import Phase, RolloutState
 from .store import Store
 from .view import status_line
 from ..serve.backend import Backend
@@ -75,6 +76,7 @@ class Live:
         self.clock, self.every, self.hold, self.drill = clock, every, hold, drill
         self.controller: Controller | None = None
         self.shadow: Mirror | None = None
+        self.mirrors: list[Mirror] = []  # every shadow since the start: what they counted is never forgotten
         self.trouble = ""  # the last thing that went wrong
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = threading.Event()
@@ -198,6 +200,7 @@ def _follow_shadow(self: Live, state: RolloutState) -> None:
     if state.mirror and self.shadow is None:
         release = state.releases["canary"]
         self.shadow = Mirror(self._ask, self._tell, release, label=predicted_label, clock=self.clock)
+        self.mirrors.append(self.shadow)
     elif not state.mirror:
         self._end_shadow()
 
@@ -337,15 +340,26 @@ class _Scrape:
         state = live.controller.state if live.controller else None
         for v, percent in (state.weights if state else {live.gateway.main: 100.0}).items():
             weight.add_metric([live.gateway.model, v], percent / 100)
-        phase.add_metric([live.gateway.model, state.phase if state else "none"], 1)
-        copies = core.GaugeMetricFamily("llmkit_shadow_copies", "Copies of the shadow that runs, by result: sent is the sum of the others.", labels=["result"])  # fmt: skip
-        for result, n in (live.shadow.counts if live.shadow else {}).items():
-            copies.add_metric([result], n)
+        for name in ("none", *get_args(Phase)):
+            phase.add_metric([live.gateway.model, name], float(name == (state.phase if state else "none")))
+        copies, waiting = _copies(live)
         events = core.GaugeMetricFamily("llmkit_rollout_events", "Events of the rollout that runs, by what became of them.", labels=["result"])  # fmt: skip
         for result, n in (live.controller.counts if live.controller else {}).items():
             events.add_metric([result], n)
         trouble = core.GaugeMetricFamily("llmkit_rollout_trouble", "1 while something cannot be done.", value=float(bool(live.trouble)))  # fmt: skip
-        return [weight, phase, copies, events, trouble]
+        return [weight, phase, copies, waiting, events, trouble]
+
+
+def _copies(live: Live) -> list:
+    "Copies since the start: sent = ok + failed + dropped + waiting, at every scrape."
+    core, total = need("prometheus_client.core", "serve"), Counter()
+    for m in live.mirrors:
+        total.update(m.counts)
+    copies = core.CounterMetricFamily("llmkit_mirror_requests", "Copies to shadows, by result; sent is the sum of the others and of those that wait.", labels=["result"])  # fmt: skip
+    for result in ("sent", "ok", "failed", "dropped", "unreported"):
+        copies.add_metric([result], total[result])
+    waiting = core.GaugeMetricFamily("llmkit_mirror_waiting", "Copies that wait for the shadow's answer.", value=total["waiting"])  # fmt: skip
+    return [copies, waiting]
 
 # %% ../../nbs/09_rollout/14_live.ipynb #7807ccbe
 def opener(

@@ -215,8 +215,7 @@ def _other_routes(app: Any, gateway: Gateway, state: Mapping[str, Any], max_body
             event = gateway.events.feedback(**got)
         except KitError as e:
             raise ApiError(404 if e.key == "id" else 400, f"{e.problem}. {e.remedy or ''}", param=e.key) from e
-        rating = event["rating"] or 0
-        gateway.metrics.feedback.labels("positive" if rating > 0 else "negative" if rating < 0 else "none").inc()
+        gateway.metrics.heard(event)
         gateway.routed("observe", event)
         return {"id": event["id"], "object": "feedback"}
 
@@ -231,7 +230,8 @@ def _other_routes(app: Any, gateway: Gateway, state: Mapping[str, Any], max_body
 
     async def metrics(request):
         gateway.authenticate(request.headers.get("authorization"), "metrics")
-        return responses.Response(gateway.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        text = await asyncio.to_thread(gateway.metrics.text)  # files and meters are read: not in the loop
+        return responses.Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     _route(app, "POST", "/v1/feedback", "Say how good an answer was.", feedback, FEEDBACK)
     _route(app, "GET", "/health", "Whether the process lives.", health)

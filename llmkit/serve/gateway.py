@@ -85,7 +85,7 @@ class Gateway:
 
             self.refusal = refused
         self.open, self.draining, self.adapters = 0, False, set()  # names of variants that are asked for as a model
-        self.metrics.watch(lambda: {n: b.stats() for n, b in self.variants.items()})
+        self.metrics.watch(lambda: {n: b.stats() for n, b in list(self.variants.items())})
 
     @property
     def baseline(self) -> Backend:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOOPBACK', 'Target', 'pick', 'from_registry', 'target_of', 'resolve', 'open_backend', 'open_keys', 'run', 'Setup',
-           'set_up', 'run_setup']
+           'measure', 'set_up', 'run_setup']
 
 # %% ../../nbs/08_serve/14_server.ipynb #eb00f653
 import os
@@ -33,6 +33,7 @@ from .events import Events
 from .gateway import Gateway
 from .keys import DATABASE, Keys
 from .limits import Limits, Price
+from .measured import Measured
 from .upstream import UpstreamBackend
 
 # %% ../../nbs/08_serve/14_server.ipynb #d21f8049
@@ -118,8 +119,10 @@ def open_backend(
         said = read_json(verify_bundle(target.where, target.bundle) / "bundle.json")["self_test"]
         chats, tokens = [p["messages"] for p in said["prompts"]], [p["tokens"] for p in said["prompts"]]
         test = {"chats": chats, "expected": tokens, "test_tokens": said["max_tokens"]} if chats else {}
-    engine = open_any(target.where)
-    return EngineBackend(engine, release=target.release, slots=slots, queue=queue, max_output=max_output, **test)
+    options = {"release": target.release, "slots": slots, "queue": queue, "max_output": max_output}
+    backend = EngineBackend(open_any(target.where), **options, **test)
+    backend.bundle = Path(target.where) if target.bundle else None  # with the reports of before the release
+    return backend
 
 # %% ../../nbs/08_serve/14_server.ipynb #886f5edf
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -210,6 +213,20 @@ class Setup:
     expire: Callable[[], Any] | None = None  # deletes old events
 
 
+def measure(
+    gateway: Gateway,
+    windows: str | Path,  # the folder in which monitoring leaves its latest windows
+) -> None:
+    "Let a scrape also read energy, the reports that the bundles brought along, and the windows of live traffic."
+
+    def sources() -> dict[str, Path]:
+        bundles = {n: getattr(b, "bundle", None) for n, b in list(gateway.variants.items())}
+        return {n: folder for n, folder in bundles.items() if folder} | {"window": Path(windows)}
+
+    gateway.metrics.registry.register(Measured(sources))
+    gateway.metrics.meter_energy()
+
+
 def set_up(
     target: str = "",  # a folder or a URL that ends with /v1; default: what is registered
     *,
@@ -248,6 +265,7 @@ def set_up(
         canaries=[c for c in os.environ.get("LLMKIT_CANARIES", "").split(",") if c.strip()],
         timeout=timeout,
     )
+    measure(gateway, conf.get("monitor", ".llmkit/monitor"))
     about = f"{found.note}, release {short(found.release) or 'unknown'}, keys {'required' if asked else 'off'}"
     deltas = Adapters(gateway, base, **options) if base else None
     return Setup(gateway, found, conf, host, port, options, about, deltas, lambda: events.expire(days * 86400))

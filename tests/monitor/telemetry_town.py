@@ -1,0 +1,128 @@
+"A real server that follows rollouts, whose canary fails on purpose, with customers who ask in ordinary and in odd ways."
+
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from rollout_road import CANARY, Recorder
+from serve_server import REPLIES, serving
+
+from llmkit.core.report import Measurement, Report, write_report
+from llmkit.gate.judge import judge
+from llmkit.gate.verdict import write_verdict
+from llmkit.rollout.controller import Controller
+from llmkit.rollout.live import Live
+from llmkit.rollout.store import Store
+from llmkit.runtime.dummy import DummyEngine
+from llmkit.serve.backend import EngineBackend
+from llmkit.serve.events import Events
+from llmkit.serve.gateway import Gateway
+from llmkit.serve.limits import Limits, Price
+from llmkit.serve.server import measure
+
+QUICK = CANARY | {
+    "steps": [
+        {"setWeight": 50},
+        {"analysis": {"min_duration": "1s", "max_duration": "10m", "min_samples": 40}},
+    ],
+    "canary": [{"metric": "error_rate", "margin": 0.4, "hard_stop": {"max": 0.3, "min_n": 20}}],
+}
+SHADOWED = QUICK | {
+    "steps": [
+        {"shadow": {"percent": 100}},
+        {"analysis": {"min_duration": "1s", "max_duration": "10m", "min_samples": 5}},
+        *QUICK["steps"],
+    ],
+    "shadow": [{"metric": "error_rate", "noninferiority": 0.4, "against": "baseline", "min_n": 5}],
+}
+
+
+def needs(*programs):
+    "Skip where a program is not installed, and say which package brings it."
+    missing = [p for p in programs if not shutil.which(p)]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)} (tools/system.sh)")
+
+
+class Failing(DummyEngine):
+    "Passes its self-test, and then fails on one question of customers."
+
+    def next_logits(self, prompt, answer=()):
+        if "my card is gone" in self.tokenizer.decode(list(prompt)):
+            raise RuntimeError("a bad release")
+        return super().next_logits(prompt, answer)
+
+
+def window(folder: Path, gap=0.05, drifted=0):
+    "A window of traffic as monitoring leaves it: measurements with their verdict."
+    found = (
+        Measurement("accuracy_gap", gap, 400, gap - 0.02, gap + 0.02, direction="lower"),
+        Measurement("ece_debiased", 0.03, 400, 0.01, 0.05, direction="lower"),
+        Measurement("hallucination_rate", 0.1, 200, 0.06, 0.15, direction="lower"),
+        Measurement("worst_group_accuracy", 0.9, 100, 0.83, 0.95),
+        Measurement("drifted_features", drifted, 400, direction="lower"),
+    )
+    report = Report("window", "", "window@1", found)
+    write_report(report, folder / "traffic")
+    rule = {"metric": "accuracy_gap", "on": "window", "max": 0.12, "bound": "interval"}
+    write_verdict(judge({"rules": [rule]}, {"window": report}), folder / "traffic")
+
+
+class Town:
+    "Where the server keeps its files, and what can be done with it."
+
+    def __init__(self, folder):
+        self.folder, self.registry = folder, Recorder(folder / "registry.json")
+        self.store = Store(folder / "rollouts.db")
+        self.n = 0
+
+    def open(self, release):
+        "A release as the server loads it: the canary is the bad one."
+        engine = Failing if release == "sha256:b" else DummyEngine
+        return EngineBackend(engine(replies=REPLIES), release=release)
+
+    @contextmanager
+    def server(self, keys=None, **options):
+        "The address of a server, and what follows its rollouts."
+        limits = Limits(self.folder / "serve.db", Price(1.0, 2.0))
+        gateway = Gateway(
+            "bank-support", {"baseline": self.open("sha256:a")}, events=Events(self.folder / "events.db"),
+            keys=keys, limits=limits, **options,
+        )  # fmt: skip
+        measure(gateway, self.folder / "monitor")
+        live = Live(gateway, Store(self.folder / "rollouts.db"), self.registry, self.open, every=0.05)
+        with serving(gateway, beside=live.beside()) as url:
+            self.url, self.gateway, self.live = url, gateway, live
+            yield self
+
+    def begin(self, id="r1", section=QUICK):
+        "Begin a rollout as another process does."
+        self.store.create(id, section)
+        releases = {"baseline": "sha256:a", "canary": "sha256:b"}
+        Controller(self.store, id, self.registry).command("start", "ann", model="bank-support", releases=releases)
+
+    def phase(self, id="r1"):
+        "Where a rollout stands."
+        return self.store.load(id).state.phase
+
+    def ask(self, text="card", key="", user="", **more):
+        "One question."
+        self.n += 1
+        body = {"model": "bank-support", "user": user or f"u{self.n}", "max_tokens": 6}
+        body |= {"messages": [{"role": "user", "content": text}], **more}
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        return httpx.post(f"{self.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
+
+    def metrics(self, key=""):
+        "What a scrape gives."
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        got = httpx.get(f"{self.url}/metrics", headers=headers)
+        assert got.status_code == 200, got.text
+        return got.text
+
+
+@pytest.fixture
+def town(tmp_path):
+    "A town of its own for each test."
+    return Town(tmp_path)
