@@ -57,6 +57,7 @@ COMMANDS = {
     "monitor traffic": "llmkit.monitor.check:monitor_traffic",
     "judge serve": "llmkit.rollout.judge_server:judge_serve",
     "batch run": "llmkit.serve.batch:batch_run",
+    "stream run": "llmkit.serve.stream:stream_run",
     "keys create": "llmkit.serve.keys:keys_create",
     "keys list": "llmkit.serve.keys:keys_list",
     "keys revoke": "llmkit.serve.keys:keys_revoke",

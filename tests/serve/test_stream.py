@@ -1,0 +1,224 @@
+"Streams with consumers that are killed, a Redis that restarts, and events that kill whoever reads them."
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+
+import pytest
+from serve_server import PATIENCE, until
+
+PROGRAM = """
+import os, signal, sys, time
+import llmkit.serve.stream as stream
+from llmkit.cli import main
+from llmkit.runtime.dummy import DummyEngine
+from llmkit.serve.backend import EngineBackend
+from llmkit.serve.server import Target
+
+class Paced(DummyEngine):
+    def next_logits(self, prompt, answer=()):
+        time.sleep(0.002)
+        if "poison" in self.tokenizer.decode(list(prompt)):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().next_logits(prompt, answer)
+
+stream.resolve = lambda *a: Target("bank", "here")
+stream.open_backend = lambda found, **how: EngineBackend(Paced(replies=lambda p: "yes"), **how)
+sys.exit(main(["stream", "run", *sys.argv[1:]]))
+"""
+
+
+def event(i, text="question", **data):
+    body = {"prompt": f"{text} {i}", "max_tokens": 6, **data}
+    head = {"specversion": "1.0", "id": f"e{i}", "source": "/t", "type": "llmkit.completion.request"}
+    return json.dumps({**head, "data": body})
+
+
+@pytest.fixture
+def consumer(tmp_path):
+    "Starts consumers; whatever still runs at the end is killed."
+    (tmp_path / "settings.ini").write_text("[DEFAULT]\n")
+    started = []
+
+    def start(*args, **how):
+        command = [sys.executable, "-c", PROGRAM, *map(str, args), "--slots", "4"]
+        p = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
+        started.append(p)
+        return p
+
+    yield start
+    for p in started:
+        if p.poll() is None:
+            p.kill()
+        p.wait(PATIENCE)
+
+
+class Server:
+    "A Redis of our own that keeps what it was told."
+
+    def __init__(self, folder):
+        import socket
+
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            self.port = s.getsockname()[1]
+        self.folder, self.process = folder, None
+        self.start()
+
+    def start(self):
+        import redis
+
+        keep = ["--appendonly", "yes", "--appendfsync", "always", "--save", ""]
+        args = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder), *keep]
+        self.process = subprocess.Popen(args, stdout=subprocess.DEVNULL)
+        self.client = redis.Redis(port=self.port, decode_responses=True)
+
+        def up():
+            try:
+                return self.client.ping()
+            except redis.exceptions.ConnectionError:
+                return False
+
+        until(up, "Redis")
+
+    def kill(self):
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait(PATIENCE)
+
+    def at(self, stream):
+        return f"redis://127.0.0.1:{self.port}/0#{stream}"
+
+    def ids(self, stream):
+        return [json.loads(fields["event"])["id"] for _, fields in self.client.xrange(stream)]
+
+
+@pytest.fixture
+def redis_server(tmp_path):
+    if not shutil.which("redis-server"):
+        pytest.skip("redis-server is not installed")
+    pytest.importorskip("redis")
+    (tmp_path / "redis").mkdir()
+    server = Server(tmp_path / "redis")
+    yield server
+    server.kill()
+
+
+def expected(ids):
+    return {f"/t#e{i}" for i in ids}
+
+
+def test_redis_kill_9_of_consumers_loses_nothing_and_the_output_has_each_once(redis_server, consumer):
+    r, n = redis_server, 120
+    for i in [*range(n), *range(0, n, 7)]:  # some are sent twice
+        r.client.xadd("q", {"event": event(i)})
+    how = (r.at("q"), r.at("a"), "--patience", 1)
+    for goal in (15, 45):
+        p = consumer(*how)
+        until(lambda goal=goal: r.client.xlen("a") >= goal, "some answers")
+        p.send_signal(signal.SIGKILL)
+        p.wait(PATIENCE)
+        assert r.client.xlen("a") < n, "it was killed in the middle"
+    assert r.client.xinfo_groups("q")[0]["pending"] > 0, "the dead left something behind"
+    done = consumer(*how, "--once")
+    out, err = done.communicate(timeout=PATIENCE)
+    assert done.returncode == 0, err
+    ids = r.ids("a")
+    assert len(ids) == n and set(ids) == expected(range(n)), Counter(ids).most_common(3)
+    assert "0 dead" in out and r.client.xinfo_groups("q")[0]["pending"] == 0 == r.client.xinfo_groups("q")[0]["lag"]
+    assert len(r.client.xinfo_consumers("q", "llmkit")) == 2, "the one that ended well has left the group"
+
+
+def test_redis_restarts_in_the_middle(redis_server, consumer):
+    r, n = redis_server, 120
+    for i in range(n):
+        r.client.xadd("q", {"event": event(i)})
+    p = consumer(r.at("q"), r.at("a"), "--patience", 1, "--once")
+    until(lambda: r.client.xlen("a") >= 15, "some answers")
+    r.kill()
+    time.sleep(0.5)
+    assert p.poll() is None, "it waits"
+    r.start()
+    out, err = p.communicate(timeout=PATIENCE)
+    assert p.returncode == 0, err
+    ids = r.ids("a")
+    assert len(ids) == n and set(ids) == expected(range(n))
+
+
+def test_redis_a_message_that_kills_its_readers_becomes_a_dead_letter(redis_server, consumer):
+    r = redis_server
+    for i, text in enumerate(["question", "poison", "question"]):
+        r.client.xadd("q", {"event": event(i, text)})
+    r.client.xadd("q", {"event": event(3, temperature=-1)})
+    r.client.xadd("q", {"wrong": "field"})
+    deaths = 0
+    for _ in range(6):
+        p = consumer(r.at("q"), r.at("a"), "--patience", 0.3, "--attempts", 2, "--once")
+        _, err = p.communicate(timeout=PATIENCE)
+        if p.returncode == 0:
+            break
+        assert p.returncode == -signal.SIGKILL, err
+        deaths += 1
+    assert deaths == 2 and set(r.ids("a")) == expected([0, 2])
+    dead = {json.loads(f["event"])["id"]: json.loads(f["event"])["data"] for _, f in r.client.xrange("a.dead")}
+    assert dead["/t#e1"]["attempts"] == 2 and "did not survive" in dead["/t#e1"]["reason"]
+    assert json.loads(dead["/t#e1"]["event"]) == json.loads(event(1, "poison"))
+    assert dead["/t#e3"]["reason"].startswith("400: 'temperature'") and len(dead) == 3
+
+
+def test_sigterm_ends_well_and_the_lag_is_told(redis_server, consumer):
+    r, n = redis_server, 400
+    for i in range(n):
+        r.client.xadd("q", {"event": event(i)})
+    p = consumer(r.at("q"), r.at("a"), "--metrics", 0)
+    address = p.stderr.readline().split()[-1]
+    until(lambda: r.client.xlen("a") >= 20, "some answers")
+    text = urllib.request.urlopen(address).read().decode()
+    lag = float(next(x for x in text.splitlines() if x.startswith("llmkit_stream_lag_events ")).split()[1])
+    assert n - 60 < lag <= n, "the lag of the first look"
+    p.send_signal(signal.SIGTERM)
+    out, err = p.communicate(timeout=PATIENCE)
+    answered = r.client.xlen("a")
+    assert p.returncode == 0 and 20 <= answered < n, err
+    group = r.client.xinfo_groups("q")[0]
+    assert group["pending"] == 0 and group["lag"] == n - answered, "what was taken was answered, the rest was left"
+    assert f"{answered} answered" in out and "stream: lag" in err
+
+
+def test_a_folder_with_two_consumers_and_kill_9(tmp_path, consumer):
+    n = 40
+    (tmp_path / "in").mkdir()
+    for k in range(4):
+        part = [event(i) for i in range(k * n, (k + 1) * n)]
+        (tmp_path / f"in/{k}.ndjson").write_text("\n".join([*part, event(k * n), event(0)]) + "\n")
+    answers = tmp_path / "out/answers.ndjson"
+    count = lambda: answers.read_text().count("\n") if answers.exists() else 0  # noqa: E731
+    first, second = consumer("in", "out"), consumer("in", "out")
+    until(lambda: count() >= 30, "some answers")
+    for p in (first, second):
+        p.send_signal(signal.SIGKILL)
+        p.wait(PATIENCE)
+    assert count() < 4 * n, "they were killed in the middle"
+    with open(answers, "a") as f:
+        f.write('{"id": "/t#e')  # as a write that was cut
+    done = consumer("in", "out", "--once")
+    out, err = done.communicate(timeout=PATIENCE)
+    assert done.returncode == 0, err
+    ids = [json.loads(x)["id"] for x in answers.read_text().splitlines()]
+    assert len(ids) == 4 * n and set(ids) == expected(range(4 * n))
+
+
+def test_a_line_that_kills_its_readers_becomes_a_dead_letter(tmp_path, consumer):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jsonl").write_text("\n".join([event(0), event(1, "poison"), event(2)]))
+    codes = []
+    while len(codes) < 6 and 0 not in codes:
+        codes.append(consumer("in", "out", "--attempts", 2, "--once").wait(PATIENCE))
+    assert codes == [-signal.SIGKILL] * 2 + [0]
+    ids = [json.loads(x)["id"] for x in (tmp_path / "out/answers.ndjson").read_text().splitlines()]
+    (dead,) = [json.loads(x) for x in (tmp_path / "out/dead.ndjson").read_text().splitlines()]
+    assert sorted(ids) == sorted(expected([0, 2])) and dead["id"] == "/t#e1" and dead["data"]["attempts"] == 2
