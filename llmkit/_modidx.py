@@ -1018,6 +1018,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llmkit.model.export.prune_head': ('04_model/export.html#prune_head', 'llmkit/model/export.py'),
                                      'llmkit.model.export.run_builder': ('04_model/export.html#run_builder', 'llmkit/model/export.py'),
                                      'llmkit.model.export.save_graph': ('04_model/export.html#save_graph', 'llmkit/model/export.py'),
+                                     'llmkit.model.export.set_epsilon': ('04_model/export.html#set_epsilon', 'llmkit/model/export.py'),
                                      'llmkit.model.export.set_windows': ('04_model/export.html#set_windows', 'llmkit/model/export.py')},
             'llmkit.model.finetune': { 'llmkit.model.finetune._device': ('04_model/finetune.html#_device', 'llmkit/model/finetune.py'),
                                        'llmkit.model.finetune._end_with': ('04_model/finetune.html#_end_with', 'llmkit/model/finetune.py'),
