@@ -101,17 +101,18 @@ def _first_fit(order: Sequence[int], lengths: Sequence[int], capacity: int, look
 def collate(
     rows: Sequence[Sequence[Example]],  # one list per row; more than one example only when packed
     pad: int,  # the id that fills the end of short rows
-) -> dict[str, np.ndarray]:  # input_ids, position_ids, attention_mask (rows, length); keep; targets (kept,)
-    "The arrays of a batch."
+) -> dict[str, np.ndarray]:  # input_ids, position_ids, attention_mask, keep, asked (rows, length); targets (kept,)
+    "The arrays of a batch; `keep` is true before a token of an answer, `asked` before any other."
     width = max(sum(len(e.ids) for e in row) for row in rows)
     ids = np.full((len(rows), width), pad, dtype=np.int64)
-    places, live, keep, labels = (np.zeros((len(rows), width), dtype=np.int64) for _ in range(4))
+    places, live, keep, labels, asked = (np.zeros((len(rows), width), dtype=np.int64) for _ in range(5))
     for r, row in enumerate(rows):
         at = 0
         for e in row:
             n = len(e.ids)
             ids[r, at : at + n], places[r, at : at + n], live[r, at : at + n] = e.ids, range(n), 1
             keep[r, at : at + n - 1], labels[r, at : at + n - 1] = e.mask[1:], e.ids[1:]
+            asked[r, at : at + n - 1] = 1 - keep[r, at : at + n - 1]
             at += n
         places[r, at:] = range(width - at)
     return {
@@ -119,5 +120,6 @@ def collate(
         "position_ids": places,
         "attention_mask": live,
         "keep": keep.astype(bool),
+        "asked": asked.astype(bool),
         "targets": labels[keep.astype(bool)],
     }

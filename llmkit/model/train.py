@@ -50,6 +50,7 @@ class Recipe:
     max_overlong: float  # the share that may be left out
     word_dropout: float  # share of a question's words left out, drawn anew every epoch
     label_smoothing: float  # share of a target's probability spread over all tokens
+    prompt_loss_weight: float  # weight of a question's tokens in the loss; an answer's count 1
     epochs: int  # passes over the data
     lr: float  # highest learning rate
     warmup: float  # share of the steps in which the rate rises
@@ -71,6 +72,8 @@ class Recipe:
         for key in ("dropout", "word_dropout", "label_smoothing", "warmup", "ema", "max_overlong"):
             if not 0 <= getattr(self, key) < 1:
                 raise KitError("must be from 0 to below 1", key=key, value=getattr(self, key))
+        if not 0 <= self.prompt_loss_weight <= 1:
+            raise KitError("must be from 0 to 1", key="prompt_loss_weight", value=self.prompt_loss_weight)
         choices = {"batching": ("length", "pack", "random"), "precision": ("fp32", "bf16"), "keep": KEEP}
         for key, known in choices.items():
             if getattr(self, key) not in known:
@@ -106,15 +109,21 @@ def answer_loss(
     smoothing: float = 0.0,  # label smoothing
     packed: bool = False,  # rows hold several examples
     bf16: bool = False,  # arithmetic in bfloat16
-) -> tuple[Any, Any]:  # the sum over target tokens; which of them are predicted right, (kept,) of bool
-    "Cross-entropy of the answers' tokens."
+    prompt_weight: float = 0.0,  # of the questions' tokens
+) -> tuple[Any, Any]:  # the sum over target tokens; which tokens of answers are predicted right, (kept,) of bool
+    "Cross-entropy of the answers' tokens, and of the questions' by their weight."
     torch, device = need("torch"), model.device
     t = {k: torch.from_numpy(v).to(device) for k, v in batch.items()}
     where = {"position_ids": t["position_ids"]} if packed else {"attention_mask": t["attention_mask"]}
+    counted, entropy = t["keep"] | t["asked"] if prompt_weight else t["keep"], torch.nn.functional.cross_entropy
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        out = model(input_ids=t["input_ids"], logits_to_keep=t["keep"], use_cache=False, **where)
-    logits, targets = out.logits.float().reshape(len(t["targets"]), -1), t["targets"]
-    loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+        out = model(input_ids=t["input_ids"], logits_to_keep=counted, use_cache=False, **where)
+    every, targets, extra = out.logits.float().reshape(-1, out.logits.shape[-1]), t["targets"], 0.0
+    logits = every[t["keep"][counted]] if prompt_weight else every
+    if prompt_weight:
+        said = t["input_ids"].roll(-1, 1)[t["asked"]]
+        extra = prompt_weight * entropy(every[t["asked"][counted]], said, reduction="sum")
+    loss = entropy(logits, targets, reduction="sum", label_smoothing=smoothing) + extra
     return loss, logits.argmax(-1) == targets
 
 
@@ -276,7 +285,8 @@ def step(
         share = [[self.example(i, epoch) for i in row] for row in rows[rank::size]]
         if share:
             batch = collate(share, self.tok.pad_id)
-            loss, _ = answer_loss(self.model, batch, r.label_smoothing, r.batching == "pack", r.precision == "bf16")
+            how = (r.label_smoothing, r.batching == "pack", r.precision == "bf16", r.prompt_loss_weight)
+            loss, _ = answer_loss(self.model, batch, *how)
             loss.backward()
             sums += sums.new_tensor([loss.item(), len(batch["targets"]), batch["attention_mask"].sum()])
     grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.params]

@@ -33,6 +33,7 @@ def run(
     max_overlong: float,  # the share that may be left out
     word_dropout: float,  # share of a question's words left out
     label_smoothing: float,  # share of a target's probability spread over all tokens
+    prompt_loss_weight: float,  # weight of a question's tokens in the loss; an answer's count 1
     epochs: int,  # passes over the data
     lr: float,  # highest learning rate
     warmup: float,  # share of the steps in which it rises
