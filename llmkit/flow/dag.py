@@ -20,6 +20,7 @@ from ..core.params import did_you_mean, load_params
 from ..evals.battery import suite_options
 from .closure import closure
 from .notebook import Stage, find_checkout, find_stages, read_stage, stage_values
+from ..monitor.policy import read_monitor
 from ..rollout.policy import read_rollout
 
 # %% ../../nbs/12_flow/07_dag.ipynb #5c497df8
@@ -176,7 +177,7 @@ def params_problems(
             check()
         except KitError as e:
             bad.append(str(e))
-    known = {"rollout"} | {s.name for s in stages} | {n for s in stages for n in s.parameters} | {"seed"}
+    known = {"rollout", "monitor"} | {s.name for s in stages} | {n for s in stages for n in s.parameters} | {"seed"}
     return bad + [f"{file}: {k}: belongs to no stage. {did_you_mean(k, known)}" for k in params if k not in known]
 
 
@@ -184,6 +185,8 @@ def _sections(params: dict[str, Any], file: Path) -> Iterator[Callable[[], Any]]
     "Checks of what a stage's signature does not tell."
     if "rollout" in params:
         yield lambda: read_rollout(params["rollout"], file)
+    if "monitor" in params:
+        yield lambda: read_monitor(params["monitor"], file)
     suites = (params.get("evaluate") or {}).get("suites")
     for name, given in suites.items() if isinstance(suites, dict) else ():
         yield lambda name=name, given=given: suite_options(name, given, f"evaluate.suites.{name}", file)

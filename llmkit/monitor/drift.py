@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import bdtrc, ndtr, ndtri
 from scipy.stats import false_discovery_control, mannwhitneyu
 
 from ..core.errors import KitError
@@ -183,13 +184,15 @@ def false_alarms(
     k: int,  # windows that must
     n: int,  # of the last so many
     per_week: float,  # windows
+    shared: float = 0.0,  # part of the variance that windows have in common, by a reference that all are held against
 ) -> float:
-    "An upper bound on the expected false alarms in a week, for independent windows."
-    from scipy.stats import binom
-
-    if not 1 <= k <= n or not 0 < alpha < 1:
-        raise KitError("1 ≤ k ≤ n windows and a level between 0 and 1", value=(k, n, alpha))
-    return float(per_week * binom.sf(k - 1, n, alpha))
+    "The expected false alarms in a week: each window that ends an alarm counts."
+    if not 1 <= k <= n or not 0 < alpha < 1 or not 0 <= shared < 1:
+        raise KitError("1 ≤ k ≤ n windows and a level between 0 and 1", value=(k, n, alpha, shared))
+    common = np.linspace(-8, 8, 801)  # what the reference adds to every window, in standard deviations
+    weight = np.exp(-(common**2) / 2)
+    level = ndtr((ndtri(alpha) + np.sqrt(shared) * common) / np.sqrt(1 - shared))
+    return float(per_week * (bdtrc(k - 1, n, level) * weight).sum() / weight.sum())
 
 
 def plan_alpha(
@@ -197,14 +200,15 @@ def plan_alpha(
     k: int,
     n: int,
     per_week: float,
+    shared: float = 0.0,
 ) -> float:
     "The largest level of a window that keeps the budget."
     low, high = 1e-12, 0.5
-    if false_alarms(high, k, n, per_week) <= budget:
+    if false_alarms(high, k, n, per_week, shared) <= budget:
         return high
     for _ in range(60):
         mid = (low * high) ** 0.5
-        low, high = (mid, high) if false_alarms(mid, k, n, per_week) <= budget else (low, mid)
+        low, high = (mid, high) if false_alarms(mid, k, n, per_week, shared) <= budget else (low, mid)
     return low
 
 

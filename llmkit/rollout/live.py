@@ -396,13 +396,14 @@ def serve(
     price_completion: float = -1.0,  # USD per million generated tokens
     days: float = 30.0,  # that events are kept
     drill: float = 0.0,  # share of a candidate's answers that fail on purpose, to see its rollout stop
+    policy: str = "params.yaml",  # whose section `monitor` says what share of the answers is looked at
     settings: str = "settings.ini",  # where the registry and the databases are
 ) -> int:
     "Serve a release, a folder or another server as an OpenAI-compatible API."
     s = set_up(
         target, model=model, alias=alias, host=host, port=port, keys=keys, slots=slots, queue=queue, timeout=timeout,
         max_output=max_output, base=base, price_prompt=price_prompt, price_completion=price_completion, days=days,
-        settings=settings,
+        policy=policy, settings=settings,
     )  # fmt: skip
     if target or alias:
         return run_setup(s, drain)

@@ -182,7 +182,7 @@ class EngineAnswer:
         t, name, lps = step.token, self.backend.token_name, ()
         if self.work.call.logprobs is not None:
             lps = (TokenLogprob(name(t.id), t.logprob, tuple((name(j), p) for j, p in step.top)),)
-        return Piece(i, t.text, 1, lps, t.finish)
+        return Piece(i, t.text, 1, lps, t.finish, t.logprob)
 
 # %% ../../nbs/08_serve/04_backend.ipynb #7f2f6de9
 async def merge(streams: Sequence[Any]) -> AsyncIterator[tuple[int, Any]]:

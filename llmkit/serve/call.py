@@ -45,8 +45,10 @@ SHARED = {
     "stream": _maybe("boolean"),
     "stream_options": _maybe("object", properties={"include_usage": _maybe("boolean")}),
     "user": _maybe("string", maxLength=512),
-    # ignored: the answer is the same with them
-    **dict.fromkeys(("metadata",), _maybe("object")),
+    # the answer is the same with them
+    "metadata": _maybe(
+        "object", properties={"group": _maybe("string", maxLength=64)}
+    ),  # its `group` goes into the log, for fairness; the rest is ignored
     **dict.fromkeys(("service_tier", "safety_identifier", "prompt_cache_key"), _maybe("string", maxLength=512)),
     # would change the answer
     **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_p", "length_penalty"), _only(0)),
@@ -136,6 +138,7 @@ class Call:
     stream: bool = False
     include_usage: bool = False
     user: str | None = None
+    group: str = ""  # of the person, as the client says in `metadata`: for the log, never for the answer
 
     def texts(self) -> list[str]:
         "All text in it, for guards."
@@ -171,6 +174,7 @@ def parse(
         **{k: got.get(k, False) for k in ("echo", "stream")},
         include_usage=bool((got.get("stream_options") or {}).get("include_usage")),
         user=got.get("user"),
+        group=(got.get("metadata") or {}).get("group") or "",
     )
     return _agree(call)
 

@@ -39,6 +39,7 @@ class Piece:
     tokens: int = 0  # how many generated tokens are in it
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: str | None = None  # "stop", "length" or "content_filter", on the last one
+    logprob: float | None = None  # of its generated tokens together, where the backend knows it
 
 # %% ../../nbs/08_serve/02_reply.ipynb #233059a3
 def namer(

@@ -33,6 +33,7 @@ from .events import Events
 from .gateway import Gateway
 from .keys import DATABASE, Keys
 from .limits import Limits, Price
+from .samples import Sampler, Texts, read_shares
 from .measured import Measured
 from .upstream import UpstreamBackend
 
@@ -243,6 +244,7 @@ def set_up(
     price_prompt: float = -1.0,  # USD per million prompt tokens; -1: not known
     price_completion: float = -1.0,  # USD per million generated tokens
     days: float = 30.0,  # that events are kept
+    policy: str = "params.yaml",  # whose section `monitor` says what share of the answers is looked at
     settings: str = "settings.ini",  # where the registry and the databases are
 ) -> Setup:
     "Verify, load and connect everything that a server consists of; raises `KitError`."
@@ -256,6 +258,9 @@ def set_up(
     asked = open_keys(path, host, keys)
     events = Events(conf.get("events_db", ".llmkit/events.db"))
     options = {"slots": slots, "queue": queue, "max_output": max_output}
+    shares = read_shares(policy)
+    texts = Texts(conf.get("texts_db", ".llmkit/texts.db")) if shares.texts else None
+    sampler = Sampler(shares, texts) if shares.texts or shares.claims else None
     gateway = Gateway(
         found.model,
         {"baseline": open_backend(found, **options)},
@@ -264,11 +269,19 @@ def set_up(
         events=events,
         canaries=[c for c in os.environ.get("LLMKIT_CANARIES", "").split(",") if c.strip()],
         timeout=timeout,
+        sampler=sampler,
     )
     measure(gateway, conf.get("monitor", ".llmkit/monitor"))
     about = f"{found.note}, release {short(found.release) or 'unknown'}, keys {'required' if asked else 'off'}"
+
+    def forget() -> None:
+        "Delete what is older than it may get."
+        events.expire(days * 86400)
+        if texts is not None:
+            texts.expire(shares.days * 86400)
+
     deltas = Adapters(gateway, base, **options) if base else None
-    return Setup(gateway, found, conf, host, port, options, about, deltas, lambda: events.expire(days * 86400))
+    return Setup(gateway, found, conf, host, port, options, about, deltas, forget)
 
 
 def run_setup(
