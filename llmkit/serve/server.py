@@ -33,8 +33,8 @@ from .events import Events
 from .gateway import Gateway
 from .keys import DATABASE, Keys
 from .limits import Limits, Price
-from .samples import Sampler, Texts, read_shares
 from .measured import Measured
+from .samples import Sampler, Texts, read_shares
 from .upstream import UpstreamBackend
 
 # %% ../../nbs/08_serve/14_server.ipynb #d21f8049
