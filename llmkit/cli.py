@@ -55,6 +55,7 @@ COMMANDS = {
     "rollout undo": "llmkit.rollout.commands:rollout_undo",
     "monitor check": "llmkit.monitor.check:monitor_check",
     "monitor traffic": "llmkit.monitor.check:monitor_traffic",
+    "alerts write": "llmkit.monitor.wiring:alerts_write",
     "judge serve": "llmkit.rollout.judge_server:judge_serve",
     "batch run": "llmkit.serve.batch:batch_run",
     "stream run": "llmkit.serve.stream:stream_run",
