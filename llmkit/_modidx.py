@@ -789,6 +789,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                              'llmkit/flow/records.py')},
             'llmkit.flow.repro': { 'llmkit.flow.repro.guard': ('12_flow/repro.html#guard', 'llmkit/flow/repro.py'),
                                    'llmkit.flow.repro.repro': ('12_flow/repro.html#repro', 'llmkit/flow/repro.py'),
+                                   'llmkit.flow.repro.where_time_went': ('12_flow/repro.html#where_time_went', 'llmkit/flow/repro.py'),
                                    'llmkit.flow.repro.where_to_look': ('12_flow/repro.html#where_to_look', 'llmkit/flow/repro.py')},
             'llmkit.flow.runner': { 'llmkit.flow.runner.figures': ('12_flow/runner.html#figures', 'llmkit/flow/runner.py'),
                                     'llmkit.flow.runner.finish': ('12_flow/runner.html#finish', 'llmkit/flow/runner.py'),

@@ -112,6 +112,15 @@ def project(tmp_path):
 
 
 @pytest.fixture(scope="session")
+def empty_repo(tmp_path_factory):
+    "A repository of git and DVC, made once."
+    path = tmp_path_factory.mktemp("repo")
+    for words in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
+        subprocess.run(words, cwd=path, check=True)
+    return path
+
+
+@pytest.fixture(scope="session")
 def empty_mlflow(tmp_path_factory):
     "An MLflow database with its tables, made once."
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"

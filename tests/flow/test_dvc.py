@@ -1,5 +1,6 @@
 "Two stages under the real DVC: what repeats, what comes from the cache, and what a stale pipeline does."
 
+import re
 import shutil
 import subprocess
 
@@ -19,14 +20,14 @@ with pathlib.Path('calls.log').open('a') as f: f.write('called\\n')
 
 
 @pytest.fixture
-def pipeline(project):
+def pipeline(project, empty_repo):
     "`one` makes a number, `register` reads it and leaves a receipt."
     project.params("seed: 7\none: {lr: 1e-4}\nregister: {}\n")
     project.stage("one", FIRST)
     project.stage("register", SECOND, number=2, parameters="seed: int = 0", needs={"out": "artifacts/one/out.json"})
     (project.path / ".gitignore").write_text("/artifacts/\n/.llmkit/\n/calls.log\n/.bin/\n/.home/\n")
-    for words in (["git", "init", "-q"], ["dvc", "init", "-q"], ["dvc", "cache", "dir", project.path.parent / "cache"]):
-        project.sh(*words)
+    shutil.copytree(empty_repo, project.path, dirs_exist_ok=True)
+    (project.path / ".dvc/config").write_text(f"[cache]\n    dir = {project.path.parent / 'cache'}\n")
     dag_write(project.path)
     return project
 
@@ -114,7 +115,10 @@ def test_the_whole_command(pipeline, monkeypatch, capfd):
     (pipeline.path / ".gitignore").write_text("/calls.log\n")
     monkeypatch.chdir(pipeline.path)
     assert repro() == 0
-    assert "llmkit smoke artifacts/package/bundle" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    for word in ("verdict ", "card ", "site ", "next     llmkit serve\n"):
+        assert f"\n{word}" in said
+    assert re.search(r"^time +\d+ s in stages: (one|register) \d+, (one|register) \d+$", said, re.M)
     assert check_records(pipeline.path) == []
     ignored = pipeline.sh("git", "status", "--porcelain", "--untracked-files=all").stdout
     assert "artifacts" not in ignored and ".llmkit" not in ignored

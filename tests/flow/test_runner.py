@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -43,13 +44,12 @@ print('' in sys.path or os.getcwd() in sys.path, random.random(), numpy.random.r
 @pytest.mark.parametrize(
     "text", ["seed: 7\nx: {lr: 1e-4}", "seed: 7\nx: {lr: 1E-4}", "seed: 0o17\nx: {lr: 5}", "seed: 7\nx: {lr: .5}"]
 )
-def test_values_are_those_that_dvc_tracks(project, text, monkeypatch):
+def test_values_are_those_that_dvc_tracks(project, empty_repo, text, monkeypatch):
     import dvc.api
 
     project.stage("x", DONE)
     project.params(text)
-    subprocess.run(["git", "init", "-q"], cwd=project.path, check=True)
-    subprocess.run(["dvc", "init", "-q"], cwd=project.path, check=True)
+    shutil.copytree(empty_repo, project.path, dirs_exist_ok=True)
     monkeypatch.chdir(project.path)
     shown = dvc.api.params_show("params.yaml")
     todo = plan("x", ".")

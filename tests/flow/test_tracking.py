@@ -19,15 +19,28 @@ def settled(project):
     project.wait_for(lambda: not any(held(r.folder / "watch.lock") for r in list_runs(project.path)))
 
 
-def test_a_completed_and_a_failed_run(project, empty_mlflow):
+def test_a_completed_a_failed_and_a_killed_run(project, empty_mlflow):
     project.track(empty_mlflow)
     project.stage("x", DONE)
     done = run_stage("x", project.path)
     project.stage("x", "raise SystemExit(3)")
     failed = run_stage("x", project.path)
-    assert (done.status["state"], failed.status["state"]) == ("completed", "failed")
+    project.stage("x", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)", DONE)
+    killed = run_stage("x", project.path)
+    assert [r.status["state"] for r in (done, failed, killed)] == ["completed", "failed", "killed"]
     settle(project.path, wait=60)
-    assert project.mlflow() == ["FINISHED", "FAILED"]
+    assert project.mlflow() == ["FINISHED", "FAILED", "KILLED"]
+
+
+def test_ctrl_c_is_told_as_killed(project, empty_mlflow):
+    project.track(empty_mlflow)
+    project.stage("x", SLEEP, DONE)
+    process = project.spawn("x")
+    project.wait_for(lambda: (project.path / "pid").exists() and (project.path / "pid").read_text())
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(timeout=300) == 130
+    settle(project.path, wait=60)
+    assert project.mlflow() == ["KILLED"]
 
 
 def test_the_runner_is_killed_and_its_watcher_says_so(project, empty_mlflow):
