@@ -1,5 +1,6 @@
 "What the tests of the repository share: its root, its notebooks, its modules."
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -40,5 +41,5 @@ def tree(tmp_path) -> Path:
         if f.parts[0] in ("examples", "benchmarks", "records"):
             continue
         (tmp_path / f).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / f).write_bytes((ROOT / f).read_bytes())
+        shutil.copy(ROOT / f, tmp_path / f)
     return tmp_path
