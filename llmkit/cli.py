@@ -63,6 +63,7 @@ COMMANDS = {
     "keys list": "llmkit.serve.keys:keys_list",
     "keys revoke": "llmkit.serve.keys:keys_revoke",
     "keys rotate": "llmkit.serve.keys:keys_rotate",
+    "edge write": "llmkit.deploy.edge:edge_write",
     "image write": "llmkit.deploy.image:image_write",
     "image build": "llmkit.deploy.image:image_build",
 }

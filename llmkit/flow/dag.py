@@ -20,6 +20,7 @@ from ..core.params import did_you_mean, load_params
 from ..evals.battery import suite_options
 from .closure import closure
 from .notebook import Stage, find_checkout, find_stages, read_stage, stage_values
+from ..gate.policy import read_policy
 from ..monitor.policy import read_monitor
 from ..rollout.policy import read_rollout
 
@@ -177,7 +178,9 @@ def params_problems(
             check()
         except KitError as e:
             bad.append(str(e))
-    known = {"rollout", "monitor"} | {s.name for s in stages} | {n for s in stages for n in s.parameters} | {"seed"}
+    known = (
+        {"rollout", "monitor", "edge"} | {s.name for s in stages} | {n for s in stages for n in s.parameters} | {"seed"}
+    )
     return bad + [f"{file}: {k}: belongs to no stage. {did_you_mean(k, known)}" for k in params if k not in known]
 
 
@@ -187,6 +190,8 @@ def _sections(params: dict[str, Any], file: Path) -> Iterator[Callable[[], Any]]
         yield lambda: read_rollout(params["rollout"], file)
     if "monitor" in params:
         yield lambda: read_monitor(params["monitor"], file)
+    if "edge" in params:
+        yield lambda: read_policy(params["edge"], str(file), "edge")
     suites = (params.get("evaluate") or {}).get("suites")
     for name, given in suites.items() if isinstance(suites, dict) else ():
         yield lambda name=name, given=given: suite_options(name, given, f"evaluate.suites.{name}", file)

@@ -108,20 +108,20 @@ class Policy:
 def read_policy(
     section: Mapping[str, Any],  # the `gates` section: `alpha` and `rules`
     file: str | None = None,  # for errors
+    name: str = "gates",  # the section's, for errors
 ) -> Policy:
     "The policy of a section; raises `ParamsError`."
-    section = conform(section, dict[str, Any], "gates", file)
-    for name in section:
-        if name not in ("alpha", "rules"):
-            raise ParamsError(
-                "unknown key", file=file, key=f"gates.{name}", remedy=did_you_mean(name, ("alpha", "rules"))
-            )
-    alpha = conform(section.get("alpha", 0.05), float, "gates.alpha", file)
-    entries = conform(section.get("rules", []), list[Any], "gates.rules", file)
+    section = conform(section, dict[str, Any], name, file)
+    for key in section:
+        if key not in ("alpha", "rules"):
+            fix = did_you_mean(key, ("alpha", "rules"))
+            raise ParamsError("unknown key", file=file, key=f"{name}.{key}", remedy=fix)
+    alpha = conform(section.get("alpha", 0.05), float, f"{name}.alpha", file)
+    entries = conform(section.get("rules", []), list[Any], f"{name}.rules", file)
     if not entries:
-        raise ParamsError("a policy without rules judges nothing", file=file, key="gates.rules", remedy="Add a rule")
-    rules = tuple(read_rule(e, alpha, f"gates.rules[{i}]") for i, e in enumerate(entries))
+        raise ParamsError("a policy without rules judges nothing", file=file, key=f"{name}.rules", remedy="Add a rule")
+    rules = tuple(read_rule(e, alpha, f"{name}.rules[{i}]") for i, e in enumerate(entries))
     for i, r in enumerate(rules):
         if r in rules[:i]:
-            raise ParamsError("the same rule twice", file=file, key=f"gates.rules[{i}]", value=str(r))
+            raise ParamsError("the same rule twice", file=file, key=f"{name}.rules[{i}]", value=str(r))
     return Policy(rules, digest_json(section))
