@@ -12,7 +12,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -128,7 +127,7 @@ def step(self: Controller) -> RolloutState | None:
 
 def _flush(self: Controller) -> None:
     "Move waiting events into the log; a finished rollout needs no more of them."
-    while batch := list(islice(self._queue, BATCH)):
+    while batch := [self._queue[i] for i in range(min(len(self._queue), BATCH))]:  # others append meanwhile
         if self.state is not None and not self.state.finished:
             event = {"kind": "traffic", "time": self.clock(), "events": batch}
             while not self.store.append(self.id, self.fold.seq, event):

@@ -50,7 +50,7 @@ def newest(
 ) -> tuple[str, RolloutState] | None:
     "The last rollout of a model that was started, with its state."
     for (id,) in store.rows("select id from rollouts order by rowid desc"):
-        state = store.load(id).state
+        state = store.standing(id)
         if state is not None and state.model == model:
             return id, state
     return None

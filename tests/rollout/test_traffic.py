@@ -1,6 +1,7 @@
 """Ten thousand requests through promotion and rollback, a day of shadow, a hundred thousand events."""
 
 import json
+import sys
 import threading
 import tracemalloc
 from collections import Counter
@@ -57,6 +58,29 @@ def test_ten_thousand_requests_through_a_promotion_and_an_undo(tmp_path):
     assert set(Counter(v for v, _ in answers.values())) == {"baseline", "canary"}
     assert {w.c.assign(u) for u in path} == {"baseline"}
     assert w.registry.read()["aliases"] == {"champion": "sha256:a", "previous": "sha256:b"}
+
+
+def test_events_that_come_while_the_log_is_written_are_kept(tmp_path, monkeypatch):
+    w, written = World(tmp_path), []
+    usual = {"kind": "request", "time": 1.0, "variant": "baseline", "release": "sha256:a", "unit": "u", "code": 200, "status": "ok", "latency": 0.2, "prompt_tokens": 40, "fallback": False, "refused": False}  # fmt: skip
+    monkeypatch.setattr("llmkit.rollout.controller.BATCH", 3)  # many batches
+    monkeypatch.setattr(w.store, "append", lambda id, seq, event: written.extend(event["events"]) or True)
+
+    def feed():
+        for i in range(24_000):
+            w.c.observe(usual | {"id": f"q{i}"})
+
+    turn = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=feed)
+    try:
+        thread.start()
+        while thread.is_alive() or w.c._queue:
+            w.c._flush()
+    finally:
+        sys.setswitchinterval(turn)
+        thread.join()
+    assert [e["id"] for e in written] == [f"q{i}" for i in range(24_000)]
 
 
 def test_users_move_one_way_only_until_the_end(tmp_path):
