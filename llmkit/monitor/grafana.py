@@ -51,10 +51,11 @@ ROWS: dict[str, Sequence[tuple[str, str, Sequence[tuple[str, str]]]]] = {
         ("Memory", "bytes", (("process_resident_memory_bytes", "resident"),)),
     ),
     "Is it still good?": (
-        ("Drift", "short", (('llmkit_measurement{source="window",metric="drifted_features"}', "{{report}}"),)),
+        ("Drift: score as a multiple of its threshold", "short", (("llmkit_drift_score / llmkit_drift_threshold", "{{family}} {{metric}} {{slice}}"),)),
+        ("Windows by family", "short", (("llmkit_window_outcome == 1", "{{family}} {{outcome}}"),)),
         ("Calibration error", "percentunit", (("llmkit_calibration_ece", "{{source}} {{report}}"),)),
         ("Accuracy gap between groups", "percentunit", (("llmkit_fairness_accuracy_gap", "{{source}} {{report}}"),)),
-        ("Hallucination rate", "percentunit", (("llmkit_hallucination_rate", "{{source}} {{report}}"),)),
+        ("Hallucination rate", "percentunit", (("llmkit_hallucination_rate", "{{source}} {{report}}"), ('sum(increase(llmkit_answers_checked_total{result="unsupported"}[1h])) / sum(increase(llmkit_answers_checked_total[1h]))', "live, sampled"))),
         ("Verdicts", "short", (("llmkit_gate_verdict == 1", "{{source}} {{report}} {{outcome}}"),)),
         ("Findings of guards", "short", (("sum by (guard, entity) (increase(llmkit_guard_findings_total[1h]))", "{{guard}} {{entity}}"),)),
         ("Feedback", "short", (("sum by (rating) (increase(llmkit_feedback_total[1h]))", "{{rating}}"), ("sum by (outcome) (increase(llmkit_task_outcome_total[1h]))", "task {{outcome}}"))),

@@ -52,6 +52,9 @@ class Metrics:
         self.event_failures = p.Counter("llmkit_event_failures_total", "Events that could not be written.", registry=r)
         self.feedback = count("llmkit_feedback_total", "Feedback by sign of the rating.", ("rating",))
         self.outcomes = count("llmkit_task_outcome_total", "Feedback by whether the task was done.", ("outcome",))
+        self.claims = count(
+            "llmkit_answers_checked_total", "Answers that were held against their text.", (*kinds, "result")
+        )
         self.cost = count("llmkit_cost_usd_total", "USD that answers cost.", kinds)
         self.ready = p.Gauge("llmkit_ready", "1 when the server takes requests.", registry=r)
         self.ready.set(0)
@@ -88,6 +91,8 @@ def count(
         self.queued.labels(*kinds).observe(queued)
     if event["fallback"]:
         self.fallback.labels(*kinds).inc()
+    if event.get("claim") is not None:
+        self.claims.labels(*kinds, "unsupported" if event["claim"] else "supported").inc()
     if event["cost"]:
         self.cost.labels(*kinds).inc(event["cost"])
 

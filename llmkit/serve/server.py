@@ -34,7 +34,7 @@ from .events import Events
 from .gateway import Gateway
 from .keys import DATABASE, Keys
 from .limits import Limits, Price
-from .measured import Measured
+from .measured import LIVE, Measured
 from .samples import Sampler, Texts, read_shares
 from .upstream import UpstreamBackend
 
@@ -225,15 +225,16 @@ class Setup:
 
 def measure(
     gateway: Gateway,
-    windows: str | Path,  # the folder in which monitoring leaves its latest windows
+    settings: Settings,  # where those find their files who measure live traffic
 ) -> None:
-    "Let a scrape also read energy, the reports that the bundles brought along, and the windows of live traffic."
+    "Let a scrape also read energy, the reports that the bundles brought along, and what is measured of live traffic."
 
-    def sources() -> dict[str, Path]:
-        bundles = {n: getattr(b, "bundle", None) for n, b in list(gateway.variants.items())}
-        return {n: folder for n, folder in bundles.items() if folder} | {"window": Path(windows)}
+    def bundles() -> dict[str, Path]:
+        found = {n: getattr(b, "bundle", None) for n, b in list(gateway.variants.items())}
+        return {n: folder for n, folder in found.items() if folder}
 
-    gateway.metrics.registry.register(Measured(sources))
+    live = {name: LIVE.load(name)(settings) for name in LIVE.names()}
+    gateway.metrics.registry.register(Measured(bundles, live))
     gateway.metrics.meter_energy()
 
 
@@ -280,7 +281,7 @@ def set_up(
         timeout=timeout,
         sampler=sampler,
     )
-    measure(gateway, conf.get("monitor", ".llmkit/monitor"))
+    measure(gateway, conf)
     about = f"{found.note}, release {short(found.release) or 'unknown'}, keys {'required' if asked else 'off'}"
 
     def forget() -> None:

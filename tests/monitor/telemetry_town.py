@@ -1,6 +1,7 @@
 "A real server that follows rollouts, whose canary fails on purpose, with customers who ask in ordinary and in odd ways."
 
 import shutil
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import pytest
 from rollout_road import CANARY, Recorder
 from serve_server import REPLIES, serving
 
-from llmkit.core.report import Measurement, Report, write_report
-from llmkit.gate.judge import judge
-from llmkit.gate.verdict import write_verdict
+from llmkit.core.report import Measurement, Report
+from llmkit.core.settings import Settings
+from llmkit.gate.verdict import RuleResult, Verdict
+from llmkit.monitor.state import Action, Memory, Score, Seen
 from llmkit.rollout.controller import Controller
 from llmkit.rollout.live import Live
 from llmkit.rollout.store import Store
@@ -54,19 +56,31 @@ class Failing(DummyEngine):
         return super().next_logits(prompt, answer)
 
 
-def window(folder: Path, gap=0.05, drifted=0):
-    "A window of traffic as monitoring leaves it: measurements with their verdict."
+def window(folder: Path, calibration="pass"):
+    "A window of traffic as monitoring leaves it: reports, scores and a verdict."
     found = (
-        Measurement("accuracy_gap", gap, 400, gap - 0.02, gap + 0.02, direction="lower"),
+        Measurement("accuracy_gap", 0.05, 400, 0.03, 0.07, direction="lower"),
         Measurement("ece_debiased", 0.03, 400, 0.01, 0.05, direction="lower"),
         Measurement("hallucination_rate", 0.1, 200, 0.06, 0.15, direction="lower"),
         Measurement("worst_group_accuracy", 0.9, 100, 0.83, 0.95),
-        Measurement("drifted_features", drifted, 400, direction="lower"),
     )
-    report = Report("window", "", "window@1", found)
-    write_report(report, folder / "traffic")
-    rule = {"metric": "accuracy_gap", "on": "window", "max": 0.12, "bound": "interval"}
-    write_verdict(judge({"rules": [rule]}, {"window": report}), folder / "traffic")
+    scores = (
+        Score("data", "prompt_tokens_psi", 0.04, 0.1, 300),
+        Score(
+            "calibration", "evidence", 40.0 if calibration == "fail" else 2.0, 20.0, 250, drifted=calibration == "fail"
+        ),
+    )
+    rule = RuleResult("calibration holds", calibration, "what was found", "evidence", "calibration")
+    outcomes = {"data": "pass", "calibration": calibration}
+    verdict = Verdict(calibration, (rule,), "sha256:p")
+    now = time.time()
+    w = Seen("sha256:a", 3, 901, 1200, now - 60, now, 300, 250, scores, outcomes, verdict)
+    asked = (
+        [Action("a", "retrain", now, "sha256:a", 3, "calibration drifted", "requested")]
+        if calibration == "fail"
+        else []
+    )
+    Memory(folder / "monitor.db").add(w, {"traffic": Report("window", "", "window@1", found)}, {}, asked)
 
 
 class Town:
@@ -75,7 +89,15 @@ class Town:
     def __init__(self, folder):
         self.folder, self.registry = folder, Recorder(folder / "registry.json")
         self.store = Store(folder / "rollouts.db")
-        self.n = 0
+        files = {
+            "monitor_db": "monitor.db",
+            "rollouts": "rollouts.db",
+            "events_db": "events.db",
+            "serve_db": "serve.db",
+        }
+        values = {k: str(folder / name) for k, name in files.items()}
+        (folder / "settings.ini").write_text("[DEFAULT]\n" + "".join(f"{k} = {v}\n" for k, v in values.items()))
+        self.settings, self.n = Settings("DEFAULT", values, folder / "settings.ini"), 0
 
     def open(self, release):
         "A release as the server loads it: the canary is the bad one."
@@ -90,7 +112,7 @@ class Town:
             "bank-support", {"baseline": self.open("sha256:a")}, events=Events(self.folder / "events.db"),
             keys=keys, limits=limits, **options,
         )  # fmt: skip
-        measure(gateway, self.folder / "monitor")
+        measure(gateway, self.settings)
         live = Live(gateway, Store(self.folder / "rollouts.db"), self.registry, self.open, every=0.05)
         with serving(gateway, beside=live.beside()) as url:
             self.url, self.gateway, self.live = url, gateway, live

@@ -7,6 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serve_server import until
 from telemetry_town import SHADOWED, needs, town, window  # noqa: F401
 
+from llmkit.core.settings import Settings
 from llmkit.serve.keys import Keys
 from llmkit.serve.server import measure
 
@@ -16,7 +17,7 @@ gen_ai_server_time_per_output_token_seconds gen_ai_client_token_usage llmkit_req
 llmkit_ratelimit_rejections llmkit_guard_findings llmkit_feedback llmkit_task_outcome llmkit_cost_usd
 llmkit_energy_joules llmkit_mirror_requests llmkit_rollout_phase llmkit_rollout_weight_ratio llmkit_gate_verdict
 llmkit_gate_rule llmkit_hallucination_rate llmkit_calibration_ece llmkit_fairness_accuracy_gap
-llmkit_fairness_worst_group_accuracy llmkit_measurement llmkit_report_timestamp_seconds llmkit_ready process_cpu_seconds
+llmkit_fairness_worst_group_accuracy llmkit_measurement llmkit_drift_score llmkit_drift_threshold llmkit_window_outcome llmkit_report_timestamp_seconds llmkit_ready process_cpu_seconds
 """.split()
 
 
@@ -61,7 +62,7 @@ def test_a_fresh_server_and_one_after_everything(town, tmp_path):  # noqa: F811
         assert t.ask("card", some, model="other").status_code == 404
         until(lambda: [t.ask("card", some) for _ in range(4)] and t.phase() == "Progressing" and t.store.load("r1").state.weights.get("canary") == 50, "the canary")  # fmt: skip
         until(lambda: t.ask("my card is gone", some).status_code and t.phase() == "Degraded", "the abort")
-        window(t.folder / "monitor")
+        window(t.folder)
         text = t.metrics(scraper)
 
     assert lint(text) == (0, "")
@@ -94,7 +95,7 @@ def test_the_registered_bundle_shows_what_was_measured_before_its_release(make_g
     write_report(measured, tmp_path / "bundle/reports/grounding_engine")
     gateway = make_gateway()
     gateway.variants["baseline"].bundle = tmp_path / "bundle"
-    measure(gateway, tmp_path / "none")
+    measure(gateway, Settings("DEFAULT", {"monitor_db": str(tmp_path / "none")}, tmp_path / "settings.ini"))
     text = gateway.metrics.text().decode()
     assert total(text, "llmkit_hallucination_rate", source="baseline", report="grounding_engine") == 0.25
     assert "window" not in {s.labels["source"] for s in series(text)["llmkit_report_timestamp_seconds"]}
