@@ -17,12 +17,8 @@ from typing import Any
 from ..core.errors import KitError
 from ..core.files import write_text
 from ..core.params import did_you_mean, load_params
-from ..evals.battery import suite_options
 from .closure import closure
 from .notebook import Stage, find_checkout, find_stages, read_stage, stage_values
-from ..gate.policy import read_policy
-from ..monitor.policy import read_monitor
-from ..rollout.policy import read_rollout
 
 # %% ../../nbs/12_flow/07_dag.ipynb #5c497df8
 RECEIPTS = {"register": "artifacts/register/receipt.json"}  # stage → the file that vouches for its side effect
@@ -185,7 +181,12 @@ def params_problems(
 
 
 def _sections(params: dict[str, Any], file: Path) -> Iterator[Callable[[], Any]]:
-    "Checks of what a stage's signature does not tell."
+    "Checks of what a stage's signature does not tell; their modules are heavy, and only these checks need them."
+    from llmkit.evals.battery import suite_options
+    from llmkit.gate.policy import read_policy
+    from llmkit.monitor.policy import read_monitor
+    from llmkit.rollout.policy import read_rollout
+
     if "rollout" in params:
         yield lambda: read_rollout(params["rollout"], file)
     if "monitor" in params:

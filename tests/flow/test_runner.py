@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -257,3 +258,10 @@ def test_a_signal_ends_kernel_and_run(project, number, code):
     run = list_runs(project.path)[0]
     assert run.status["state"] == "killed" and run.status["exit_code"] == code
     assert "Traceback" not in err
+
+
+def test_starting_a_stage_imports_nothing_heavy():
+    "Seconds before every stage, and before a `repro` with nothing to do."
+    heavy = ("scipy", "pandas", "torch", "transformers", "mlflow", "matplotlib", "onnxruntime", "fastapi", "dvc")
+    code = f"import sys, llmkit.flow.repro, llmkit.flow.runner; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
