@@ -8,19 +8,18 @@ __all__ = ['Unmeasured', 'find', 'successes', 'paired_values', 'judge_rule', 'ju
 # %% ../../nbs/02_gate/06_judge.ipynb #7ee21f04
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import ceil
 from typing import Any
 
 import numpy as np
-from scipy.special import bdtr, bdtrc, ndtri
+from scipy.special import bdtr, bdtrc
 
 from ..core.errors import KitError
 from ..core.params import did_you_mean
 from ..core.report import Measurement, Report, report_digest
 from .intervals import clopper_pearson, wilson
-from .paired import Difference, holm, noninferiority
-from .plan import about, pairs_needed, rate_needed
-from .policy import Policy, Rule, read_policy
+from .paired import Difference, Outcome3, holm, noninferiority, superiority
+from .plan import about, interval_needed, pairs_needed, rate_needed
+from .policy import PAIRED, Policy, Rule, read_policy
 from .verdict import RuleResult, Verdict, worst
 
 # %% ../../nbs/02_gate/06_judge.ipynb #6cc2396e
@@ -65,8 +64,7 @@ def _limit_needs(r: Rule, m: Measurement) -> int | None:
     end = m.low if m.value > r.limit else m.high
     if m.value == r.limit or end is None:
         return None
-    z = float(ndtri((1 + m.level) / 2))
-    return ceil(m.n * ((end - m.value) / (m.value - r.limit) * (z + float(ndtri(0.8))) / z) ** 2)
+    return interval_needed(abs(end - m.value), m.n, abs(m.value - r.limit), m.level)
 
 
 def _bounds(r: Rule, m: Measurement) -> tuple[float, float, str]:
@@ -162,7 +160,7 @@ def paired_values(
     return values
 
 
-def _judge_noninferiority(r: Rule, reports: Mapping[str, Report]) -> tuple[RuleResult, Difference]:
+def _judge_paired(r: Rule, reports: Mapping[str, Report]) -> tuple[RuleResult, Difference]:
     "A candidate against a baseline, item by item."
     m, ref = (find(reports, s, r.metric, r.slice) for s in (r.on, r.against))
     _same_suite(reports, r)
@@ -174,14 +172,25 @@ def _judge_noninferiority(r: Rule, reports: Mapping[str, Report]) -> tuple[RuleR
         raise KitError(f"cannot be paired: {len(new.keys() ^ old.keys())} ids stand in only one of the two reports")
     ids = sorted(new, key=str)
     clusters = [str(new[i][1]) for i in ids] if r.cluster else None
-    d = noninferiority([old[i][0] for i in ids], [new[i][0] for i in ids], r.limit, r.alpha, m.direction, clusters)
-    outcome = d.against(r.limit)
-    text = f"{r.on} {r.metric}{_where(r)} is {_diff(d.value)} than {r.against} ({1 - r.alpha:.0%} bounds {d.low:+.4g} to {d.high:+.4g}, {d.method}, n = {d.n}): a loss of {r.limit:g} {_FOUND[outcome]}"
-    needs = pairs_needed(r.limit, d.sd**2 + d.value**2, d.value, r.alpha) if outcome == "inconclusive" else None
-    return _result(r, outcome, text, d.value, d.low, d.high, -r.limit, d.n, needs), d
+    outcome, d = _compared(r, [old[i][0] for i in ids], [new[i][0] for i in ids], m.direction, clusters)
+    margin, asked = (r.limit, "a loss") if r.test == "noninferiority" else (-r.limit, "a gain")
+    text = f"{r.on} {r.metric}{_where(r)} is {_diff(d.value)} than {r.against} ({1 - r.alpha:.0%} bounds {d.low:+.4g} to {d.high:+.4g}, {d.method}, n = {d.n}): {asked} of {'more than ' if margin <= 0 else ''}{r.limit:g} {_FOUND[r.test][outcome]}"
+    needs = pairs_needed(margin, d.sd**2 + d.value**2, d.value, r.alpha) if outcome == "inconclusive" else None
+    return _result(r, outcome, text, d.value, d.low, d.high, -margin, d.n, needs), d
 
 
-_FOUND = {"pass": "is excluded", "fail": "is shown", "inconclusive": "is not excluded"}
+_FOUND = {
+    "noninferiority": {"pass": "is excluded", "fail": "is shown", "inconclusive": "is not excluded"},
+    "superiority": {"pass": "is shown", "fail": "is excluded", "inconclusive": "is not shown"},
+}
+
+
+def _compared(r: Rule, old: list[float], new: list[float], direction, clusters) -> tuple[Outcome3, Difference]:
+    "The finding of a paired test."
+    if r.test == "superiority":
+        return superiority(old, new, r.limit, r.alpha, direction, clusters)
+    d = noninferiority(old, new, r.limit, r.alpha, direction, clusters)
+    return d.against(r.limit), d
 
 
 def _diff(x: float) -> str:
@@ -193,7 +202,7 @@ def _refuse_noise(r: Rule, reports: Mapping[str, Report]) -> None:
     "A margin at or below the measured noise of a run is no margin."
     for subject in (r.on, r.against):
         noise = reports[subject].get(f"{r.metric}_noise")
-        if noise is not None and r.limit <= noise.value:
+        if noise is not None and r.limit <= noise.value and r.test == "noninferiority":
             fix = f"Widen the margin, or steady the measurement of {subject}"
             raise KitError(
                 f"the margin {r.limit:g} is not above the measured noise {noise.value:.4g} of {r.metric}", remedy=fix
@@ -234,8 +243,8 @@ def _slices(r: Rule, reports: Mapping[str, Report]) -> list[Rule]:
 def _judge_one(r: Rule, reports: Mapping[str, Report]) -> tuple[RuleResult, float | None]:
     "One rule on one slice, and the p-value of its failing."
     try:
-        if r.test == "noninferiority":
-            result, d = _judge_noninferiority(r, reports)
+        if r.test in PAIRED:
+            result, d = _judge_paired(r, reports)
             p = d.p_fail
         else:
             result = (_judge_ratio if r.test == "max_ratio" else _judge_limit)(r, reports)

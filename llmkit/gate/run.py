@@ -8,6 +8,7 @@ __all__ = ['collect', 'decide', 'gate_run', 'plan_rule', 'gate_plan', 'baseline_
 # %% ../../nbs/02_gate/08_run.ipynb #4b84d1c8
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +16,9 @@ from ..core.errors import KitError
 from ..core.files import atomic_folder
 from ..core.params import ParamsError, load_params
 from ..core.report import Report, read_report
-from .judge import judge
-from .plan import about, pairs_needed, power_each, rate_needed
-from .policy import Rule, read_policy
+from .judge import find, judge, paired_values
+from .plan import about, interval_needed, pairs_needed, power_each, rate_needed
+from .policy import PAIRED, Rule, read_policy
 from .verdict import EXIT_CODES, Verdict, write_verdict
 
 # %% ../../nbs/02_gate/08_run.ipynb #2f978521
@@ -84,14 +85,39 @@ def plan_rule(
     discordance: float = 0.1,  # share of items on which two models differ
     lead: float = 0.05,  # how far a rate lies on the good side of its limit
     power: float = 0.8,  # chance that a good model passes this rule
+    reports: Mapping[str, Report] | None = None,  # what was measured
 ) -> tuple[int | None, str]:
     "Items that a rule needs, and under which assumption."
-    if r.test == "noninferiority":
-        return pairs_needed(r.limit, discordance, 0.0, r.alpha, power), f"equal models that differ on {discordance:.1%}"
-    if r.bound not in ("clopper_pearson", "wilson"):
-        return None, "no sampling error is counted" if r.bound is None else "depends on the spread"
-    value = min(1.0, r.limit + lead) if r.test == "min" else max(0.0, r.limit - lead)
+    if r.test in PAIRED:
+        share, how = _differ(r, discordance, reports or {})
+        margin, gain = (r.limit, 0.0) if r.test == "noninferiority" else (-r.limit, r.limit + lead)
+        said = "equal models" if r.test == "noninferiority" else f"a gain of {gain:.4g}, by models"
+        return pairs_needed(margin, max(share, gain), gain, r.alpha, power), f"{said} that differ on {share:.1%}{how}"
+    if r.bound is None:
+        return None, "no sampling error is counted"
+    value = r.limit + lead if r.test == "min" else r.limit - lead
+    if r.bound == "interval":
+        return _spread_needed(r, lead, power, reports or {}), f"a true value of {value:.4g}"
+    value = min(1.0, max(0.0, value))
     return rate_needed(r.limit, value, r.alpha, power), f"a true rate of {value:.4g}"
+
+
+def _differ(r: Rule, discordance: float, reports: Mapping[str, Report]) -> tuple[float, str]:
+    "The share of items, or the mean square, by which two models differ: measured, or else assumed."
+    try:
+        new, old = ({i: v for i, (v, _) in paired_values(reports[s], find(reports, s, r.metric, r.slice)).items()} for s in (r.on, r.against))  # fmt: skip
+    except (KitError, KeyError):
+        return discordance, ", assumed"
+    squares = [(new[i] - old[i]) ** 2 for i in new.keys() & old.keys()]
+    n = len(squares)
+    return (sum(squares) / n, f" of {n:,}, measured") if any(squares) else (discordance, ", assumed")
+
+
+def _spread_needed(r: Rule, lead: float, power: float, reports: Mapping[str, Report]) -> int | None:
+    "Items at which an interval as wide as the measured one would leave a lead."
+    m = reports[r.on].get(r.metric, r.slice) if r.on in reports else None
+    end = None if m is None else m.low if r.test == "min" else m.high
+    return None if end is None else interval_needed(abs(m.value - end), m.n, lead, m.level, power)
 
 
 def gate_plan(
@@ -112,7 +138,7 @@ def gate_plan(
     each = power_each(power, len(rules)) if joint else power
     print(f"Items for a power of {each:.3g} at each rule:")
     for r in rules:
-        need, why = plan_rule(r, discordance, lead, each)
+        need, why = plan_rule(r, discordance, lead, each, found)
         print(f"  {r}: {_need(r, need, found)}, {why}")
     return 0
 

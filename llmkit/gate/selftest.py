@@ -16,7 +16,7 @@ import numpy as np
 from ..core.errors import KitError
 from ..core.report import Measurement, Report
 from .judge import judge, judge_rule
-from .policy import Rule, read_policy
+from .policy import PAIRED, Rule, read_policy
 
 # %% ../../nbs/02_gate/07_selftest.ipynb #7c96bf05
 def edit(
@@ -92,8 +92,9 @@ def plant(
 ) -> dict[str, Report]:
     "The reports with a regression that this rule must catch; raises `KitError` when it cannot be planted."
     report = reports[rule.on]
-    if rule.test == "noninferiority":
-        return {**reports, rule.on: _worse_samples(rule, report)}
+    if rule.test in PAIRED:
+        other = reports[rule.against].get(rule.metric) if rule.against in reports else None
+        return {**reports, rule.on: _worse_samples(rule, report, other)}
     if rule.test != "max_ratio" and (worse := _worse_rate(rule, report)):
         return {**reports, rule.on: worse}
     bad = {
@@ -120,15 +121,16 @@ def _worse_rate(rule: Rule, report: Report) -> Report | None:
     return rewrite_samples(report, m.samples, [bad if h else int(v) for v, h in zip(old, hit, strict=True)])
 
 
-def _worse_samples(rule: Rule, report: Report) -> Report:
-    "A report whose samples lose far more than the margin."
+def _worse_samples(rule: Rule, report: Report, other: Measurement | None) -> Report:
+    "A report whose samples lose far more than the margin against the other's."
     m = next((m for m in report.measurements if m.metric == rule.metric and _matches(m.slice, rule.slice)), None)
     if m is None or not m.samples:
         raise KitError(f"{rule.on} has no per-sample {rule.metric} on {rule.slice}", remedy="Measure it first")
     x, sign = np.asarray(report.column(m.samples), float), 1 if m.direction == "higher" else -1
     if np.isin(x, (0, 1)).all():
         return rewrite_samples(report, m.samples, [0 if sign > 0 else 1] * len(x))
-    return rewrite_samples(report, m.samples, list(x - sign * (3 * rule.limit + np.arange(len(x)) % 2 * rule.limit)))
+    step = rule.limit + abs(m.value - (other.value if other else m.value)) or 1.0
+    return rewrite_samples(report, m.samples, list(x - sign * (3 * step + np.arange(len(x)) % 2 * step)))
 
 
 def withhold(

@@ -34,7 +34,7 @@ class RuleResult:
     metric: str
     on: str  # subject
     slice: str = "all"
-    test: str = ""  # "min", "max", "max_ratio", "noninferiority"
+    test: str = ""  # one of those that a policy knows: "min", "max", "max_ratio", "noninferiority", "superiority"
     value: float | None = None  # the number that was held against the limit: a value, a ratio or a difference
     low: float | None = None  # its bounds, where there are some
     high: float | None = None
@@ -186,7 +186,7 @@ def _forest_row(ax: Any, r: RuleResult) -> None:
     ends = [x for x in (r.low, r.high, r.value, r.limit) if x is not None]
     pad = 0.15 * (max(ends) - min(ends)) or 0.1 * abs(r.limit) or 0.1
     left, right = min(ends) - pad, max(ends) + pad
-    good = (r.limit, right) if r.test in ("min", "noninferiority") else (left, r.limit)
+    good = (r.limit, right) if r.test in ("min", "noninferiority", "superiority") else (left, r.limit)
     colour = _COLOURS[r.outcome]
     ax.axvspan(*good, color="#e7f5ea", zorder=0)
     ax.axvline(r.limit, color="black", lw=1.5)

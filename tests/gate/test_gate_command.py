@@ -105,9 +105,12 @@ def test_values_that_were_doctored_are_found(folder, capsys):
 
 def test_plan_prints_what_each_rule_needs(folder, capsys):
     policy(folder, "{metric: accuracy, noninferiority: 0.02, against: merged}", "{metric: asr, max: 0.01, bound: clopper_pearson}")  # fmt: skip
-    assert gate_plan(reports="reports", lead=0.01) == 0
+    assert gate_plan(lead=0.01) == 0
     said = capsys.readouterr().out
-    assert "about 1,550 (there are 400)" in said and "about 299" in said
+    assert "about 1,550, equal models that differ on 10.0%, assumed" in said and "about 299" in said
+    assert gate_plan(reports="reports", lead=0.01) == 0
+    said = capsys.readouterr().out  # the two reports differ on 2 of 400 answers
+    assert "about 78 (there are 400), equal models that differ on 0.5% of 400, measured" in said
 
 
 def test_inconclusive_says_how_many_items(folder, capsys):

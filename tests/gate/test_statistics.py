@@ -12,8 +12,8 @@ from statsmodels.stats.contingency_tables import mcnemar as sm_mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from llmkit.gate.intervals import bootstrap, clopper_pearson, quantile_interval, wilson
-from llmkit.gate.paired import discordant, holm, mcnemar, paired_rates, score_lower
+from llmkit.gate.intervals import bootstrap, bootstrap_p, clopper_pearson, quantile_interval, wilson
+from llmkit.gate.paired import discordant, holm, mcnemar, mcnemar_better, paired_rates, score_lower, superiority
 from llmkit.gate.plan import pairs_needed, rate_needed
 
 SHARED = Path(os.environ.get("LLMKIT_SHARED_DATA", Path(__file__).parents[3] / "shared/data"))
@@ -74,6 +74,27 @@ def test_mcnemar_against_statsmodels(b, c):
     assert mcnemar(b, c) == pytest.approx(sm_mcnemar([[5, b], [c, 5]], exact=True).pvalue, abs=1e-12)
 
 
+@pytest.mark.parametrize("b,c", [(3, 0), (1, 7), (10, 10), (209, 152)])
+def test_one_sided_mcnemar_against_scipy(b, c):
+    oracle = stats.binomtest(b, b + c, 0.5, alternative="greater").pvalue
+    assert mcnemar_better(b, c) == pytest.approx(oracle, abs=1e-12)
+    old, new = [0] * b + [1] * c + [1] * 50, [1] * b + [0] * c + [1] * 50
+    outcome, d = superiority(old, new)
+    assert outcome == (
+        "pass" if oracle <= 0.05 else "fail" if b < c and mcnemar_better(c, b) <= 0.05 else "inconclusive"
+    )
+    assert d.value == pytest.approx((b - c) / (b + c + 50))
+
+
+@pytest.mark.parametrize("shift", [-0.02, 0.0, 0.04])
+def test_bootstrap_p_against_a_t_test_and_its_own_bounds(shift):
+    x = np.random.default_rng(5).normal(0, 1, 400)
+    oracle = stats.ttest_1samp(x, shift, alternative="less").pvalue
+    assert bootstrap_p(x, shift, times=20000) == pytest.approx(oracle, abs=0.01)
+    p = bootstrap_p(x, shift)
+    assert bootstrap(x, level=1 - 2 * p).high == pytest.approx(shift, abs=0.002)
+
+
 def test_holm_against_statsmodels():
     p = np.random.default_rng(0).random(17) ** 3
     assert holm(p) == pytest.approx(multipletests(p, method="holm")[1])
@@ -113,6 +134,8 @@ def test_graded_gsm8k():
     b, c = discordant(old, new)
     assert (len(rows), b, c) == (1319, 209, 152)
     assert mcnemar(b, c) == pytest.approx(0.00315, abs=5e-6)
+    assert superiority(old, new)[0] == "pass" and superiority(new, old)[0] == "fail"
+    assert superiority(old, new, 0.02)[0] == "inconclusive"
     assert paired_rates(old, new).against(0.02) == "pass"
     assert paired_rates(new, old).against(0.005) == "fail"
 
