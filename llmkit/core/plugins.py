@@ -22,7 +22,7 @@ EXTRAS = {
     **dict.fromkeys(("papermill", "nbclient", "nbformat", "ipykernel", "dvc", "psutil"), "flow"),
     **dict.fromkeys(("mlflow", "matplotlib", "nbconvert"), "release"),
     **dict.fromkeys(("fastapi", "uvicorn", "httpx", "prometheus_client"), "serve"),
-    **{"redis": "streams", "deltalake": "delta", "lm_eval": "harness"},
+    **{"redis": "streams", "deltalake": "delta", "lm_eval": "harness", "codecarbon": "energy"},
 }
 
 

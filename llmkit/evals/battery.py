@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['Measured', 'SUITES', 'TIMED', 'Surroundings', 'safety', 'fairness', 'swaps', 'grounding', 'memorization', 'bbq',
-           'crows_pairs', 'regression', 'load', 'suite_options', 'run_suite', 'battery_table', 'eval_run']
+           'crows_pairs', 'regression', 'load', 'grid', 'suite_options', 'run_suite', 'battery_table', 'eval_run']
 
 # %% ../../nbs/06_evals/31_battery.ipynb #abd413f2
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from ..core.artifact import MANIFEST
 from ..core.digests import digest_file, digest_json, short
 from ..core.errors import KitError
 from ..core.files import atomic_folder, read_jsonl
@@ -22,16 +24,19 @@ from ..core.report import Measurement, Report, read_report, write_report
 from .adapters import read_attacks, read_bipia, read_garak, read_xstest
 from .attacks import FAMILIES, kit_attacks
 from .bias import read_bbq, read_crows_pairs, run_bbq, run_crows_pairs
+from .claims import HALLUCINATED, find_judge
+from .detect import DETECTORS
 from .evaluate import CACHE, evaluate_cached, evaluation_digest, open_quietly
 from .fairness import run_fairness
+from .grid import grid_report
 from .grounding import load_grounding, run_grounding
 from .load import Objective, load_engine_report
-from .memorization import run_memorization
+from .memorization import read_canaries, run_memorization
 from .regression import regression as compare
 from .safety import safety_report
 from .suite import Suite, load_suite, make_suite
 from .swaps import load_axes, run_swaps
-from ..runtime.engine import Engine
+from ..runtime.engine import Engine, is_address
 
 # %% ../../nbs/06_evals/31_battery.ipynb #b7a8bcda
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Surroundings:
     questions: Suite | None = None  # the task's
     beside: str | Path | None = None  # the model that the engine was made from
     dataset: str | Path | None = None  # folder with train.jsonl and test.jsonl
+    folder: str | Path | None = None  # of the engine itself, for measurements that open it anew
     slots: int = 32  # rows that run together
     seed: int = 0
 
@@ -58,7 +64,7 @@ class Surroundings:
 
     def digest(self) -> str:
         "What reports that are kept depend on."
-        beside = Path(self.beside) / "artifact.json" if self.beside else None
+        beside = Path(self.beside) / MANIFEST if self.beside else None
         files = [beside, *(Path(self.dataset) / f"{s}.jsonl" for s in ("train", "test"))] if self.dataset else [beside]
         return digest_json([self.questions.digest if self.questions else "", [digest_file(f) for f in files if f and f.is_file()], self.slots, self.seed])  # fmt: skip
 
@@ -122,24 +128,27 @@ def grounding(
     file: str | None = None,  # YAML file of passages; null for the kit's
     k: int = 0,  # sampled answers to each question, for agreement with itself
     temperature: float = 0.7,  # of those
+    judge: str | None = None,  # a registered judge, a model's folder or a server's address; null for the kit's rules
 ) -> Report:
     "Questions on passages, with and without an answer in them."
-    suite = load_grounding(file) if file else load_grounding()
-    return _report("grounding", engine, str(suite), run_grounding(engine, suite, k, temperature, seed=around.seed), around)  # fmt: skip
+    suite, scorer = load_grounding(file) if file else load_grounding(), find_judge(judge) if judge else HALLUCINATED
+    return _report("grounding", engine, str(suite), run_grounding(engine, suite, k, temperature, scorer, around.seed), around)  # fmt: skip
 
 
 def memorization(
     engine: Engine,
     around: Surroundings,
     *,
-    records: int = 100,  # of either split
+    records: int = 100,  # of either split; 0 for none
+    canaries: str | None = None,  # file of canaries that were planted before training: `llmkit canaries plant`
 ) -> Report:
-    "Answers of training records that the engine continues word by word, beside those it never saw."
-    train, held_out = around.split("train")[:records], around.split("test")[:records]
-    found = run_memorization(engine, (), train, held_out, seed=around.seed)
+    "Canaries that the engine gives away, and training records that it continues word by word, beside those it never saw."
+    planted = read_canaries(canaries) if canaries else ()
+    train, held_out = (around.split(s)[:records] if records else [] for s in ("train", "test"))
+    found = run_memorization(engine, planted, train, held_out, seed=around.seed)
     if not found[0]:
         raise KitError("no answer is long enough to be continued", key="memorization", remedy="Leave the suite out")
-    return _report("memorization", engine, "verbatim@1", found, around)
+    return _report("memorization", engine, "canaries+verbatim@1" if planted else "verbatim@1", found, around)
 
 
 def bbq(
@@ -196,9 +205,27 @@ def load(
     return load_engine_report(engine, ids, per_second, requests, tokens, slots, Objective(latency, ttft), seed=around.seed)  # fmt: skip
 
 # %% ../../nbs/06_evals/31_battery.ipynb #b7405760
-_KIT = (safety, fairness, swaps, grounding, memorization, bbq, crows_pairs, regression, load)
+def grid(
+    engine: Engine,
+    around: Surroundings,
+    *,
+    batches: list[int] = [1, 4, 16],  # noqa: B006 - rows that run together
+    lengths: list[int] = [32, 128, 384],  # noqa: B006 - tokens of a prompt
+    tokens: int = 16,  # to generate for each
+) -> Report:
+    "Speed and peak memory against batch size and prompt length; measures the machine, and is never kept."
+    if around.folder is None or is_address(around.folder):
+        raise KitError("the memory of a server is not ours to measure", key="grid", remedy="Name a model's folder")
+    long = [n for n in lengths if n + tokens > engine.info.context_length]
+    if long:
+        raise KitError("longer than the model's context", key="grid.lengths", value=long)
+    prompt = engine.tokenizer.chat(list(around.task().items[0].messages))
+    return grid_report(around.folder, prompt, batches, lengths, tokens)
+
+# %% ../../nbs/06_evals/31_battery.ipynb #81c0eadf
+_KIT = (safety, fairness, swaps, grounding, memorization, bbq, crows_pairs, regression, load, grid)
 SUITES = Registry("llmkit.suites", **{f.__name__: f"{__name__}:{f.__name__}" for f in _KIT})
-TIMED = {"load"}  # suites whose figures belong to the machine and the moment
+TIMED = {"load", "grid"}  # suites whose figures belong to the machine and the moment
 
 # %% ../../nbs/06_evals/31_battery.ipynb #6e7ebe2a
 def suite_options(
@@ -224,7 +251,7 @@ def suite_options(
     return out
 
 
-_PATHS = ("xstest", "bipia", "garak", "files", "axes", "file")  # options that name files or folders
+_PATHS = ("xstest", "bipia", "garak", "files", "axes", "file", "canaries")  # options that name files or folders
 
 
 def _exists(value: str | list[str] | None, key: str, file: str | Path | None) -> None:
@@ -252,15 +279,21 @@ def run_suite(
     "Hold a behaviour suite against an engine; raises `KitError`."
     given = suite_options(name, options)
     func: Callable[..., Report] = SUITES.load(name)
-    if name in TIMED or not engine.info.digest:
+    if name in TIMED or given.get("judge") or not engine.info.digest:  # what a judge says, a digest does not hold
         return func(engine, around, **given)
-    code = digest_json([evaluation_digest(), inspect.getsource(func)])
+    code = digest_json([evaluation_digest(), inspect.getsource(func), _plugins()])
     kept = Path(cache) / short(digest_json([name, engine.info.digest, engine.info.device, around.digest(), given, _files(given), code]), 24)  # fmt: skip
     if not (kept / "report.json").is_file():
         report = func(engine, around, **given)
         with atomic_folder(kept) as tmp:
             write_report(report, tmp)
     return read_report(kept)
+
+
+def _plugins() -> list[str]:
+    "What other packages have registered, with their versions."
+    found = [e for g in (SUITES.group, DETECTORS.group) for e in entry_points(group=g)]
+    return sorted(f"{e.name} {e.value} {e.dist.version if e.dist else ''}" for e in found)
 
 # %% ../../nbs/06_evals/31_battery.ipynb #ed8b4287
 def battery_table(
@@ -294,7 +327,7 @@ def eval_run(
         if options is None:
             report = evaluate_cached(opened, load_suite(suite), subject or "engine")
         else:
-            report = run_suite(suite, opened, _around(dataset, beside), options)
+            report = run_suite(suite, opened, replace(_around(dataset, beside), folder=engine), options)
             report = replace(report, subject=subject or report.subject)
     print(report._repr_markdown_())
     if out:

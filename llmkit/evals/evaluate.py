@@ -21,7 +21,7 @@ from ..core.files import atomic_folder
 from ..core.report import Measurement, Report, read_report, write_report
 from .calibration import calibration_measurements
 from .choice import choice_measurements, choice_table, suite_questions
-from .cost import Price, cost_measurement
+from .cost import Price, cost_measurements, cost_per_success
 from .language import answer_likelihood, language_measurements
 from .overlap import overlap_measurements
 from .speed import speed_report
@@ -70,18 +70,18 @@ def evaluate(
 # %% ../../nbs/06_evals/07_evaluate.ipynb #3229a3de
 def noise(
     report: Report,  # the engine's
-    again: Report,  # the same engine on the same items, in other batches
-) -> Measurement:
-    "The share of items whose correctness differs between two runs of one engine."
-    ids = {i: k for k, i in enumerate(report.column("task/id"))}
-    pairs = [
-        (report.column("task/correct")[ids[i]], c)
-        for i, c in zip(again.column("task/id"), again.column("task/correct"), strict=True)
-    ]
-    flips = float(np.mean([a != b for a, b in pairs]))
-    return Measurement(
-        "accuracy_noise", flips, len(pairs), direction="lower", method="items that flip between two batch sizes"
-    )
+    again: Report,  # the same engine on some of the same items, in other batches
+) -> list[Measurement]:
+    "For every metric that two models can be paired by, how far its items differ between two runs of one engine."
+    out = []
+    for m in again.measurements:
+        if m.slice == "all" and m.samples and m.direction != "none" and report.get(m.metric):
+            ids = m.samples.partition("/")[0] + "/id"
+            first = dict(zip(report.column(ids), report.column(m.samples), strict=True))
+            gaps = [abs(v - first[i]) for i, v in zip(again.column(ids), again.column(m.samples), strict=True)]
+            how = "mean absolute difference of an item, or share that flips, between two batch sizes"
+            out.append(Measurement(f"{m.metric}_noise", float(np.mean(gaps)), len(gaps), direction="lower", method=how))
+    return out
 
 # %% ../../nbs/06_evals/07_evaluate.ipynb #bffb577a
 CACHE = ".llmkit/evals"
@@ -138,10 +138,10 @@ def quality_report(
         report = evaluate_cached(engine, suite, subject, seed)
     if not noise_items or "task" not in report.samples:
         return report
-    few = replace(suite, items=suite.items[:noise_items], scorers=("label",))
+    few = replace(suite, items=suite.items[:noise_items], scorers=tuple(s for s in suite.scorers if s != "temperature"))
     with open_quietly(artifact.path, slots=max(1, batch_size // 4)) as engine:
         again = evaluate(engine, few, subject, seed)
-    return replace(report, measurements=(*report.measurements, noise(report, again)))
+    return replace(report, measurements=(*report.measurements, *noise(report, again)))
 
 
 def timing_report(
@@ -153,13 +153,17 @@ def timing_report(
     repeats: int,
     price: Price,
     utilisation: float,
+    energy: str = "auto",  # which meter: auto, nvml, rapl, codecarbon, estimate
+    quality: Report | None = None,  # of the same artifact, for the cost of a successful task
 ) -> Report:
-    "The speed of an artifact, and what its tokens cost."
+    "The speed of an artifact, and what its tokens and its successful tasks cost."
     with open_quietly(folder) as engine:
-        step = max(1, len(suite.items) // prompts)
-        ids = [engine.tokenizer.chat(list(i.messages)) for i in suite.items[::step][:prompts]]
-    report = speed_report(f"speed_{subject}", folder, ids, tokens=tokens, repeats=repeats)
-    return replace(report, measurements=(*report.measurements, cost_measurement(report, price, utilisation)))
+        asked = [engine.tokenizer.chat(list(i.messages)) for i in suite.items]
+    ids = asked[:: max(1, len(asked) // prompts)][:prompts]
+    report = speed_report(f"speed_{subject}", folder, ids, tokens=tokens, repeats=repeats, energy=energy)
+    costs = cost_measurements(report, price, utilisation)
+    success = cost_per_success(costs, quality, sum(map(len, asked)) / len(asked)) if quality else None
+    return replace(report, measurements=(*report.measurements, *costs, *([success] if success else [])))
 
 # %% ../../nbs/06_evals/07_evaluate.ipynb #5c432950
 def side_by_side(
