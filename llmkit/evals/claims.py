@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from .bias import choose
 from ..core.errors import KitError
 from ..core.plugins import Registry
+from .bias import choose
 from .detect import About, Detector
 from ..runtime.engine import Engine, is_address, load_engine
 

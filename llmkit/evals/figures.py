@@ -6,6 +6,8 @@
 __all__ = ['accuracy_bars', 'reliability_plot']
 
 # %% ../../nbs/06_evals/08_figures.ipynb #0b806e0f
+from typing import Any
+
 from ..core.plugins import need
 from ..core.report import Report
 from .calibration import reliability
@@ -35,18 +37,23 @@ def accuracy_bars(
 
 # %% ../../nbs/06_evals/08_figures.ipynb #5abe65c3
 def reliability_plot(
-    report: Report,  # with a task table and the ece measurements
+    *reports: Report,  # with a task table and the ece measurements, side by side
     bins: int = 10,
 ) -> Picture:
-    "A reliability diagram."
-    table, Figure = report.samples["task"], need("matplotlib.figure").Figure
-    fig = Figure(figsize=(3.6, 3.6), dpi=80, layout="constrained")
-    ax = fig.subplots()
+    "A reliability diagram of each report."
+    fig = need("matplotlib.figure").Figure(figsize=(3.6 * len(reports), 3.6), dpi=80, layout="constrained")
+    for ax, r in zip(fig.subplots(1, len(reports), squeeze=False)[0], reports, strict=True):
+        _reliability(ax, r, bins, r.subject + ": " if len(reports) > 1 else "")
+    return Picture(fig)
+
+
+def _reliability(ax: Any, report: Report, bins: int, name: str) -> None:
+    "One diagram."
+    table = report.samples["task"]
     ax.plot([0, 1], [0, 1], color="#d0d7de", lw=1, zorder=0)
     for c, a, n in reliability(table["confidence"], table["correct"], bins):
         ax.scatter([c], [a], s=20 + 400 * n / len(table["correct"]), color="#0550ae", alpha=0.6)
-    found = [f"{m.metric} {m.value:.3f}" for name in ("ece", "ece_null") if (m := report.get(name))]
-    ax.set(xlim=(0, 1.05), ylim=(0, 1.05), xlabel="confidence", ylabel="share right", title=", ".join(found))
+    found = ", ".join(f"{m.metric} {m.value:.3f}" for k in ("ece", "ece_null") if (m := report.get(k)))
+    ax.set(xlim=(0, 1.05), ylim=(0, 1.05), xlabel="confidence", ylabel="share right", title=name + found)
     ax.title.set_size(9)
     ax.spines[["top", "right"]].set_visible(False)
-    return Picture(fig)

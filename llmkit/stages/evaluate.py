@@ -13,6 +13,7 @@ from ..core.files import read_jsonl
 from ..core.report import write_report
 from ..evals.battery import Surroundings, run_suite, suite_options
 from ..evals.cost import load_price
+from ..evals.energy import find_meter
 from ..evals.evaluate import open_quietly, quality_report, timing_report
 from ..evals.suite import make_suite
 
@@ -46,10 +47,11 @@ def run(
     machine: str,  # whose price the cost is worked out with
     price_table: str | None,  # YAML file of prices; null for the built-in examples
     utilisation: float,  # share of paid time in which there is work
+    energy: str,  # which meter: auto, nvml, rapl, codecarbon, estimate
     seed: int,  # of intervals and simulations
 ) -> Artifact:
     "Measure quality and speed of the engine, the merged model and the base."
-    price = load_price(machine, price_table)
+    price, _ = load_price(machine, price_table), find_meter(energy)
     asked_of = {name: suite_options(name, given, f"evaluate.suites.{name}") for name, given in suites.items()}
     parts = {role: open_artifact(path) for role, path in NEEDS.items()}
     for child, role in (("engine", "model"), ("model", "base"), ("dataset", "base")):
@@ -58,18 +60,19 @@ def run(
     questions = make_suite(suite, version, rows, limit, max_tokens=max_tokens, scorers=tuple(scorers))
     recipe = {"suite": str(questions), "suite_digest": questions.digest, "batch_size": batch_size, "seed": seed}
     with build(MAKES["report"], "report", parts, recipe) as folder:
+        quality = {}
         for subject, role in SUBJECTS.items():
             twice = noise_items if subject == "engine" else 0
-            report = quality_report(subject, parts[role], questions, batch_size, twice, seed)
-            write_report(report, folder / subject)
-        around = Surroundings(questions, parts["model"].path, parts["dataset"].path, batch_size, seed)
+            quality[subject] = quality_report(subject, parts[role], questions, batch_size, twice, seed)
+            write_report(quality[subject], folder / subject)
+        places = (parts["model"].path, parts["dataset"].path, parts["engine"].path)
+        around = Surroundings(questions, *places, slots=batch_size, seed=seed)
         with open_quietly(parts["engine"].path, slots=batch_size) as engine:
             for name, options in asked_of.items():
                 write_report(run_suite(name, engine, around, options), folder / f"{name}_engine")
         for subject in speed_subjects:
             where = parts[SUBJECTS[subject]].path
             asked = (speed_prompts, speed_tokens, speed_repeats)
-            write_report(
-                timing_report(subject, where, questions, *asked, price, utilisation), folder / f"speed_{subject}"
-            )
+            timed = timing_report(subject, where, questions, *asked, price, utilisation, energy, quality[subject])
+            write_report(timed, folder / f"speed_{subject}")
     return open_artifact(MAKES["report"], "report")

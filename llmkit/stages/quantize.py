@@ -7,6 +7,8 @@ __all__ = ['NEEDS', 'MAKES', 'run']
 
 # %% ../../nbs/pipeline/05_quantize.ipynb #8d3c4c1b
 from ..core.artifact import Artifact, build, open_artifact
+from ..core.files import read_jsonl
+from ..evals.tradeoff import pick, read_precision, write_choice
 from ..model.quantize import quantize
 from ..runtime.chain import measure_chain, require, write_chain
 
@@ -22,7 +24,9 @@ MAKES = {"engine": "artifacts/quantize/engine", "report": "artifacts/quantize/re
 # %% ../../nbs/pipeline/05_quantize.ipynb #1e074105
 def run(
     *,
-    precision: str,  # fp32, int8 or int4 on the CPU; fp16, int8 or int4 on CUDA
+    precision: str,  # fp32, int8 or int4 on the CPU; fp16, int8 or int4 on CUDA; auto: chosen from `candidates`
+    candidates: list[str],  # precisions to choose from; the first is what the others are held against
+    choose: dict[str, float],  # what a candidate may lose: margin of accuracy, ratio of perplexity, share of attacks
     block_size: int,  # weights that share a scale
     device: str,  # where the engine will run: cpu or cuda
     method: str,  # how weights are rounded: default, rtn, k_quant
@@ -33,6 +37,11 @@ def run(
     limits: dict[str, dict[str, float]],  # hop → metric → the worst value allowed
 ) -> Artifact:
     "Build the engine and its parity reports; raises `KitError` when too much was lost, naming the hop."
+    found, choice = [], None
+    if precision == "auto":
+        rows = read_jsonl(open_artifact(NEEDS["dataset"]) / "validation.jsonl")
+        found, choice = pick(NEEDS["model"], candidates, rows, choose, device=device, method=method)
+        precision, block_size = read_precision(choice.name)
     how = {"precision": precision, "block_size": block_size, "device": device, "method": method}
     asked = {"prompts": prompts, "max_tokens": max_tokens, "metric": metric}
     forms = [NEEDS["base"], NEEDS["delta"], NEEDS["model"]]
@@ -41,6 +50,9 @@ def run(
         require(chain, min_recovery, limits)
     engine = open_artifact(MAKES["engine"], "engine")
     parents = {"engine": engine, **{role: open_artifact(path) for role, path in NEEDS.items()}}
-    with build(MAKES["report"], "report", parents, asked) as folder:
+    why = {"precision": choice.name, "why": choice.why} if choice else {"precision": precision, "why": "as params.yaml says"}  # fmt: skip
+    with build(MAKES["report"], "report", parents, asked, why) as folder:
         write_chain(chain, folder)
+        if choice:
+            write_choice(found, choice, folder / "choice")
     return engine
