@@ -90,7 +90,7 @@ def read_canaries(
 def canaries_plant(
     times: str = "0,0,0,0,1,1,4,4,16,16",  # a canary for each: how often it is planted; 0 for a control
     digits: int = 3,  # of a secret
-    seed: int = 0,
+    seed: int = 0,  # of names and secrets
     out: str = "canaries",  # folder for records.jsonl, to be trained on, and canaries.jsonl, to be asked for
 ) -> int:
     "Make canaries and the training records that hold them."
