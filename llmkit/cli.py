@@ -56,13 +56,10 @@ COMMANDS = {
     "rollout undo": "llmkit.rollout.commands:rollout_undo",
     "monitor check": "llmkit.monitor.check:monitor_check",
     "monitor traffic": "llmkit.monitor.check:monitor_traffic",
-<<<<<<< HEAD
     "monitor run": "llmkit.monitor.watch:monitor_run",
     "monitor watch": "llmkit.monitor.watch:monitor_watch",
     "monitor status": "llmkit.monitor.watch:monitor_status",
-=======
     "dash": "llmkit.monitor.dash:dash",
->>>>>>> b756290 (A page with the live rollout, verdicts, traffic and drift, checked in a real browser)
     "alerts write": "llmkit.monitor.wiring:alerts_write",
     "judge serve": "llmkit.rollout.judge_server:judge_serve",
     "batch run": "llmkit.serve.batch:batch_run",

@@ -23,7 +23,7 @@ from ..core.settings import load_settings
 from ..gate.verdict import Verdict, read_verdict
 from .state import Action, Overview, Seen, overview
 from ..rollout.store import Fold, Store
-from ..rollout.view import View, duration, status_line, view
+from ..rollout.view import View, status_line, view
 from ..serve.events import Events
 
 # %% ../../nbs/10_monitor/24_board.ipynb #59176fde
