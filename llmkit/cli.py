@@ -63,6 +63,7 @@ COMMANDS = {
     "alerts write": "llmkit.monitor.wiring:alerts_write",
     "judge serve": "llmkit.rollout.judge_server:judge_serve",
     "batch run": "llmkit.serve.batch:batch_run",
+    "batch ray": "llmkit.serve.batch_ray:batch_ray",
     "stream run": "llmkit.serve.stream:stream_run",
     "keys create": "llmkit.serve.keys:keys_create",
     "keys list": "llmkit.serve.keys:keys_list",

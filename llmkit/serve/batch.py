@@ -258,6 +258,7 @@ def batch_run(
 
     async def work(told: Callable[[Tally], None]) -> Tally:
         try:
+            await gateway.check()
             return await run_batch(lines, gateway, answers.add, failures.add, done, 2 * slots, told)
         finally:
             await gateway.close(0)

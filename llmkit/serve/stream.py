@@ -268,6 +268,7 @@ def stream_run(
         if metrics >= 0:
             _offer(gateway, metrics)
         try:
+            await gateway.check()
             return await consume(worker, **run, stop=stop, told=_say())
         finally:
             await gateway.close(0)

@@ -76,6 +76,14 @@ def test_an_existing_file_is_not_touched_unasked(tmp_path, monkeypatch):
     assert Path("out.jsonl").read_text() == "mine\n"
 
 
+def test_a_server_can_answer_a_batch(tmp_path, monkeypatch, dummy):
+    monkeypatch.chdir(tmp_path)
+    Path("settings.ini").write_text("[DEFAULT]\n")
+    Path("in.jsonl").write_text("\n".join(json.dumps(request(i)) for i in range(5)))
+    assert batch_run("in.jsonl", "out.jsonl", target=f"{dummy[1]}/v1") == 0
+    assert sorted(ids(Path("out.jsonl"))) == [f"q{i}" for i in range(5)]
+
+
 class Moody(DummyEngine):
     "Fails on every fifth question."
 
