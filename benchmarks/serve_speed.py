@@ -139,6 +139,7 @@ class Contender:
     command: Sequence[Any]  # PORT stands for the port
     model: str  # as clients call it
     extra: dict[str, Any]  # of every request
+    cores: int  # that it may use
     health: str = "/health"
     env: dict[str, str] = field(default_factory=dict)
     port: int = 0
@@ -150,7 +151,12 @@ class Contender:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             self.port = s.getsockname()[1]
-        args = [str(self.port) if a == "PORT" else str(a) for a in self.command]
+        args = [
+            "taskset",
+            "-c",
+            f"0-{self.cores - 1}",
+            *(str(self.port) if a == "PORT" else str(a) for a in self.command),
+        ]
         self.log = open(work / f"{self.name.replace('/', '_')}.log", "w+")
         env = os.environ | self.env
         self.process = subprocess.Popen(args, stdout=self.log, stderr=subprocess.STDOUT, env=env, cwd=work)
@@ -202,21 +208,36 @@ def contenders(a: argparse.Namespace, work: Path, model: Path, tokens: list[str]
             "--slots",
             slots,
         ]
-        yield Contender(f"llmkit int4/{block}", command, "m", {"ignore_eos": True}, "/ready", env)
+        yield Contender(f"llmkit int4/{block}", command, "m", {"ignore_eos": True}, a.threads, "/ready", env)
     if a.llama_server:
         small = make_gguf(model, work, tokens, a.llama_server.parent / "llama-quantize")
         room = a.prompt + a.tokens + 32
         how = ["-m", small, "--port", "PORT", "-t", a.threads, "-tb", a.threads, "-np", slots, "-c", slots * room]
         more = ["--no-warmup", "--no-slots", "--cache-ram", "0", "-fa", "auto"]
         extra = {"ignore_eos": True, "cache_prompt": False}
-        yield Contender("llama.cpp q4_0", [a.llama_server, *how, *more], "m", extra, env=env)
+        yield Contender("llama.cpp q4_0", [a.llama_server, *how, *more], "m", extra, a.threads, env=env)
     else:
         print("llama.cpp is left out: see --help for how its server is built\n")
     for dtype in a.transformers:
         main = "import sys, torch; torch.set_num_threads(int(sys.argv.pop(1))); from transformers.cli.transformers import main; main()"
-        how = ["serve", model, "--continuous-batching", "--dtype", dtype, "--port", "PORT", "--device", "cpu"]
+        pages = slots * ((a.prompt + a.tokens) // 32 + 2)  # enough for all, as the others have
+        how = [
+            "serve",
+            model,
+            "--cb-block-size",
+            32,
+            "--cb-num-blocks",
+            pages,
+            "--continuous-batching",
+            "--dtype",
+            dtype,
+            "--port",
+            "PORT",
+            "--device",
+            "cpu",
+        ]
         command = [sys.executable, "-c", main, a.threads, *how, "--attn-implementation", "sdpa"]
-        yield Contender(f"transformers {dtype}", command, str(model), {}, env=env)
+        yield Contender(f"transformers {dtype}", command, str(model), {}, a.threads, env=env)
 
 
 # -- the clients -------------------------------------------------------------------------------------------------
@@ -232,10 +253,11 @@ class Answer:
     tokens: int
 
 
-async def ask(reader: Any, writer: Any, body: dict[str, Any]) -> Answer:
-    "One streaming request on an open connection."
+async def ask(port: int, body: dict[str, Any]) -> Answer:
+    "One streaming request on a connection of its own."
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
     data = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
     start, first, usage = time.perf_counter(), None, None
     writer.write(head.encode() + data)
     if b" 200 " not in (status := await reader.readline()):
@@ -250,8 +272,8 @@ async def ask(reader: Any, writer: Any, body: dict[str, Any]) -> Answer:
             if first is None and event["choices"] and event["choices"][0].get("text") is not None:
                 first = time.perf_counter()
             usage = event.get("usage") or usage
-    await reader.readline()
     now = time.perf_counter()
+    writer.close()
     return Answer(first - start, now - start, usage["prompt_tokens"], usage["completion_tokens"])
 
 
@@ -260,11 +282,9 @@ async def load(c: Contender, prompts: list[str], clients: int, tokens: int) -> t
     left, answers = iter(prompts), []
 
     async def client() -> None:
-        r, w = await asyncio.open_connection("127.0.0.1", c.port, limit=1 << 20)
         for p in left:
             body = {"model": c.model, "prompt": p, "max_tokens": tokens, "temperature": 0, "stream": True, **c.extra}
-            answers.append(await ask(r, w, body | {"stream_options": {"include_usage": True}}))
-        w.close()
+            answers.append(await ask(c.port, body | {"stream_options": {"include_usage": True}}))
 
     start = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(clients)))
@@ -371,7 +391,7 @@ def main() -> None:
     p.add_argument("--tokens", type=int, default=48, help="tokens of an answer")
     p.add_argument("--each", type=int, default=2, help="requests of each client in a round")
     p.add_argument("--rounds", type=int, default=3)
-    p.add_argument("--threads", type=int, default=os.cpu_count())
+    p.add_argument("--threads", type=int, default=os.cpu_count(), help="cores of each contender; clients use all")
     p.add_argument("--out", type=Path, help="a JSON file for the results")
     a = p.parse_args()
     with tempfile.TemporaryDirectory() as tmp:

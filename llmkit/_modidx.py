@@ -2292,6 +2292,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'llmkit/runtime/onnx_engine.py'),
                                             'llmkit.runtime.onnx_engine.OnnxEngine.forward': ( '05_runtime/onnx_engine.html#onnxengine.forward',
                                                                                                'llmkit/runtime/onnx_engine.py'),
+                                            'llmkit.runtime.onnx_engine._allowed': ( '05_runtime/onnx_engine.html#_allowed',
+                                                                                     'llmkit/runtime/onnx_engine.py'),
                                             'llmkit.runtime.onnx_engine.open_session': ( '05_runtime/onnx_engine.html#open_session',
                                                                                          'llmkit/runtime/onnx_engine.py'),
                                             'llmkit.runtime.onnx_engine.pairs_rows': ( '05_runtime/onnx_engine.html#pairs_rows',

@@ -6,6 +6,7 @@
 __all__ = ['PROVIDERS', 'open_session', 'pairs_rows', 'OnnxEngine', 'OnnxBatch']
 
 # %% ../../nbs/05_runtime/07_onnx_engine.ipynb #7e1dbd28
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,16 @@ from .slots import Slots
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
+def _allowed() -> int:
+    "Cores that this process may use, when those are not all; else 0, which ONNX Runtime takes for all."
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    return 0 if mine == os.cpu_count() else mine
+
+
 def open_session(
     graph: str | Path,  # an ONNX file
     device: str = "cpu",  # or "cuda"
-    threads: int = 0,  # 0: one for each core
+    threads: int = 0,  # 0: one for each core that the process may use
     spin: bool = True,  # wait for work without sleeping: faster, and busy
 ) -> Any:  # an `onnxruntime.InferenceSession`
     "Open a graph on exactly that device; raises `KitError`."
@@ -38,7 +45,7 @@ def open_session(
         fix = "Use device: cpu" + (", or install onnxruntime-gpu" if device == "cuda" else "")
         raise KitError("this ONNX Runtime has no such device", key="device", value=device, remedy=fix)
     so = ort.SessionOptions()
-    so.log_severity_level, so.intra_op_num_threads = 3, threads
+    so.log_severity_level, so.intra_op_num_threads = 3, threads or _allowed()
     so.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
     try:
         session = ort.InferenceSession(str(graph), so, providers=[provider])
@@ -64,7 +71,7 @@ class OnnxEngine(EngineBase):
         folder: str | Path,  # an engine artifact, or what `export` wrote
         device: str | None = None,  # None: the one that it was built for
         slots: int = 8,  # rows that run together
-        threads: int = 0,  # 0: one for each core
+        threads: int = 0,  # 0: one for each core that the process may use
         spin: bool = True,  # wait for work without sleeping
         exact: bool = True,  # answers do not depend on the batch, bit for bit; costs a little with large blocks
         verify: bool = True,  # compare the digests of all files first

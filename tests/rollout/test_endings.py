@@ -61,6 +61,36 @@ def test_a_hard_stop_needs_no_comparison(tmp_path):
     assert w.c.state.aborted and "hard stop" in w.c.state.reason and 30 <= w.n < 300
 
 
+ALONE = {  # what a worse candidate does to one metric: of the requests of each arm, and of the feedback on them
+    "fallback_rate": ({"margin": 0.03}, lambda bad, u: {"fallback": u < (0.15 if bad else 0.01)}, None),
+    "cost_per_request": ({"margin": 0.001, "most": 0.02}, lambda bad, u: {"cost": (0.009 if bad else 0.004) + 0.002 * u}, None),
+    "completion_tokens": ({"margin": 10, "most": 200}, lambda bad, u: {"completion_tokens": (70 if bad else 30) + int(20 * u)}, None),
+    "task_success_rate": ({"margin": 0.05}, None, lambda bad, u: {"success": u < (0.6 if bad else 0.8)}),
+    "user_satisfaction": ({"margin": 0.1}, None, lambda bad, u: {"rating": 1.0 if u < (0.5 if bad else 0.8) else -1.0}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("worse", [True, False], ids=["worse", "equal"])
+@pytest.mark.parametrize("metric", ALONE)
+def test_each_metric_of_users_and_costs_stops_a_worse_candidate_by_itself(tmp_path, metric, worse):
+    how, asked, said = ALONE[metric]
+    w = World(tmp_path, CANARY | {"canary": [{"metric": metric, **how}]})
+    for i in range(2500):
+        unit = f"c{i}"
+        bad = worse and w.c.assign(unit) == "canary"
+        e = w.request(every=2.0, errors=(0, 0), unit=unit, **(asked(bad, w.rng.random()) if asked else {}))
+        if said:
+            told = {"rating": None, "success": None, "label": None} | said(bad, w.rng.random())
+            w.c.observe({"kind": "feedback", "time": w.now + 1, "id": e["id"], **told})
+        if i % 50 == 49 and w.c.step().finished:
+            break
+    assert w.c.state.aborted == worse, w.c.state.reason
+    if worse:
+        assert metric in w.c.state.reason and w.canary() < 1000
+    else:
+        assert w.c.state.stage > 1 or w.c.state.phase == "Healthy", "harm was ruled out, on this metric"
+
+
 def test_an_abort_is_latched_and_retry_begins_anew(tmp_path):
     w = World(tmp_path)
     w.traffic(400, errors=(0.01, 0.9))

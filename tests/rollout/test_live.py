@@ -1,10 +1,15 @@
 "A server with real requests while releases come and go: a bad one is stopped, a good one stays, an undo takes it back."
 
+import asyncio
 import itertools
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
@@ -16,8 +21,9 @@ from llmkit.rollout.live import Live, newest
 from llmkit.rollout.store import Store
 from llmkit.runtime.dummy import DummyEngine
 from llmkit.serve.backend import EngineBackend
+from llmkit.serve.call import parse
 from llmkit.serve.events import Events
-from llmkit.serve.gateway import Gateway
+from llmkit.serve.gateway import ANYONE, Gateway
 
 REPLIES = {"card": "lost_card: Blocked."}
 SHORT = {"min_duration": "1s", "max_duration": "10m", "min_samples": 40}
@@ -48,6 +54,7 @@ class Slow(DummyEngine):
 
 
 ENGINES = {"sha256:a": lambda: DummyEngine(replies=REPLIES), "sha256:bad": Broken, "sha256:good": Slow}
+ENDLESS = SHORT | {"min_samples": 20_000}
 
 
 class Town:
@@ -163,7 +170,7 @@ def test_a_bad_release_is_stopped_and_a_good_one_stays_until_it_is_undone(town):
 
 
 def test_every_copy_for_the_shadow_is_accounted_for(town):
-    endless = {"shadow": {"percent": 100}}, {"analysis": SHORT | {"min_samples": 20_000}}
+    endless = {"shadow": {"percent": 100}}, {"analysis": ENDLESS}
     with town.server() as (url, live), town.customers(url):
         town.begin("r1", "sha256:bad", AFTER_SHADOW | {"steps": [*endless, *QUICK["steps"]]})
         until(lambda: live.shadow is not None and live.shadow.counts["failed"] > 20, "copies")
@@ -231,3 +238,138 @@ def test_a_drill_stops_a_good_release(town):
     assert failed and {(e["variant"], e["reason"]) for e in failed} == {("canary", "drill")}
     answered = [e for e in events if e["variant"] == "canary" and e["status"] == "ok"]
     assert abs(len(answered) - len(failed)) <= 8, "half of them, but for those under way"
+
+
+def test_an_abort_is_felt_within_a_second_and_costs_no_request(town):
+    with town.server() as (url, live), town.customers(url):
+        town.begin("r1", "sha256:good", QUICK | {"steps": [{"setWeight": 50}, {"analysis": ENDLESS}]})
+        good = fingerprint("sha256:good")
+        until(lambda: town.recent(-20)[good] > 3, "answers of the candidate")
+        ordered = time.time()
+        town.order("r1", "abort", because="it is too friendly")
+        until(lambda: set(town.recent(-30)) == {fingerprint("sha256:a")}, "the way back")
+    events = list(Events(town.folder / "events.db").all("request"))
+    last = max(e["time"] for e in events if e["variant"] == "canary")
+    assert last - ordered < 1.0, "nobody was sent to the candidate later than that"
+    assert {code for _, code, _ in town.answers} == {200} and len(events) == len(town.answers)
+
+
+def test_ten_thousand_answers_through_a_promotion_and_a_rollback(town):
+    """As in test_traffic, and here the answers are real ones: engines come and go under the requests."""
+    gateway = Gateway("bank-support", {"baseline": town.open("sha256:a")}, events=Events(town.folder / "events.db"))
+    live = Live(gateway, Store(town.folder / "rollouts.db"), town.registry, town.open, every=0.05, hold=0.3)
+    numbers, answers = itertools.count(), {}
+    said = [{"role": "user", "content": "my card is gone"}]
+
+    async def client():
+        for i in numbers:
+            if i >= 10_000:
+                return
+            body = {"model": "bank-support", "user": f"u{i % 997}", "max_tokens": 1, "messages": said}
+            x = await gateway.open_exchange(parse("chat", body), ANYONE)
+            got = await x.whole()
+            assert got["id"] not in answers
+            answers[got["id"]] = (x.variant, x.release, got["system_fingerprint"])
+
+    async def reached(n):
+        while len(answers) < n:
+            await asyncio.sleep(0.01)
+
+    async def director():
+        order = lambda *a, **k: asyncio.to_thread(town.order, "r1", *a, **k)  # noqa: E731
+        await reached(1_000)
+        await asyncio.to_thread(
+            town.begin, "r1", "sha256:good", QUICK | {"steps": [{"setWeight": 50}, {"analysis": ENDLESS}]}
+        )
+        await reached(4_000)
+        await order("promote", full=True)
+        await reached(7_000)
+        await order("undo", because="customers complain")
+
+    async def main():
+        async with live.beside():
+            await asyncio.gather(director(), *(client() for _ in range(8)))
+        await gateway.close()
+
+    asyncio.run(main())
+    assert len(answers) == 10_000
+    assert {a[1:] for a in answers.values()} == {(r, fingerprint(r)) for r in ("sha256:a", "sha256:good")}
+    logged = list(Events(town.folder / "events.db").all("request"))
+    assert [e["status"] for e in logged].count("ok") == 10_000
+    assert {e["id"]: (e["variant"], e["release"]) for e in logged} == {k: v[:2] for k, v in answers.items()}
+    path: dict[str, list[str]] = {}
+    for e in logged:
+        path.setdefault(e["unit"], []).append(e["release"])
+    turns = Counter(sum(a != b for a, b in itertools.pairwise(p)) for p in path.values())
+    assert len(path) == 997 and set(turns) == {2}, "everybody went over once, and came back once"
+    assert town.registry.read()["aliases"] == {"champion": "sha256:a", "previous": "sha256:good"}
+
+
+SERVER = """
+import sys
+from pathlib import Path
+sys.path[:0] = sys.argv[2:]
+from test_live import Events, Gateway, Live, Store, Town
+from llmkit.serve.server import run
+town = Town(Path(sys.argv[1]))
+now = town.registry.read()["aliases"]["champion"]
+gateway = Gateway("bank-support", {"baseline": town.open(now)}, events=Events(town.folder / "events.db"))
+live = Live(gateway, Store(town.folder / "rollouts.db"), town.registry, town.open, every=0.05)
+sys.exit(run(gateway, port=0, beside=live.beside(), started=lambda line: print(line, flush=True)))
+"""
+
+
+@contextmanager
+def killed_at_the_end(folder):
+    "The address of a server in a process of its own, which is killed with -9."
+    here = Path(__file__).parent
+    args = [sys.executable, "-c", SERVER, folder, here, here.parent / "serve"]
+    p = subprocess.Popen(list(map(str, args)), stdout=subprocess.PIPE, text=True, cwd=here.parents[1])
+    try:
+        url = p.stdout.readline().split(" on ")[1].strip().removesuffix("/v1")
+        until(lambda: httpx.get(f"{url}/ready").status_code == 200, "readiness")
+        yield url
+    finally:
+        p.send_signal(signal.SIGKILL)
+        assert p.wait(PATIENCE) == -9
+        p.stdout.close()
+
+
+def ask_all(url, n=24):
+    "Who answers each of some users; everybody is answered."
+    said = [{"role": "user", "content": "my card is gone"}]
+    with httpx.Client(timeout=PATIENCE) as c:
+        body = {"model": "bank-support", "max_tokens": 2, "messages": said}
+        got = [c.post(f"{url}/v1/chat/completions", json=body | {"user": f"k{i}"}) for i in range(n)]
+    assert {g.status_code for g in got} == {200}
+    return [g.json()["system_fingerprint"] for g in got]
+
+
+def test_a_server_that_is_killed_in_every_step_goes_on_there(town):
+    a, good = fingerprint("sha256:a"), fingerprint("sha256:good")
+    steps = [{"shadow": {"percent": 100}}, {"analysis": ENDLESS}, {"setWeight": 50}, {"analysis": ENDLESS}]
+    town.begin("r1", "sha256:good", AFTER_SHADOW | {"steps": steps})
+    with killed_at_the_end(town.folder) as url:
+        copied = lambda: list(Events(town.folder / "events.db").all("shadow"))  # noqa: E731
+        until(lambda: set(ask_all(url)) == {a} and copied(), "copies")
+        until(lambda: town.store.load("r1").window.pairs, "their numbers in the log")
+    town.order("r1", "promote")  # nobody serves: the order waits in the log
+    with killed_at_the_end(town.folder) as url:
+        until(lambda: set(ask_all(url)) == {a, good}, "the canary")
+        before = ask_all(url)
+        until(lambda: town.store.load("r1").window.arms.get("canary"), "its numbers in the log")
+    with killed_at_the_end(town.folder) as url:
+        until(lambda: good in ask_all(url, 24), "the canary again")
+        assert ask_all(url) == before, "every user is where they were"
+        town.order("r1", "promote", full=True)
+    assert town.phase("r1") == "Healthy"
+    with killed_at_the_end(town.folder) as url:
+        until(lambda: set(ask_all(url)) == {good}, "the new champion")
+        town.order("r1", "undo", because="customers complain")
+    with killed_at_the_end(town.folder) as url:
+        until(lambda: set(ask_all(url)) == {a}, "the old one")
+    said = town.registry.read()
+    assert said["aliases"] == {"champion": "sha256:a", "previous": "sha256:good"}
+    assert [e[:2] for e in said["ledger"]] == [["promote", "previous"], ["promote", "champion"], ["rollback", "previous"], ["rollback", "champion"]]  # fmt: skip
+    events = list(Events(town.folder / "events.db").all("request"))
+    assert len({e["id"] for e in events}) == len(events) and {e["status"] for e in events} == {"ok"}
