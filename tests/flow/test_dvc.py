@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 
+from llmkit.core.errors import KitError
 from llmkit.flow.dag import dag_write
 from llmkit.flow.notebook import NotebookError
 from llmkit.flow.records import check_records, sync_records, verify_records
@@ -125,3 +126,19 @@ def test_the_whole_command(pipeline, monkeypatch, capfd):
     pipeline.stage("one", "raise SystemExit(7)")
     pipeline.params("seed: 7\none: {lr: 5e-4}\nregister: {}\n")
     assert repro() == 1
+
+
+def test_a_cache_that_cannot_be_written_is_refused_before_anything_runs(pipeline, monkeypatch):
+    from llmkit.flow.repro import repro
+
+    cache = pipeline.path.parent / "cache"
+    cache.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", cache], capture_output=True).returncode:
+        pytest.skip("may not mount a tmpfs")
+    monkeypatch.chdir(pipeline.path)
+    try:
+        with pytest.raises(KitError, match="DVC's cache cannot be written.*dvc cache dir --local"):
+            repro()
+        assert not (pipeline.path / ".llmkit/runs").exists() and not (pipeline.path / "artifacts").exists()
+    finally:
+        subprocess.run(["umount", cache], check=True)
