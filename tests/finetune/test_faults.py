@@ -62,3 +62,17 @@ def test_a_failing_process_leaves_its_log(base, dataset, recipe, tmp_path):
     with pytest.raises(KitError, match=r"train\.log: training failed with exit code \d+: train.jsonl: max_overlong"):
         finetune(base, dataset, tmp_path / "delta", bad)
     assert "max_overlong" in (workspace({"base": base, "dataset": dataset}, bad) / "train.log").read_text()
+
+
+@pytest.mark.parametrize(
+    "change", [{"rslora": True}, {"dora": True}, {"batching": "pack"}, {"precision": "bf16", "accumulate": 2}], ids=str
+)
+def test_every_way_of_training_gives_the_same_bytes_twice_and_merges(base, dataset, recipe, tmp_path, change):
+    from llmkit.model.merge import merge
+
+    how = replace(recipe, epochs=1, **change)
+    one, two = (finetune(base, dataset, tmp_path / name, how) for name in ("one", "two"))
+    assert one.digest == two.digest
+    merge(tmp_path / "model", base.path, one.path, limits={"logit_error_max": 1e-3, "top1_agreement": 0.99})
+    plain = finetune(base, dataset, tmp_path / "plain", replace(recipe, epochs=1))
+    assert one.files["adapter_model.safetensors"] != plain.files["adapter_model.safetensors"]
