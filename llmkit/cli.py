@@ -70,6 +70,7 @@ COMMANDS = {
     "keys revoke": "llmkit.serve.keys:keys_revoke",
     "keys rotate": "llmkit.serve.keys:keys_rotate",
     "edge write": "llmkit.deploy.edge:edge_write",
+    "export argo": "llmkit.deploy.argo:export_argo",
     "image write": "llmkit.deploy.image:image_write",
     "image build": "llmkit.deploy.image:image_build",
 }
