@@ -163,8 +163,9 @@ def _inference_routes(app: Any, gateway: Gateway, state: Mapping[str, Any], max_
             if not state["ready"]:
                 raise busy("The server is not ready", 5, "not_ready")
             call = parse(kind, await read_request(request, max_body))
+            parent = request.headers.get("traceparent", "")[:128]
             session = (request.headers.get("x-session-id") or "")[:512] or None
-            x = await unless_gone(request, gateway.open_exchange(call, key, session))
+            x = await unless_gone(request, gateway.open_exchange(call, key, session, parent))
             return await answer(x, request)
 
         return handle

@@ -29,6 +29,7 @@ from .limits import Limits, RateLimited, Reservation
 from .metrics import Metrics, best
 from .reply import Piece, Reply
 from .samples import Sampler
+from .traces import Traces
 from .wire import ApiError, busy
 
 # %% ../../nbs/08_serve/11_gateway.ipynb #2768fe7c
@@ -75,6 +76,7 @@ class Gateway:
     limits: Limits | None = None
     events: Events | None = None
     metrics: Metrics = field(default_factory=Metrics)
+    traces: Traces | None = None  # None: none are made
     canaries: Sequence[str] = ()  # markers that no answer may contain
     timeout: float | None = 300.0  # seconds for a request
     refusal: Callable[[str], bool] | None = None  # whether an answer refuses; default: the rule of the evaluation
@@ -165,6 +167,7 @@ class Exchange:
         self.confidence = Confidence()
         self.guards: dict[int, OutputGuard] = {}
         self.event: dict[str, Any] | None = None
+        self.parent = ""  # the caller's `traceparent`
         gateway.open += 1
 
     @property
@@ -220,6 +223,8 @@ class Exchange:
             except (OSError, sqlite3.Error):  # a full disk must be seen, and must not take the answer away
                 g.metrics.event_failures.inc()
         g.metrics.count(g.model, self.operation, self.event, getattr(self.answer, "queued", None))
+        if g.traces is not None:
+            g.traces.record(self)
         g.routed("observe", self.event)
         if status == "ok":
             g.routed("mirror", self.call, self.reply.body(), self.event)
@@ -240,9 +245,11 @@ async def open_exchange(
     call: Call,
     key: Key,
     session: str | None = None,  # the header x-session-id
+    parent: str = "",  # the header traceparent
 ) -> Exchange:
     "Bring a call to the point where its answer comes; raises `ApiError`, with everything undone."
     x = Exchange(self, key, "chat" if call.kind == "chat" else "text_completion")
+    x.parent = parent
     try:
         await self._enter(x, call, session)
     except asyncio.CancelledError:
@@ -387,6 +394,8 @@ async def close(self: Gateway, timeout: float | None = 30.0) -> None:
     self.draining = True
     self.metrics.ready.set(0)
     await asyncio.gather(*(b.close(timeout) for b in self.variants.values()))
+    if self.traces is not None:
+        await asyncio.to_thread(self.traces.close)
 
 
 Gateway.set_variant, Gateway.remove_variant, Gateway.check, Gateway.close = set_variant, remove_variant, check, close

@@ -36,6 +36,7 @@ from .keys import DATABASE, Keys
 from .limits import Limits, Price
 from .measured import LIVE, Measured
 from .samples import Sampler, Texts, read_shares
+from .traces import open_traces
 from .upstream import UpstreamBackend
 
 # %% ../../nbs/08_serve/14_server.ipynb #d21f8049
@@ -276,6 +277,7 @@ def set_up(
         {"baseline": open_backend(found, **options)},
         keys=asked,
         limits=Limits(path, price),
+        traces=open_traces(conf),
         events=events,
         canaries=[c for c in os.environ.get("LLMKIT_CANARIES", "").split(",") if c.strip()],
         timeout=timeout,
