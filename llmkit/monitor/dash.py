@@ -102,7 +102,7 @@ def make_dash(
 # %% ../../nbs/10_monitor/25_dash.ipynb #b9bfa71e
 def dash(
     *,
-    host: str = "127.0.0.1",
+    host: str = "127.0.0.1",  # where to listen
     port: int = 8001,  # 0: any free one
     keys: str = "auto",  # required, off, or auto: asked for as soon as there is one
     hours: float = 1.0,  # of traffic that is summed up
