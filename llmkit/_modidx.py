@@ -1392,6 +1392,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                              'llmkit/monitor/decide.py')},
             'llmkit.monitor.drift': { 'llmkit.monitor.drift.Feature': ('10_monitor/drift.html#feature', 'llmkit/monitor/drift.py'),
                                       'llmkit.monitor.drift._auc': ('10_monitor/drift.html#_auc', 'llmkit/monitor/drift.py'),
+                                      'llmkit.monitor.drift._psi': ('10_monitor/drift.html#_psi', 'llmkit/monitor/drift.py'),
                                       'llmkit.monitor.drift.alarm': ('10_monitor/drift.html#alarm', 'llmkit/monitor/drift.py'),
                                       'llmkit.monitor.drift.binned': ('10_monitor/drift.html#binned', 'llmkit/monitor/drift.py'),
                                       'llmkit.monitor.drift.domain_auc': ('10_monitor/drift.html#domain_auc', 'llmkit/monitor/drift.py'),

@@ -30,8 +30,13 @@ def psi(
     e, a = np.asarray(expected, float), np.asarray(actual, float)
     if e.shape != a.shape or e.ndim != 1 or not (e.sum() > 0 and a.sum() > 0):
         raise KitError("two rows of counts of one length are needed", value=(e.shape, a.shape))
-    e, a = (e + 0.5) / (e.sum() + 0.5 * len(e)), (a + 0.5) / (a.sum() + 0.5 * len(a))
-    return float(((a - e) * np.log(a / e)).sum())
+    return float(_psi(e, a))
+
+
+def _psi(e: np.ndarray, a: np.ndarray) -> np.ndarray:
+    "The index of rows of counts, (..., k) each."
+    e, a = ((x + 0.5) / (x + 0.5).sum(-1, keepdims=True) for x in (e, a))
+    return ((a - e) * np.log(a / e)).sum(-1)
 
 
 def psi_test(
@@ -45,7 +50,7 @@ def psi_test(
     rng, share = np.random.default_rng(seed), pooled / pooled.sum()
     e = rng.multinomial(int(np.sum(expected)), share, draws)
     a = rng.multinomial(int(np.sum(actual)), share, draws)
-    null = np.array([psi(x, y) for x, y in zip(e, a, strict=True)])
+    null = _psi(e, a)
     return found, float((1 + (null >= found - 1e-12).sum()) / (draws + 1))
 
 

@@ -1,0 +1,281 @@
+"""Windows of live traffic: killed anywhere, run by several at once, on logs of older servers; rollback and retraining."""
+
+import json
+import multiprocessing as mp
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from watching_town import ROOT, SMALL, Ledger, Town, section
+
+from llmkit.cli import main
+from llmkit.core.files import read_json, read_jsonl, write_jsonl
+from llmkit.monitor.act import ended
+from llmkit.monitor.state import Memory, overview, seen_json
+from llmkit.monitor.watch import open_monitor, run_window, settle, watch
+from llmkit.rollout.store import Store
+from llmkit.serve.call import parse
+from llmkit.serve.samples import Texts
+
+FATE = mp.get_context("fork").Value("i", -1)
+
+
+def point():
+    "A moment at which the process may die."
+    if FATE.value >= 0:
+        FATE.value -= 1
+        if FATE.value < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Mortal(Memory):
+    "A memory that may die around each write."
+
+    def add(self, *args):
+        point()
+        done = super().add(*args)
+        point()
+        return done
+
+    def move(self, *args):
+        point()
+        done = super().move(*args)
+        point()
+        return done
+
+
+class MortalLedger(Ledger):
+    "A registry that may take its caller with it."
+
+    def move(self, effect):
+        point()
+        super().move(effect)
+        point()
+
+
+def launched(home):
+    "Stands in for the process of a training: at most once, as `carry_out` does."
+    point()
+    try:
+        with open(home / "started", "x") as f:
+            f.write("1")
+        (home / "exit.json").write_text('{"code": 0, "note": ""}')
+        with open(home.parent / "launches", "a") as f:
+            f.write(f"{home.name}\n")
+    except FileExistsError:
+        pass
+    point()
+
+
+def story(folder, memory=Memory, registry=Ledger):
+    "What is in the log is decided to its end; the log is there already."
+    t = Town(folder, memory=memory, registry=registry, start=launched)
+    t.monitor.texts = Texts(folder / "texts.db")
+    t.now = read_json(folder / "now.json")
+    for release in ("sha256:a", "sha256:b"):
+        while run_window(t.monitor, release):
+            point()
+    while settle(t.monitor):
+        pass
+    return t
+
+
+def logged(folder):
+    "A log with a drift, a promotion, and a release that is unfair."
+    folder.mkdir()
+    t = Town(folder)
+    write_jsonl(folder / "dataset/train.jsonl", [{"id": "a", "label": "fee", "split": "train", "messages": [{"role": "user", "content": "a fee?"}, {"role": "assistant", "content": "fee: Yes."}]}])  # fmt: skip
+    t.send(300)
+    t.send(180, refuses=0.6)
+    kept = Texts(folder / "texts.db")
+    kept.keep("q5", parse("chat", {"model": "m", "messages": [{"role": "user", "content": "why?"}]}), "fee: So.")
+    t.events.feedback("q5", label="fee")
+    t.promoted()
+    t.send(240, release="sha256:b", worse=0.7, said=0.9)
+    (folder / "now.json").write_text(json.dumps(t.now))
+
+
+def outcome(folder):
+    "Everything that was decided and done."
+    m = Memory(folder / "monitor.db")
+    launches = folder / "retrain/launches"
+    return {
+        "windows": [seen_json(w) for w in reversed(m.windows(n=99))],
+        "actions": [(a.id, a.kind, a.state) for a in m.actions()],
+        "ledger": Ledger(folder / "ledger.jsonl").lines(),
+        "rollout": Store(folder / "r.db").load("bank-2").state.phase,
+        "launches": launches.read_text() if launches.exists() else "",
+    }
+
+
+def test_kill_9_anywhere_ends_alike(tmp_path):
+    logged(tmp_path / "whole")
+    story(tmp_path / "whole")
+    want = outcome(tmp_path / "whole")
+    assert [a[1:] for a in want["actions"]] == [("retrain", "done"), ("retrain", "held"), ("rollback", "done")]
+    assert want["rollout"] == "Degraded" and want["launches"].count("\n") == 1
+    assert [x["action"] for x in want["ledger"][1:]] == ["promote", "promote", "rollback", "rollback"]
+    logged(tmp_path / "mortal")
+    fork, deaths = mp.get_context("fork"), 0
+    for fate in [*range(0, 40, 3), -1]:
+        FATE.value = fate
+        child = fork.Process(target=story, args=(tmp_path / "mortal", Mortal, MortalLedger))
+        child.start()
+        child.join(60)
+        deaths += child.exitcode == -signal.SIGKILL
+        assert child.exitcode in (0, -signal.SIGKILL)
+    FATE.value = -1
+    assert deaths >= 5
+    assert outcome(tmp_path / "mortal") == want
+
+
+def test_two_monitors_write_each_window_once(tmp_path):
+    t = Town(tmp_path)
+    t.send(420)
+    code = "import sys; sys.path.insert(0, 'tests/monitor'); from watching_town import Town; from llmkit.monitor.watch import run_window\nt = Town(sys.argv[1]); t.now = 1e4\nwhile w := run_window(t.monitor, 'sha256:a'): print(w.number)"  # fmt: skip
+    both = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]  # fmt: skip
+    assert [p.communicate()[0] is not None and p.returncode for p in both] == [0, 0]
+    assert [w.number for w in reversed(t.monitor.memory.windows())] == [0, 1, 2, 3, 4]
+
+
+def test_a_log_of_an_older_server(tmp_path):
+    t = Town(tmp_path)
+    t.send(240, lacks=("confidence", "surprisal", "label", "group"))
+    run_window(t.monitor)
+    seen = run_window(t.monitor)
+    assert seen.outcomes == {"data": "pass", "cost": "pass", "hallucination": "skipped", "calibration": "inconclusive", "fairness": "skipped"}  # fmt: skip
+    assert seen.verdict.exit_code == 3
+
+
+def test_rollback_only_of_what_the_last_rollout_brought(tmp_path):
+    t = Town(tmp_path)
+    t.send(180)
+    t.send(240, worse=0.8, said=0.9)
+    t.promoted()
+    for _ in range(9):
+        run_window(t.monitor, "sha256:a")
+    [a] = t.monitor.memory.actions(kind="rollback")
+    assert a.state == "held" and "a person decides" in a.note
+    assert t.registry.aliases() == {"previous": "sha256:a", "champion": "sha256:b"}
+
+
+def test_an_old_promotion_is_left_to_a_person(tmp_path):
+    t = Town(tmp_path, section(**{k: SMALL[k] for k in ("window", "reference", "fairness")}, rollback={"within": "1m"}))
+    t.promoted()
+    t.send(240, release="sha256:b", worse=0.8, said=0.9)
+    run_window(t.monitor, "sha256:b")
+    [a] = t.monitor.memory.actions(kind="rollback")
+    assert a.state == "held" and "h ago" in a.note
+    assert t.registry.aliases()["champion"] == "sha256:b"
+
+
+def test_a_registry_that_is_away_is_asked_again(tmp_path):
+    class Away(Ledger):
+        down = True
+
+        def move(self, effect):
+            if self.down and effect.action == "rollback":
+                raise OSError("no route to the registry")
+            super().move(effect)
+
+    t = Town(tmp_path, registry=Away)
+    t.promoted()
+    t.send(240, release="sha256:b", worse=0.8, said=0.9)
+    run_window(t.monitor, "sha256:b")
+    [a] = t.monitor.memory.actions(kind="rollback")
+    assert a.state == "requested" and "no route" in a.note
+    assert Store(tmp_path / "r.db").load("bank-2").state.phase == "Degraded"  # users are back already
+    t.registry.down, t.now = False, t.now + 60
+    settle(t.monitor)
+    assert t.monitor.memory.actions(kind="rollback")[0].state == "done"
+    assert t.registry.aliases() == {"previous": "sha256:b", "champion": "sha256:a"}
+
+
+def test_watch_follows_a_clock(tmp_path, capsys):
+    t = Town(tmp_path)
+    t.send(200)
+
+    def sleep(seconds):
+        t.now += seconds
+        if t.now < 2000:
+            t.send(60)
+
+    assert watch(t.monitor, every=30.0, windows=4, sleep=sleep) == 0
+    assert [w.number for w in t.monitor.memory.windows()] == [3, 2, 1, 0]
+    assert capsys.readouterr().out.count("window") == 3
+
+
+def test_commands_and_their_exit_codes(tmp_path, monkeypatch, capsys):
+    t = Town(tmp_path)
+    (tmp_path / "params.yaml").write_text(json.dumps({"monitor": SMALL}))
+    monkeypatch.chdir(tmp_path)
+    t.send(180)
+    t.send(60)
+    codes = [main(["monitor", "run"]), main(["monitor", "run"]), main(["monitor", "run"])]
+    assert codes == [3, 0, 3]  # the reference, a quiet window, none that is due
+    t.send(120, refuses=0.7)
+    assert main(["monitor", "run", "--all"]) == 1 and main(["monitor", "status"]) == 1
+    assert "data fail" in capsys.readouterr().out
+    (tmp_path / "params.yaml").write_text(json.dumps({"monitor": section(alarms={"budget": 1e-9})}))
+    assert main(["monitor", "run"]) == 2 and "drift.fdr" in capsys.readouterr().err
+    seen = overview(str(t.settings))
+    assert seen.latest.alarms == ["data"] and {s.metric for s in seen.latest.scores if s.drifted} == {"refusal_rate"}
+
+
+def test_the_default_command_starts_dvc_and_promotes_nobody(tmp_path):
+    rules = section(**{k: SMALL[k] for k in ("window", "reference", "retrain")}, texts={"share": 1.0})
+    rules["retrain"]["action"] = section()["retrain"]["action"]
+    t = Town(tmp_path, rules)
+    run = lambda *cmd: subprocess.run(cmd, cwd=tmp_path, check=True, capture_output=True, text=True)  # noqa: E731
+    (tmp_path / "params.yaml").write_text("prepare: {source: bank, path: ''}\n")
+    (tmp_path / "dvc.yaml").write_text("stages:\n  prepare:\n    cmd: echo prepared > out.txt\n    params: [prepare]\n    outs: [out.txt]\n")  # fmt: skip
+    (tmp_path / ".gitignore").write_text("*.db*\n/retrain\n/latest\n/dataset\n")
+    run("git", "init", "-q")
+    run("dvc", "init", "-q")
+    run("git", "add", "-A")
+    run("git", "-c", "user.name=a", "-c", "user.email=a@example.com", "commit", "-qm", "begin")
+    write_jsonl(tmp_path / "dataset/train.jsonl", [{"id": "a", "label": "fee", "split": "train", "messages": [{"role": "user", "content": "a fee?"}, {"role": "assistant", "content": "fee: Yes."}]}])  # fmt: skip
+    t.monitor.texts = Texts(tmp_path / "texts.db")
+    t.monitor.texts.keep("q5", parse("chat", {"model": "m", "messages": [{"role": "user", "content": "I am ann@example.com"}]}), "fee: So.")  # fmt: skip
+    t.send(180)
+    t.events.feedback("q5", label="fee")
+    t.send(120, refuses=0.6)
+    here = os.getcwd()
+    os.chdir(tmp_path)
+    try:
+        while run_window(t.monitor):
+            pass
+    finally:
+        os.chdir(here)
+    [a] = t.monitor.memory.actions(kind="retrain")
+    assert a.state == "started", a
+    home, end = tmp_path / "retrain" / a.id, time.monotonic() + 120
+    while ended(home)[0] == "started" and time.monotonic() < end:
+        time.sleep(0.2)
+    assert ended(home) == ("done", ""), (home / "log.txt").read_text()
+    assert (tmp_path / "out.txt").is_file() and str(home / "records.jsonl") in (tmp_path / "params.yaml").read_text()
+    rows = list(read_jsonl(home / "records.jsonl"))
+    assert [r["id"] for r in rows] == ["a", "traffic-q5"] and "<EMAIL_ADDRESS>" in rows[1]["messages"][0]["content"]
+    settle(t.monitor)
+    assert t.monitor.memory.actions(kind="retrain")[0].state == "done"
+    assert t.registry.aliases() == {}  # nobody was promoted
+
+
+def test_the_policy_of_the_project_opens(tmp_path):
+    t = Town(tmp_path)
+    m = open_monitor(str(ROOT / "params.yaml"), str(t.settings))
+    assert m.texts is None and m.policy.k == 2
+
+
+@pytest.mark.parametrize(
+    "action", [["llmkit", "rollout", "start", "--first"], ["sh", "-c", "mlflow set-alias champion"]]
+)
+def test_a_training_that_would_promote_is_refused(action):
+    from llmkit.core.params import ParamsError
+    from llmkit.monitor.policy import read_monitor
+
+    with pytest.raises(ParamsError, match="never promotes"):
+        read_monitor(section(retrain={"action": action}))
