@@ -18,6 +18,7 @@ from .core.params import did_you_mean
 COMMANDS = {
     "repro": "llmkit.flow.repro:repro",
     "stage": "llmkit.flow.runner:stage",
+    "retrain": "llmkit.flow.retrain:retrain",
     "runs": "llmkit.flow.runs:runs",
     "records sync": "llmkit.flow.records:sync",
     "records check": "llmkit.flow.records:check",
