@@ -225,9 +225,9 @@ def test_commands_and_their_exit_codes(tmp_path, monkeypatch, capsys):
     assert seen.latest.alarms == ["data"] and {s.metric for s in seen.latest.scores if s.drifted} == {"refusal_rate"}
 
 
-def test_the_default_command_starts_dvc_and_promotes_nobody(tmp_path):
+def test_a_request_starts_dvc_and_promotes_nobody(tmp_path):
     rules = section(**{k: SMALL[k] for k in ("window", "reference", "retrain")}, texts={"share": 1.0})
-    rules["retrain"]["action"] = section()["retrain"]["action"]
+    rules["retrain"]["action"] = ["dvc", "exp", "run", "-n", "{id}", "-S", "prepare.source=jsonl", "-S", "prepare.path={records}"]  # fmt: skip
     t = Town(tmp_path, rules)
     run = lambda *cmd: subprocess.run(cmd, cwd=tmp_path, check=True, capture_output=True, text=True)  # noqa: E731
     (tmp_path / "params.yaml").write_text("prepare: {source: bank, path: ''}\n")
