@@ -45,7 +45,7 @@ def retrain(
     id: str = "",  # name of the experiment; default: DVC finds one
     *,
     project: str = ".",  # the folder of `params.yaml`
-    run: Callable = _dvc,
+    run: Callable = _dvc,  # what runs DVC: (words, folder) → its exit code
 ) -> int:
     "Run the pipeline on other records as a DVC experiment; exit code that of DVC."
     root, path = Path(project), Path(records).resolve()
