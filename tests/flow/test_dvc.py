@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -62,7 +63,11 @@ def test_what_repeats_and_what_is_restored(pipeline):
     assert "Running stage" not in out and "cached" in out, out
     assert record.read_bytes() == first and check_records(project.path) == []
 
-    # a fresh clone takes all artifacts from the cache and runs `register` alone, on a registry that it may not know
+    # a fresh clone fetches what was shared through a remote and runs `register` alone, on a registry that it may not know
+    (project.path / "tools").mkdir()
+    shutil.copy(Path(__file__).parents[2] / "tools/cache.sh", project.path / "tools")
+    remote = f"DVC_REMOTE={project.path.parent / 'remote'}"
+    project.sh("env", remote, "tools/cache.sh", "push")
     project.sh("git", "add", "-A")
     project.sh("git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "all")
     clone = project.path.parent / "clone"
@@ -70,6 +75,8 @@ def test_what_repeats_and_what_is_restored(pipeline):
     fresh = object.__new__(type(project))
     fresh.path = clone
     assert calls(fresh) == 0 and not (clone / "artifacts").exists()
+    (clone / ".dvc/config.local").write_text("[cache]\n    dir = cache\n")  # its own, and empty
+    fresh.sh("env", remote, "tools/cache.sh", "pull")
     out = fresh.sh("dvc", "repro").stdout
     assert "Running stage 'register'" in out and "Running stage 'one'" not in out, out
     assert calls(fresh) == 1 and (clone / "artifacts/one/record.ipynb").read_bytes() == first
