@@ -61,7 +61,7 @@ $(VENV)/.bench: $(VENV)/.installed benchmarks/requirements.txt
 	$(VENV)/bin/python -m pip install -q --no-deps -r benchmarks/requirements.txt
 	touch $@
 
-cache-pull: env ## fetch results that others have made (DVC_REMOTE=s3://..., or a configured remote)
+cache-pull: env ## fetch results that others have made (DVC_REMOTE=a folder or https://..., or a configured remote)
 	tools/cache.sh pull
 
 cache-push: env ## share results through the same remote

@@ -3,6 +3,9 @@
 import re
 import shutil
 import subprocess
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -34,13 +37,48 @@ def pipeline(project, empty_repo):
     return project
 
 
+class Store(SimpleHTTPRequestHandler):
+    "A folder over HTTP that takes files from those who have the password."
+
+    def do_PUT(self):
+        path = Path(self.translate_path(self.path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        body = b""
+        while size := int(self.rfile.readline(), 16):  # DVC sends chunks
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        path.write_bytes(body)
+        self.send_response(201)
+        self.end_headers()
+
+    def parse_request(self):
+        known = super().parse_request() and self.headers["Authorization"] == "Basic Y2k6eA=="
+        if not known:
+            self.send_error(401)
+        return known
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path):
+    "The address of a store."
+    (tmp_path / "store").mkdir()
+    http = ThreadingHTTPServer(("127.0.0.1", 0), partial(Store, directory=str(tmp_path / "store")))
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{http.server_port}"
+    http.shutdown()
+    http.server_close()
+
+
 def calls(project):
     log = project.path / "calls.log"
     return len(log.read_text().splitlines()) if log.exists() else 0
 
 
 @pytest.mark.slow
-def test_what_repeats_and_what_is_restored(pipeline):
+def test_what_repeats_and_what_is_restored(pipeline, server):
     project, record = pipeline, pipeline.path / "artifacts/one/record.ipynb"
     project.sh("dvc", "repro")
     first = record.read_bytes()
@@ -66,8 +104,8 @@ def test_what_repeats_and_what_is_restored(pipeline):
     # a fresh clone fetches what was shared through a remote and runs `register` alone, on a registry that it may not know
     (project.path / "tools").mkdir()
     shutil.copy(Path(__file__).parents[2] / "tools/cache.sh", project.path / "tools")
-    remote = f"DVC_REMOTE={project.path.parent / 'remote'}"
-    project.sh("env", remote, "tools/cache.sh", "push")
+    remote = ["env", f"DVC_REMOTE={server}", "DVC_REMOTE_USER=ci", "DVC_REMOTE_PASSWORD=x"]
+    project.sh(*remote, "tools/cache.sh", "push")
     project.sh("git", "add", "-A")
     project.sh("git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "all")
     clone = project.path.parent / "clone"
@@ -76,7 +114,7 @@ def test_what_repeats_and_what_is_restored(pipeline):
     fresh.path = clone
     assert calls(fresh) == 0 and not (clone / "artifacts").exists()
     (clone / ".dvc/config.local").write_text("[cache]\n    dir = cache\n")  # its own, and empty
-    fresh.sh("env", remote, "tools/cache.sh", "pull")
+    fresh.sh(*remote, "tools/cache.sh", "pull")
     out = fresh.sh("dvc", "repro").stdout
     assert "Running stage 'register'" in out and "Running stage 'one'" not in out, out
     assert calls(fresh) == 1 and (clone / "artifacts/one/record.ipynb").read_bytes() == first
