@@ -127,16 +127,16 @@ def as_yaml(objects: Sequence[dict[str, Any]]) -> str:
     from ruamel.yaml import YAML
 
     out, yaml = StringIO(), YAML(typ="safe")
-    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output = False, False
+    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output, yaml.width = False, False, 200
     yaml.dump_all(list(objects), out)
     return out.getvalue()
 
 
 def export_argo(
     out: str,  # a YAML file, for `kubectl apply -f`
-    *,
     workload: str,  # the Deployment whose pods serve
     rollout: str,  # the judge's id of the rollout
+    *,
     name: str = "llmkit",  # of the Rollout
     judge: str = "http://llmkit-judge:8081",  # address of `llmkit judge serve` inside the cluster
     ingress: str = "",  # the nginx Ingress that divides requests; default: the numbers of pods do
