@@ -1,6 +1,7 @@
 "A real server that follows rollouts, whose canary fails on purpose, with customers who ask in ordinary and in odd ways."
 
 import shutil
+import subprocess
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +46,12 @@ def needs(*programs):
     "Skip where a program is not installed, and say which package brings it."
     missing = [p for p in programs if not shutil.which(p)]
     return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)} (tools/system.sh)")
+
+
+def lint(text):
+    "What promtool says of a page of metrics."
+    done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
 
 
 class Failing(DummyEngine):

@@ -1,11 +1,9 @@
 "What `/metrics` of a server says after requests, refusals, findings and a rollout: complete, and clean for promtool."
 
-import subprocess
-
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 from serve_server import until
-from telemetry_town import SHADOWED, needs, town, window  # noqa: F401
+from telemetry_town import SHADOWED, lint, needs, town, window  # noqa: F401
 
 from llmkit.core.settings import Settings
 from llmkit.serve.keys import Keys
@@ -19,12 +17,6 @@ llmkit_energy_joules llmkit_mirror_requests llmkit_rollout_phase llmkit_rollout_
 llmkit_gate_rule llmkit_hallucination_rate llmkit_calibration_ece llmkit_fairness_accuracy_gap
 llmkit_fairness_worst_group_accuracy llmkit_measurement llmkit_drift_score llmkit_drift_threshold llmkit_window_outcome llmkit_report_timestamp_seconds llmkit_ready process_cpu_seconds
 """.split()
-
-
-def lint(text):
-    "What promtool says of a page of metrics."
-    done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True)
-    return done.returncode, done.stdout + done.stderr
 
 
 def series(text):
