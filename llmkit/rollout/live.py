@@ -391,6 +391,7 @@ def serve(
     timeout: float = 300.0,  # seconds for a request
     drain: float = 30.0,  # seconds that running requests get at the end
     max_output: int = 4096,  # tokens of an answer at most
+    context: int = 0,  # tokens of prompt and answer that a slot holds, which take memory; 0: as many as the model
     base: str = "",  # a folder; deltas that were made for it can then be loaded while the server runs
     price_prompt: float = -1.0,  # USD per million prompt tokens; -1: not known
     price_completion: float = -1.0,  # USD per million generated tokens
@@ -402,7 +403,7 @@ def serve(
     "Serve a release, a folder or another server as an OpenAI-compatible API."
     s = set_up(
         target, model=model, alias=alias, host=host, port=port, keys=keys, slots=slots, queue=queue, timeout=timeout,
-        max_output=max_output, base=base, price_prompt=price_prompt, price_completion=price_completion, days=days,
+        max_output=max_output, context=context, base=base, price_prompt=price_prompt, price_completion=price_completion, days=days,
         policy=policy, settings=settings,
     )  # fmt: skip
     if target or alias:

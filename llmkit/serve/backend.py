@@ -69,18 +69,20 @@ class EngineBackend:
         slots: int = 8,  # requests that run together
         queue: int = 64,  # requests that may wait
         max_output: int = 4096,  # tokens of an answer at most
+        context: int = 0,  # tokens of prompt and answer that a slot holds; 0: as many as the model
         chats: Sequence[Sequence[Mapping[str, str]]] = (),  # the self-test's prompts; default: three questions
         expected: Sequence[Sequence[int]] | None = None,  # the tokens that they must give
         test_tokens: int = 16,  # of each self-test answer
     ):
         if engine.tokenizer is None:
             raise KitError("the engine has no tokenizer", key=engine.info.name, remedy="Serve a folder that has one")
-        self.engine, self.tokenizer, self.context = engine, engine.tokenizer, engine.info.context_length
+        self.engine, self.tokenizer = engine, engine.tokenizer
+        self.context = min(context or engine.info.context_length, engine.info.context_length)
         self.name, self.release, self.max_output = engine.info.name, release or engine.info.digest, max_output
         self.chats = chats or [[{"role": "user", "content": q}] for q in FIXTURE]
         self.expected, self.test_tokens = expected, test_tokens
         self.token_name = namer(engine.tokenizer)
-        self.scheduler = Scheduler(engine, slots, queue)
+        self.scheduler = Scheduler(engine, slots, queue, self.context)
 
     def prepare(self, call: Call) -> Work:
         "The prompts as tokens, and how many may follow."

@@ -112,6 +112,7 @@ def open_backend(
     slots: int = 8,  # requests that run together
     queue: int = 64,  # requests that may wait
     max_output: int = 4096,  # tokens of an answer at most
+    context: int = 0,  # tokens of prompt and answer that a slot holds; 0: as many as the model
     upstream_model: str = "",  # what an upstream calls it; default: the first that it lists
 ) -> Backend:
     "Verify and load a target; raises `KitError`."
@@ -122,7 +123,7 @@ def open_backend(
         said = read_json(verify_bundle(target.where, target.bundle) / "bundle.json")["self_test"]
         chats, tokens = [p["messages"] for p in said["prompts"]], [p["tokens"] for p in said["prompts"]]
         test = {"chats": chats, "expected": tokens, "test_tokens": said["max_tokens"]} if chats else {}
-    options = {"release": target.release, "slots": slots, "queue": queue, "max_output": max_output}
+    options = {"release": target.release, "slots": slots, "queue": queue, "max_output": max_output, "context": context}
     backend = EngineBackend(open_any(target.where), **options, **test)
     backend.bundle = Path(target.where) if target.bundle else None  # with the reports of before the release
     return backend
@@ -251,6 +252,7 @@ def set_up(
     queue: int = 64,  # requests that may wait; more are answered 503
     timeout: float = 300.0,  # seconds for a request
     max_output: int = 4096,  # tokens of an answer at most
+    context: int = 0,  # tokens of prompt and answer that a slot holds; 0: as many as the model
     base: str = "",  # a folder; deltas that were made for it can then be loaded while the server runs
     price_prompt: float = -1.0,  # USD per million prompt tokens; -1: not known
     price_completion: float = -1.0,  # USD per million generated tokens
@@ -268,7 +270,7 @@ def set_up(
     path = conf.get("serve_db", DATABASE)
     asked = open_keys(path, host, keys)
     events = Events(conf.get("events_db", ".llmkit/events.db"))
-    options = {"slots": slots, "queue": queue, "max_output": max_output}
+    options = {"slots": slots, "queue": queue, "max_output": max_output, "context": context}
     shares = read_shares(policy)
     texts = Texts(conf.get("texts_db", ".llmkit/texts.db")) if shares.texts else None
     sampler = Sampler(shares, texts) if shares.texts or shares.claims else None
