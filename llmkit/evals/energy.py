@@ -91,7 +91,7 @@ def best_meter() -> Meter:
 def codecarbon() -> Meter:
     "Codecarbon's figure for this process; raises `KitError` when the extra is missing."
     package = need("codecarbon", "energy")
-    options = dict(country_iso_code="USA", save_to_file=False, log_level="critical", allow_multiple_runs=True)
+    options = dict(country_iso_code="USA", output_methods=[], log_level="critical", allow_multiple_runs=True)
     tracker = package.OfflineEmissionsTracker(tracking_mode="process", measure_power_secs=1, **options)
     total = [0.0]
     tracker.start_task()
