@@ -3,7 +3,8 @@
 
     python benchmarks/score_speed.py                       # a Llama with random weights, in 32-bit floats on both sides
     python benchmarks/score_speed.py --items 100 --texts 20 --rounds 1       # a quick look
-    python benchmarks/score_speed.py --scale               # 10^3 to 10^5 items: time and memory of our runner
+    python benchmarks/score_speed.py --scale               # 10^3 to 10^5 questions: time and memory of our runner
+    python benchmarks/score_speed.py --scale --perplexity  # and texts
 
 Same model, data, tokens, precision and threads. The two take turns in rounds within one process, and the best round of each
 counts; each side starts from texts and ends with its metrics. Items per second are of this machine; read the ratios. The
@@ -146,20 +147,36 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def score_choices(engine: OnnxEngine, n: int, a: argparse.Namespace) -> Iterator[float]:
+    "Whether each of n questions that stream in is answered right."
+    truth = (q["r"] for q in quiz(n, a.prompt, a.options))
+    asked = ((q["q"], q["o"]) for q in quiz(n, a.prompt, a.options))
+    for ll, r in zip(option_scores(engine, asked), truth, strict=True):
+        yield float(ll.argmax() == r)
+
+
+def score_texts(engine: OnnxEngine, n: int, a: argparse.Namespace) -> Iterator[float]:
+    "The bits per byte of each of n texts that stream in, 512 at a time."
+    rng = np.random.default_rng(3)
+    for start in range(0, n, 512):
+        texts = [sentences(rng, a.prompt // 2, a.prompt) for _ in range(min(512, n - start))]
+        found = text_likelihood(engine, texts)
+        yield from (v / b / np.log(2) for v, b in zip(found["nll"], found["bytes"], strict=True))
+
+
 def scale(folder: Path, a: argparse.Namespace) -> list[dict]:
-    "Time and memory of scoring questions that stream in, from 10^3 to 10^5."
+    "Time and memory of scoring items that stream in, from 10^3 to 10^5."
     engine = OnnxEngine(folder / "onnx", threads=a.threads, slots=a.slots)
-    sum(1 for _ in option_scores(engine, ((q["q"], q["o"]) for q in quiz(1000, a.prompt, a.options))))  # warm up
+    score = score_texts if a.perplexity else score_choices
+    sum(1 for _ in score(engine, 1000, a))  # warm up
     out = []
     for n in a.sizes:
-        right, top, start = 0, resident(), time.perf_counter()
-        truth = (q["r"] for q in quiz(n, a.prompt, a.options))
-        asked = ((q["q"], q["o"]) for q in quiz(n, a.prompt, a.options))
-        for i, (ll, r) in enumerate(zip(option_scores(engine, asked), truth, strict=True)):
-            right += int(ll.argmax()) == r
+        total, top, start = 0.0, resident(), time.perf_counter()
+        for i, value in enumerate(score(engine, n, a)):
+            total += value
             top = max(top, resident()) if i % 256 == 0 else top
         seconds = time.perf_counter() - start
-        out.append({"items": n, "seconds": round(seconds, 2), "items_per_second": round(n / seconds), "peak_mb": round(top / 2**20), "acc": right / n})  # fmt: skip
+        out.append({"items": n, "seconds": round(seconds, 2), "items_per_second": round(n / seconds), "peak_mb": round(top / 2**20), "bits_per_byte" if a.perplexity else "acc": total / n})  # fmt: skip
         print(f"{n:>7} items: {seconds:7.2f} s, {n / seconds:7.0f}/s, resident at most {top / 2**20:.0f} MB")
     return out
 
@@ -179,6 +196,7 @@ def main() -> None:
     p.add_argument("--slots", type=int, default=8, help="our engine scores four times as many rows at once")
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--scale", action="store_true", help="grow the number of items instead of comparing")
+    p.add_argument("--perplexity", action="store_true", help="grow texts instead of questions")
     p.add_argument("--sizes", type=int, nargs="+", default=[1000, 10_000, 100_000])
     p.add_argument("--out", type=Path, help="a JSON file for the figures")
     a = p.parse_args()

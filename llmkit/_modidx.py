@@ -1026,6 +1026,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'llmkit.gate.selftest.rewrite_samples': ( '02_gate/selftest.html#rewrite_samples',
                                                                                 'llmkit/gate/selftest.py'),
                                       'llmkit.gate.selftest.selftest': ('02_gate/selftest.html#selftest', 'llmkit/gate/selftest.py'),
+                                      'llmkit.gate.selftest.stops': ('02_gate/selftest.html#stops', 'llmkit/gate/selftest.py'),
                                       'llmkit.gate.selftest.withhold': ('02_gate/selftest.html#withhold', 'llmkit/gate/selftest.py')},
             'llmkit.gate.sequential': { 'llmkit.gate.sequential.Gap': ('02_gate/sequential.html#gap', 'llmkit/gate/sequential.py'),
                                         'llmkit.gate.sequential.Running': ('02_gate/sequential.html#running', 'llmkit/gate/sequential.py'),

@@ -20,7 +20,7 @@ from .speed import speed_measurements
 from .task import task_measurements
 from ..gate.judge import judge_rule
 from ..gate.policy import Rule, read_policy
-from ..gate.selftest import edit, fallen, kind, rewrite_samples
+from ..gate.selftest import edit, fallen, kind, rewrite_samples, stops
 
 # %% ../../nbs/06_evals/08b_damage.ipynb #ad5ced1f
 SHARES = (0.1, 0.25, 0.5, 1.0)  # of the items that are damaged, until the gate sees it
@@ -193,8 +193,8 @@ def _touched(bad: Mapping[str, Report] | None, healthy: Mapping[str, Report]) ->
 
 
 def _fails(r: Rule, reports: Mapping[str, Report]) -> bool:
-    "Whether a rule fails on a number that was measured."
-    return any(x.outcome == "fail" and x.value is not None for x in judge_rule(r, reports))
+    "Whether a rule stops a model on a number that was measured."
+    return any(x.outcome in stops(r) and x.value is not None for x in judge_rule(r, reports))
 
 
 def _stands(r: Rule, reports: Mapping[str, Report]) -> bool:

@@ -68,6 +68,9 @@ def evaluate(
     return Report(subject, i.digest, str(suite), tuple(measured), tables, context)
 
 # %% ../../nbs/06_evals/07_evaluate.ipynb #3229a3de
+_OF_ALL = ("unknown_label_rate",)  # an item's value depends on the labels of all items, and so on how many there are
+
+
 def noise(
     report: Report,  # the engine's
     again: Report,  # the same engine on some of the same items, in other batches
@@ -75,7 +78,13 @@ def noise(
     "For every metric that two models can be paired by, how far its items differ between two runs of one engine."
     out = []
     for m in again.measurements:
-        if m.slice == "all" and m.samples and m.direction != "none" and report.get(m.metric):
+        if (
+            m.slice == "all"
+            and m.samples
+            and m.direction != "none"
+            and report.get(m.metric)
+            and m.metric not in _OF_ALL
+        ):
             ids = m.samples.partition("/")[0] + "/id"
             first = dict(zip(report.column(ids), report.column(m.samples), strict=True))
             gaps = [abs(v - first[i]) for i, v in zip(again.column(ids), again.column(m.samples), strict=True)]

@@ -120,6 +120,21 @@ def test_a_powerless_rule_is_found_out(reports):
     assert "NOT CAUGHT" in str(found["leaked canary"])
 
 
+def test_a_superiority_rule_bites_whatever_the_other_one_can(reports):
+    rule = {"metric": "accuracy", "superiority": 0.0, "against": "base"}
+    task = reports["engine"].samples["task"]
+    for right in (0, 1):  # a base that knows nothing, and one that is wrong on a single question
+        known = [0] * len(task["id"]) if right == 0 else [0, *[1] * (len(task["id"]) - 1)]
+        m = Measurement("accuracy", float(np.mean(known)), len(known), samples="task/correct")
+        base = Report("base", "", reports["engine"].suite, (m,), {"task": {"id": task["id"], "correct": known}})
+        better = [1] * len(known)
+        engine = replace(m, value=1.0)
+        both = {"base": base, "engine": replace(base, subject="engine", measurements=(engine,), samples={"task": {"id": task["id"], "correct": better}})}  # fmt: skip
+        [bite] = selftest({"rules": [rule]}, both)
+        assert bite.planted == ("inconclusive" if right == 0 else "fail")
+        assert bite.bites == (right == 0)  # one more right answer proves nothing, so the rule did not pass before
+
+
 def test_kinds():
     from llmkit.gate.policy import Rule
 
