@@ -712,6 +712,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'llmkit.evals.swaps.swap_table': ('06_evals/swaps.html#swap_table', 'llmkit/evals/swaps.py')},
             'llmkit.evals.task': { 'llmkit.evals.task._codes': ('06_evals/task.html#_codes', 'llmkit/evals/task.py'),
                                    'llmkit.evals.task._ended': ('06_evals/task.html#_ended', 'llmkit/evals/task.py'),
+                                   'llmkit.evals.task._extreme': ('06_evals/task.html#_extreme', 'llmkit/evals/task.py'),
                                    'llmkit.evals.task._f1': ('06_evals/task.html#_f1', 'llmkit/evals/task.py'),
                                    'llmkit.evals.task._label_f1': ('06_evals/task.html#_label_f1', 'llmkit/evals/task.py'),
                                    'llmkit.evals.task.answer_table': ('06_evals/task.html#answer_table', 'llmkit/evals/task.py'),

@@ -179,7 +179,7 @@ def catch(
         bad = DAMAGES[name](dict(reports), share, scorers)
         if bad is None:
             return Caught(name, None, note="the reports have no per-sample values to damage")
-        fell = [r for r in aimed if _fails(r, bad)]
+        fell = [r for r in aimed if r in fell or _fails(r, bad)]  # at this share, or at a smaller one
         if len(fell) == len(aimed):
             break
     stood = tuple(str(r) for r in aimed if r not in fell)

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..core.report import Measurement
 from .suite import Suite, predicted_label
-from ..gate.intervals import bootstrap, wilson
+from ..gate.intervals import bootstrap, clopper_pearson, wilson
 from ..runtime.engine import Completion, Engine
 from ..runtime.sampling import Sampling
 
@@ -176,15 +176,28 @@ def task_measurements(
 
 
 def macro_f1(table: Mapping[str, Sequence], seed: int = 0, times: int = 1000) -> Measurement:
-    "Macro F1 with a bootstrap interval, which is left out when all answers are right or all are wrong."
+    "Macro F1 with a bootstrap interval; where all answers are right, or all wrong, with the worst that an exact bound allows."
     names = sorted(set(table["label"]))
     rows = _codes(table["label"], table["predicted"], names)
     mean = lambda r: float(np.nanmean(_f1(r, len(names))))  # noqa: E731
     right = sum(table["correct"])
     ci = bootstrap(rows, mean, method="percentile", times=times, seed=seed) if 0 < right < len(rows) else None
-    ends = (ci.low, ci.high) if ci else (None, None)
-    method = ci.method if ci else "no interval: nothing to resample"
-    return Measurement("macro_f1", mean(rows), len(rows), *ends, method=method)
+    if ci:
+        return Measurement("macro_f1", mean(rows), len(rows), ci.low, ci.high, method=ci.method)
+    value, other = mean(rows), mean(_extreme(rows, len(names)))
+    how = "Clopper-Pearson on the share of right answers, the others where they count most"
+    return Measurement("macro_f1", value, len(rows), min(value, other), max(value, other), method=how)
+
+
+def _extreme(rows: np.ndarray, k: int) -> np.ndarray:
+    "Rows that are all right, or all wrong, with as many turned round as an exact bound allows, in the rarest labels first."
+    right, n, out = bool((rows[0, 0] == rows[0, 1])), len(rows), rows.copy()
+    ci = clopper_pearson(n if right else 0, n)
+    many = int(np.ceil(n * (1 - ci.low if right else ci.high)))
+    size = np.bincount(rows[:, 0], minlength=k)
+    rare = np.lexsort((rows[:, 0], size[rows[:, 0]]))[:many]
+    out[rare, 1] = (rows[rare, 0] + 1) % k if right and k > 1 else k if right else rows[rare, 0]
+    return out
 
 
 def _label_f1(table: Mapping[str, Sequence]) -> list[Measurement]:

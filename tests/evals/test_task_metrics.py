@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import accuracy_score, brier_score_loss, f1_score, log_loss
 
@@ -52,6 +53,17 @@ def test_null_ece_figures(n, expected):
     rng = np.random.default_rng(4)
     got = np.mean([calibration.null_ece(rng.beta(5, 2, n), times=40, seed=s)[0] for s in range(25)])
     assert got == pytest.approx(expected, abs=0.003)
+
+
+def test_no_placement_of_the_errors_that_could_be_there_costs_more_than_the_bound_says():
+    rng, labels = np.random.default_rng(0), np.repeat(["a", "b", "c", "d"], [6, 14, 60, 120])
+    low = macro_f1({"label": list(labels), "predicted": list(labels), "correct": [1] * 200}).low
+    assert 0.7 < low < 0.95
+    most = math.ceil(200 * stats.binomtest(200, 200).proportion_ci(0.95, method="exact").low)
+    for _ in range(300):
+        said, hit = labels.copy(), rng.choice(200, 200 - most, replace=False)
+        said[hit] = rng.permutation(np.roll(labels, 50))[hit]
+        assert f1_score(labels, said, average="macro") >= low
 
 
 def test_language_metrics_follow_their_definitions():
