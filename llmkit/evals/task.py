@@ -191,7 +191,7 @@ def macro_f1(table: Mapping[str, Sequence], seed: int = 0, times: int = 1000) ->
 
 def _extreme(rows: np.ndarray, k: int) -> np.ndarray:
     "Rows that are all right, or all wrong, with as many turned round as an exact bound allows, in the rarest labels first."
-    right, n, out = bool((rows[0, 0] == rows[0, 1])), len(rows), rows.copy()
+    right, n, out = bool(rows[0, 0] == rows[0, 1]), len(rows), rows.copy()
     ci = clopper_pearson(n if right else 0, n)
     many = int(np.ceil(n * (1 - ci.low if right else ci.high)))
     size = np.bincount(rows[:, 0], minlength=k)
