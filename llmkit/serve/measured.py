@@ -58,12 +58,12 @@ class Folder:
                 continue
 
 
-def _report(path: Path) -> list[Mapping[str, Any]]:
-    "The measurements of a report, without the values behind them."
+def _report(path: Path) -> tuple[str, list[Mapping[str, Any]]]:
+    "The subject of a report and its measurements, without the values behind them."
     body = read_json(path)
     if body.get("schema") != SCHEMA:
         raise KitError("unknown report schema", file=path, key="schema", value=body.get("schema"))
-    return [m for m in body["measurements"] if not m["slice"].startswith("label=")]
+    return body["subject"], [m for m in body["measurements"] if not m["slice"].startswith("label=")]
 
 # %% ../../nbs/08_serve/09b_measured.ipynb #21fde85e
 LIVE = Registry("llmkit.live")  # name → a function that takes the settings and gives a `Live`
@@ -107,7 +107,8 @@ class Measured:
             bad = 0
             for name, time, said in self.folder.files(Path(folder), "report.json", _report):
                 bad += said is None
-                _add_report(out, source, name, time, said or ())
+                subject, rows = said or ("", ())
+                _add_report(out, source, name, time, rows, subject.endswith("engine") and name != "baseline")
             for name, _, v in self.folder.files(Path(folder), "verdict.json", lambda p: read_verdict(p.parent)):
                 bad += v is None
                 _add_verdict(out, source, name, v)
@@ -136,16 +137,16 @@ OUTCOMES = ("pass", "fail", "inconclusive", "error")
 
 
 def _add_report(
-    out: Mapping[str, Any], source: str, name: str, time: float, measured: Sequence[Mapping[str, Any]]
+    out: Mapping[str, Any], source: str, name: str, time: float, rows: Sequence[Mapping[str, Any]], named: bool
 ) -> None:
     "Add the measurements of a report."
-    if measured:
+    if rows:
         out["time"].add_metric([source, name], time)
-    for m in measured:
+    for m in rows:
         for part in ("value", "low", "high", "n"):
             if m[part] is not None:
                 out[part].add_metric([source, name, m["metric"], m["slice"]], m[part])
-        if m["metric"] in NAMED:
+        if named and m["metric"] in NAMED:
             out[m["metric"]].add_metric([source, name, m["slice"]], m["value"])
 
 
@@ -169,8 +170,8 @@ def _live(self: Measured, out: Mapping[str, Any]) -> list:
         more += families
         out["bad"].add_metric([source], 0)
         for f in found:
-            measured = [asdict(m) for m in f.report.measurements] if f.report else []
-            _add_report(out, source, f.name, f.time, [m for m in measured if not m["slice"].startswith("label=")])
+            rows = [asdict(m) for m in f.report.measurements] if f.report else []
+            _add_report(out, source, f.name, f.time, [m for m in rows if not m["slice"].startswith("label=")], True)
             _add_verdict(out, source, f.name, f.verdict)
     return more
 
