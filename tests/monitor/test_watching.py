@@ -279,3 +279,47 @@ def test_a_training_that_would_promote_is_refused(action):
 
     with pytest.raises(ParamsError, match="never promotes"):
         read_monitor(section(retrain={"action": action}))
+
+
+def test_what_the_gateway_writes(tmp_path):
+    "Confidence against the log-probabilities that the API itself gives; label, group, energy and claims."
+    import asyncio
+    import math
+
+    from llmkit.runtime.dummy import DummyEngine
+    from llmkit.serve.backend import EngineBackend
+    from llmkit.serve.events import Events
+    from llmkit.serve.gateway import ANYONE, Gateway
+    from llmkit.serve.samples import Sampler, Shares
+
+    log = Events(tmp_path / "e.db")
+    engine = DummyEngine(
+        replies={"card": "card_lost: We send 2 cards.", "hello": "Good morning", "euros": "It costs 9."}
+    )
+    gate = Gateway("bank", {"baseline": EngineBackend(engine)}, events=log, sampler=Sampler(Shares(claims=1.0)))
+
+    async def ask(text, **more):
+        body = {"model": "bank", "messages": [{"role": "user", "content": text}], "logprobs": True, "max_tokens": 60}
+        return (await (await gate.open_exchange(parse("chat", body | more), ANYONE)).whole())["choices"][0]
+
+    async def run():
+        try:
+            return [
+                await ask("card?", metadata={"group": "65+"}),
+                await ask("hello"),
+                await ask("It costs 4 euros.\n\nQuestion: What does it cost?"),
+            ]
+        finally:
+            await gate.close()
+
+    said = asyncio.run(run())
+    first, second, third = list(log.all("request"))
+    tokens = [(t["token"], t["logprob"]) for t in said[0]["logprobs"]["content"]]
+    upto = next(i for i in range(1, len(tokens) + 1) if ":" in "".join(t for t, _ in tokens[:i]))
+    assert math.isclose(first["confidence"], math.exp(sum(p for _, p in tokens[:upto])), rel_tol=1e-9)
+    assert (first["label"], first["group"]) == ("card_lost", "65+") and "claim" not in first
+    whole = [t["logprob"] for t in said[1]["logprobs"]["content"]]
+    assert math.isclose(second["confidence"], math.exp(sum(whole)), rel_tol=1e-9) and "label" not in second
+    assert math.isclose(second["surprisal"], -sum(whole) / len(whole), abs_tol=1e-9)
+    assert third["claim"] is True and third["scorer"] == "unsupported@1"
+    assert all(e["joules"] >= 0 and e["meter"] for e in (first, second, third))
