@@ -2319,6 +2319,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'llmkit/runtime/sampling.py'),
                                          'llmkit.runtime.sampling.Sampling.__post_init__': ( '05_runtime/sampling.html#sampling.__post_init__',
                                                                                              'llmkit/runtime/sampling.py'),
+                                         'llmkit.runtime.sampling._draw': ('05_runtime/sampling.html#_draw', 'llmkit/runtime/sampling.py'),
+                                         'llmkit.runtime.sampling._near': ('05_runtime/sampling.html#_near', 'llmkit/runtime/sampling.py'),
                                          'llmkit.runtime.sampling.candidates': ( '05_runtime/sampling.html#candidates',
                                                                                  'llmkit/runtime/sampling.py'),
                                          'llmkit.runtime.sampling.choose': ( '05_runtime/sampling.html#choose',
