@@ -120,7 +120,7 @@ def main() -> None:
     "Print the tables; exit 1 when a rule with an exact or corrected bound errs more often than it may."
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--times", type=int, default=10_000, help="simulated evaluations of each row")
-    p.add_argument("--bootstraps", type=int, default=10_000, help="of rows that resample")
+    p.add_argument("--bootstraps", type=int, default=2_000, help="of rows that resample")
     p.add_argument("--out", type=Path, help="a JSON file for the figures")
     a = p.parse_args()
     error = 3 * float(np.sqrt(ALPHA * (1 - ALPHA) / a.times))

@@ -120,7 +120,8 @@ def _bca_shape(draws: np.ndarray, value: float, jack: np.ndarray) -> tuple[float
     share = np.mean(draws < value) + np.mean(draws == value) / 2
     z0 = float(ndtri(np.clip(share, 0.5 / len(draws), 1 - 0.5 / len(draws))))
     d = jack.mean() - jack
-    return z0, float((d**3).sum() / (6 * ((d**2).sum() ** 1.5))) if (d**2).sum() > 0 else 0.0
+    spread = float((d**2).sum()) ** 1.5  # zero also where differences are too small to be squared
+    return z0, float((d**3).sum()) / (6 * spread) if spread > 0 else 0.0
 
 
 def _bca(draws: np.ndarray, value: float, jack: np.ndarray, q: np.ndarray) -> np.ndarray:
