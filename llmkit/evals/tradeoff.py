@@ -54,7 +54,8 @@ class Candidate:
         for r in (self.quality, self.speed, self.safety):
             if (m := r.get(metric)) is not None:
                 return m.value
-        raise KitError("was not measured", key=self.name, value=metric)
+        fix = "Prompts that do not fit the model's context are not asked: a model that takes none has to be given a precision"
+        raise KitError("was not measured", key=self.name, value=metric, remedy=fix)
 
 
 def measure(

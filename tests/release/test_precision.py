@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from release_road import LINES, TINY, random_delta, small_dataset
 
 from llmkit.core.artifact import open_artifact
 from llmkit.core.errors import KitError
@@ -18,7 +19,28 @@ HOW = {
 LOOSE = {"margin": 0.9, "ratio": 5.0, "attacks": 1.0}
 
 
-def test_the_smallest_candidate_that_passes_is_built_and_the_reasons_are_kept(project):
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    "A project up to the merged model, whose context takes the prompts of the safety suite."
+    from llmkit.model.base import make_base
+    from llmkit.model.merge import merge
+
+    root = tmp_path_factory.mktemp("wide")
+    art, corpus = root / "artifacts", root / "corpus.txt"
+    corpus.write_text("\n".join(LINES))
+    base = make_base(art / "base/base", source="tiny", corpus=str(corpus), tiny={**TINY, "context": 512})
+    random_delta(art / "finetune/delta", base, small_dataset(art / "prepare/dataset", base))
+    merge(art / "merge/model", art / "base/base", art / "finetune/delta", limits={"kl_max": 1.0})
+    return root
+
+
+@pytest.fixture
+def inside(wide, monkeypatch):
+    "That project, entered."
+    monkeypatch.chdir(wide)
+
+
+def test_the_smallest_candidate_that_passes_is_built_and_the_reasons_are_kept(inside):
     engine = quantize.run(**HOW, choose=LOOSE)
     report = open_artifact("artifacts/quantize/report", "report")
     assert engine.recipe["precision"] == report.meta["precision"] == "int8"
@@ -29,17 +51,20 @@ def test_the_smallest_candidate_that_passes_is_built_and_the_reasons_are_kept(pr
     sizes = [read_report(kept / f"{p}/speed").get("size_bytes").value for p in ("int8", "fp32")]
     assert sizes[0] < sizes[1]
     assert not [s for s in collect(f"parity={report.path}") if "int8" in s], "a gate reads the parity chain alone"
+    # without certainty the exact one is taken
     shutil.rmtree("artifacts/quantize")
-    assert quantize.run(**HOW, choose=LOOSE).digest == engine.digest
-
-
-def test_without_certainty_the_exact_one_is_taken(project):
     engine = quantize.run(**HOW, choose=LOOSE | {"margin": 0.001})
     assert engine.recipe["precision"] == "fp32"
     assert "int8 inconclusive" in open_artifact("artifacts/quantize/report", "report").meta["why"]
 
 
-def test_what_cannot_be_built_is_refused_at_once(project):
+def test_a_model_whose_context_takes_no_attack_is_not_called_safe(project):
+    with pytest.raises(KitError, match="attack_success_rate.*has to be given a precision"):
+        quantize.run(**HOW | {"candidates": ["fp32"]}, choose=LOOSE)
+    assert not [p for p in project.glob("artifacts/quantize/*/choice")]
+
+
+def test_what_cannot_be_built_is_refused_at_once(inside):
     with pytest.raises(KitError, match="cannot be built"):
         quantize.run(**HOW | {"candidates": ["fp32", "int2"]}, choose=LOOSE)
     with pytest.raises(KitError, match="quantize.choose"):
