@@ -115,16 +115,13 @@ def answer_loss(
     torch, device = need("torch"), model.device
     t = {k: torch.from_numpy(v).to(device) for k, v in batch.items()}
     where = {"position_ids": t["position_ids"]} if packed else {"attention_mask": t["attention_mask"]}
-    counted, entropy = t["keep"] | t["asked"] if prompt_weight else t["keep"], torch.nn.functional.cross_entropy
+    counted = t["keep"] | t["asked"] if prompt_weight else t["keep"]
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         out = model(input_ids=t["input_ids"], logits_to_keep=counted, use_cache=False, **where)
-    every, targets, extra = out.logits.float().reshape(-1, out.logits.shape[-1]), t["targets"], 0.0
-    logits = every[t["keep"][counted]] if prompt_weight else every
-    if prompt_weight:
-        said = t["input_ids"].roll(-1, 1)[t["asked"]]
-        extra = prompt_weight * entropy(every[t["asked"][counted]], said, reduction="sum")
-    loss = entropy(logits, targets, reduction="sum", label_smoothing=smoothing) + extra
-    return loss, logits.argmax(-1) == targets
+    logits, targets = out.logits.float().reshape(int(counted.sum()), -1), t["input_ids"].roll(-1, 1)[counted]
+    answer = t["keep"][counted]
+    each = torch.nn.functional.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+    return (each * torch.where(answer, 1.0, prompt_weight)).sum(), (logits.argmax(-1) == targets)[answer]
 
 
 def whole_answers(
