@@ -45,8 +45,10 @@ def run(
     "Render the card; raises `KitError` on a number without evidence."
     parts = {role: open_artifact(path) for role, path in NEEDS.items()}
     found = {s: f"{NEEDS['evaluate']}/{s}" for s in find_reports(parts["evaluate"])}
-    found |= {f"parity.{hop}": f"{NEEDS['quantize']}/{hop}" for hop in find_reports(parts["quantize"])}
-    evidence = Evidence(found | {r: NEEDS[r] for r in ("dataset", "delta", "shipped", "verdict", "bundle")})
+    for sub in find_reports(parts["quantize"]):
+        name = sub.replace("/", ".") if sub.startswith("choice/") else f"parity.{sub}"
+        found[name] = f"{NEEDS['quantize']}/{sub}"
+    evidence = Evidence(found | {r: NEEDS[r] for r in ("dataset", "delta", "shipped", "quantize", "verdict", "bundle")})
     words = Words(model_name, summary, intended_use, out_of_scope, limits, licence, language, dataset, tags, base_model)
     line = family_of(parts["bundle"], list(parts.values()))
     text = render(words, evidence, line, metrics=metrics, revision=parts["dataset"].digest)
