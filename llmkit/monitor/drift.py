@@ -40,9 +40,9 @@ def _psi(e: np.ndarray, a: np.ndarray) -> np.ndarray:
 
 
 def psi_test(
-    expected: Sequence[float],
-    actual: Sequence[float],
-    draws: int = 2000,
+    expected: Sequence[float],  # counts by bin, of the reference
+    actual: Sequence[float],  # counts by the same bins, of the window
+    draws: int = 2000,  # of the simulated null
     seed: int = 0,
 ) -> tuple[float, float]:
     "PSI, and the chance of at least this much under no change."
@@ -55,9 +55,9 @@ def psi_test(
 
 
 def binned(
-    reference: Sequence[float],
-    window: Sequence[float],
-    bins: int = 10,
+    reference: Sequence[float],  # values
+    window: Sequence[float],  # values
+    bins: int = 10,  # at most
 ) -> tuple[list[int], list[int]]:
     "Counts of both between the quantiles of both together; equal values share a bin."
     edges = np.unique(np.quantile([*reference, *window], np.linspace(0, 1, bins + 1)[1:-1]))
@@ -66,10 +66,10 @@ def binned(
 
 # %% ../../nbs/10_monitor/01_drift.ipynb #269201fd
 def domain_auc(
-    reference: Sequence[str],
-    window: Sequence[str],
-    permutations: int = 99,
-    folds: int = 5,
+    reference: Sequence[str],  # texts
+    window: Sequence[str],  # texts
+    permutations: int = 99,  # of the labels; the smallest p-value is 1 / (permutations + 1)
+    folds: int = 5,  # of the cross-validation
     seed: int = 0,
 ) -> tuple[float, float]:
     "Out-of-fold AUC of telling the window from the reference, and the chance of at least this much under no change."
@@ -129,9 +129,9 @@ AUC, PSI, UNSEEN = 0.6, 0.1, 0.02  # what is worth a look: an AUC, an index, a r
 
 
 def text_features(
-    reference: Sequence[str],
-    window: Sequence[str],
-    permutations: int = 99,
+    reference: Sequence[str],  # texts
+    window: Sequence[str],  # texts
+    permutations: int = 99,  # of the null of each feature
     seed: int = 0,
 ) -> list[Feature]:
     "What texts alone tell: content, length, script, words that were never seen."
@@ -202,10 +202,10 @@ def false_alarms(
 
 def plan_alpha(
     budget: float,  # false alarms a week that are accepted
-    k: int,
-    n: int,
-    per_week: float,
-    shared: float = 0.0,
+    k: int,  # windows that must have drifted
+    n: int,  # of the last so many
+    per_week: float,  # windows in a week
+    shared: float = 0.0,  # the part of the variance that all windows have in common
 ) -> float:
     "The largest level of a window that keeps the budget."
     low, high = 1e-12, 0.5

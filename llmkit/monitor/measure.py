@@ -34,13 +34,26 @@ def values(rows: Rows, key: str) -> list:
     return [r[key] for r in rows if r["status"] == "ok" and r[key] is not None]
 
 
-def spread(name: str, old: Sequence[float], new: Sequence[float], least: float, draws: int) -> Feature:
+def spread(
+    name: str,  # of the feature
+    old: Sequence[float],  # of the reference
+    new: Sequence[float],  # of the window
+    least: float,  # smallest index that is worth a look
+    draws: int,  # of the simulated null
+) -> Feature:
     "Numbers, by the deciles of both together."
     value, p = psi_test(*binned(old, new), draws=draws)
     return Feature(name, value, p, "PSI, deciles of both together; simulated null", least)
 
 
-def kinds(name: str, old: Sequence[str], new: Sequence[str], least: float, draws: int, most: int = 20) -> Feature:
+def kinds(
+    name: str,  # of the feature
+    old: Sequence[str],  # of the reference
+    new: Sequence[str],  # of the window
+    least: float,  # smallest index that is worth a look
+    draws: int,  # of the simulated null
+    most: int = 20,  # names that are counted each; the others together
+) -> Feature:
     "Names, the commonest ones each and the others together."
     top = [k for k, _ in Counter([*old, *new]).most_common(most)]
     count = lambda x: [*(Counter(x)[k] for k in top), sum(v not in top for v in x)]  # noqa: E731
@@ -49,14 +62,24 @@ def kinds(name: str, old: Sequence[str], new: Sequence[str], least: float, draws
     return Feature(name, value, p, f"PSI, the {most} commonest; simulated null", least)
 
 
-def share(name: str, old: Sequence[bool], new: Sequence[bool], rise: float) -> Feature:
+def share(
+    name: str,  # of the feature
+    old: Sequence[bool],  # of the reference
+    new: Sequence[bool],  # of the window
+    rise: float,  # smallest rise of the share that is worth a look
+) -> Feature:
     "A share that must not rise."
     a, b, before = sum(map(bool, old)), sum(map(bool, new)), float(np.mean([bool(x) for x in old]))
     p = fisher_exact([[b, len(new) - b], [a, len(old) - a]], "greater").pvalue
     return Feature(name, b / len(new), float(p), f"before: {before:.3f} of {len(old)}; Fisher's exact test for more", before + rise)  # fmt: skip
 
 
-def cost(name: str, old: Sequence[float], new: Sequence[float], ratio: float) -> Feature:
+def cost(
+    name: str,  # of the feature
+    old: Sequence[float],  # of the reference
+    new: Sequence[float],  # of the window
+    ratio: float,  # smallest rise that is worth a look, as a multiple
+) -> Feature:
     "A mean that must not rise."
     before = float(np.mean(old))
     p = ttest_ind(new, old, equal_var=False, alternative="greater").pvalue if np.ptp([*old, *new]) > 0 else 1.0

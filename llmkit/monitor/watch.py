@@ -44,7 +44,7 @@ class Monitor:
     texts: Texts | None  # None: none are kept
     settings: str  # where registry and rollouts are
     folder: Path  # of requests for training
-    latest: Path  # where the newest window's reports and verdict are left for the server's metrics
+    latest: Path  # where the newest window's reports and verdict are left as files
     dataset: Path = Path("artifacts/prepare/dataset")
     registry: Registry | None = None  # default: that of the settings
     clock: Callable[[], float] = time.time  # seconds since the epoch
@@ -101,7 +101,7 @@ def publish(
     seen: Seen,
     reports: Mapping[str, Report],
 ) -> None:
-    "Leave the newest window's reports and verdict where the server's metrics look for them."
+    "Leave the newest window's reports and verdict as files, for whatever reads Reports."
     with atomic_folder(folder) as new:
         for family, report in reports.items():
             if report.measurements:
