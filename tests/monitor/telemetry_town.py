@@ -2,8 +2,10 @@
 
 import shutil
 import subprocess
+import threading
 import time
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -40,6 +42,25 @@ SHADOWED = QUICK | {
     ],
     "shadow": [{"metric": "error_rate", "noninferiority": 0.4, "against": "baseline", "min_n": 5}],
 }
+
+
+@contextmanager
+def receiver(take):
+    "Somebody who is told things by POST: the URL; `take` gets the headers and the body."
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            take(self.headers, self.rfile.read(int(self.headers["content-length"])))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
 
 
 def needs(*programs):

@@ -4,14 +4,12 @@ import json
 import signal
 import socket
 import subprocess
-import threading
 from contextlib import ExitStack, contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
 from serve_server import until
-from telemetry_town import QUICK, needs, town, window  # noqa: F401
+from telemetry_town import QUICK, needs, receiver, town, window  # noqa: F401
 
 from llmkit.monitor.grafana import metrics_of, queries
 from llmkit.monitor.wiring import alerts_write
@@ -35,20 +33,8 @@ def free_port():
 def webhook():
     "Somebody who writes down what he is told: the URL and the list of alerts."
     told = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            told.extend(json.loads(self.rfile.read(int(self.headers["content-length"])))["alerts"])
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/page", told
-    server.shutdown()
+    with receiver(lambda headers, body: told.extend(json.loads(body)["alerts"])) as url:
+        yield f"{url}/page", told
 
 
 @contextmanager

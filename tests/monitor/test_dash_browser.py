@@ -1,11 +1,7 @@
 "The page as its readers see it, in a real browser: a rollout changes under their eyes, nothing is cut off, nothing is run."
 
-import asyncio
-import threading
-from contextlib import contextmanager
-
 import pytest
-from serve_server import until
+from serve_server import listening, until
 from telemetry_browser import browser
 from telemetry_town import QUICK, needs, town, window  # noqa: F401
 
@@ -17,21 +13,9 @@ from llmkit.serve.keys import Keys
 EVIL = '<img src=x onerror="document.title=1">'
 
 
-@contextmanager
 def dash(t, keys=None):
     "The address of the page."
-    import uvicorn
-
-    app = make_dash(Reader(str(t.folder / "settings.ini"), gate=str(t.folder / "gate")), keys)
-    server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_level="warning", access_log=False))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
-    thread.start()
-    until(lambda: server.started, "the start")
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-    finally:
-        server.should_exit = True
-        thread.join(30)
+    return listening(make_dash(Reader(str(t.folder / "settings.ini"), gate=str(t.folder / "gate")), keys))
 
 
 def contrast(a, b):

@@ -1,14 +1,13 @@
 "Traces of real requests arrive at a receiver of OTLP, and a receiver that is away costs nobody an answer."
 
 import gzip
-import threading
 import time
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from serve_server import serving, until
+from telemetry_town import receiver
 
 from llmkit.core.settings import Settings
 from llmkit.serve.traces import CONTENT, open_traces
@@ -21,23 +20,14 @@ def collector():
     "A receiver of OTLP over HTTP: its address, and the spans as they come."
     spans = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = self.rfile.read(int(self.headers["content-length"]))
-            body = gzip.decompress(body) if self.headers.get("content-encoding") == "gzip" else body
-            for r in ExportTraceServiceRequest.FromString(body).resource_spans:
-                for scope in r.scope_spans:
-                    spans.extend(scope.spans)
-            self.send_response(200)
-            self.end_headers()
+    def take(headers, body):
+        body = gzip.decompress(body) if headers.get("content-encoding") == "gzip" else body
+        for r in ExportTraceServiceRequest.FromString(body).resource_spans:
+            for scope in r.scope_spans:
+                spans.extend(scope.spans)
 
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", spans
-    server.shutdown()
+    with receiver(take) as url:
+        yield url, spans
 
 
 def traces(tmp_path, url, **environ):

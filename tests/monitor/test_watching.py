@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from rollout_road import FATE, point
 from watching_town import ROOT, SMALL, Ledger, Town, section
 
 from llmkit.cli import main
@@ -19,16 +20,6 @@ from llmkit.monitor.watch import open_monitor, run_window, settle, watch
 from llmkit.rollout.store import Store
 from llmkit.serve.call import parse
 from llmkit.serve.samples import Texts
-
-FATE = mp.get_context("fork").Value("i", -1)
-
-
-def point():
-    "A moment at which the process may die."
-    if FATE.value >= 0:
-        FATE.value -= 1
-        if FATE.value < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Mortal(Memory):

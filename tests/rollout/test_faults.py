@@ -1,12 +1,11 @@
 """Kill -9 at every step, and the same end; a disk, a registry and a shadow that fail."""
 
 import multiprocessing as mp
-import os
 import signal
 import sqlite3
 
 import pytest
-from rollout_road import CANARY, Recorder, World
+from rollout_road import CANARY, FATE, Recorder, World, point
 
 from llmkit.rollout.store import Store
 from llmkit.rollout.window import window_json
@@ -19,15 +18,6 @@ SMALL = CANARY | {
     ],
     "canary": [{"metric": "error_rate", "margin": 0.08}],
 }  # fmt: skip
-FATE = mp.get_context("fork").Value("i", -1)  # how many more points may be passed; shared with the child
-
-
-def point():
-    "A moment at which the process may die."
-    if FATE.value >= 0:
-        FATE.value -= 1
-        if FATE.value < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Mortal(Store):

@@ -51,11 +51,10 @@ def until(condition, what="it"):
 
 
 @contextmanager
-def serving(gateway, **options):
-    "The address of a real server for a gateway, in a thread."
+def listening(app):
+    "The address of a real server for an application, in a thread."
     import uvicorn
 
-    app = make_app(gateway, **{"check": False, **options})
     server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_level="warning", access_log=False, lifespan="on"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
@@ -66,6 +65,11 @@ def serving(gateway, **options):
         server.should_exit = True
         thread.join(PATIENCE)
         assert not thread.is_alive()
+
+
+def serving(gateway, **options):
+    "The address of a real server for a gateway, in a thread."
+    return listening(make_app(gateway, **{"check": False, **options}))
 
 
 @pytest.fixture
