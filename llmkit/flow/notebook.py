@@ -81,13 +81,13 @@ def read_literals(
     module = Path(module)
     if not module.is_file():
         raise NotebookError("the stage's module is missing", file=module, remedy="Run nbdev-export")
-    found: dict[str, Any] = {"NEEDS": None, "MAKES": None, "DATA": []}
+    found: dict[str, Any] = {"NEEDS": None, "MAKES": None, "DATA": {}}
     for node in ast.parse(module.read_text(encoding="utf-8")).body:
         if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
             for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                 if isinstance(target, ast.Name) and target.id in found:
                     found[target.id] = _literal(node.value, target.id, module)
-    for name, kind in {"NEEDS": dict[str, str], "MAKES": dict[str, str], "DATA": list[str]}.items():
+    for name, kind in {"NEEDS": dict[str, str], "MAKES": dict[str, str], "DATA": dict[str, str]}.items():
         if found[name] is None:
             raise NotebookError("not stated", file=module, key=name, remedy="State it as a literal: role → folder")
         conform(found[name], kind, name, module)
@@ -126,7 +126,7 @@ class Stage:
     parameters: dict[str, Any]  # name → type
     needs: dict[str, str]  # role → folder, relative to the project
     makes: dict[str, str]  # role → folder
-    data: tuple[str, ...]  # dotted parameters whose value is a file or folder of data
+    data: dict[str, str]  # dotted parameter that names a file or folder of data → when it does, see `data_deps`
     cells: tuple[dict, ...]  # the notebook's cells: type, source, tags, id
     source: str  # digest of the code cells
 
@@ -179,7 +179,7 @@ def read_stage(
     if skipped := [c["id"] for c in cells if "skip-execution" in c["tags"]]:
         raise NotebookError("a stage has no skipped cells", file=path, key=skipped[0], remedy="Remove the tag")
     types, lits = parse_parameters(parameters_cell(cells, path), path), read_literals(module)
-    parts = (types, lits["NEEDS"], lits["MAKES"], tuple(lits["DATA"]))
+    parts = (types, lits["NEEDS"], lits["MAKES"], lits["DATA"])
     return Stage(name, path, module, *parts, cells, source_digest(cells))
 
 # %% ../../nbs/12_flow/01_notebook.ipynb #384ea07f

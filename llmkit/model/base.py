@@ -20,6 +20,7 @@ from ..core.files import read_jsonl, write_json
 from ..core.params import check_section
 from ..core.plugins import need
 from .folder import Dtype, describe, import_folder, load_checked, one_line
+from .precision import training_precision
 from .tiny import Shape, make_tiny
 from .tokenizer import Tokenizer
 
@@ -87,7 +88,7 @@ def _documents(path: Path, column: str) -> list[str]:
 # %% ../../nbs/04_model/03_base.ipynb #38e89341
 TINY: dict[str, Any] = {
     "vocab": int, "hidden": int, "layers": int, "heads": int, "mlp": int, "context": int,
-    "steps": int, "lr": float, "batch_tokens": int, "threads": int, "bf16": bool,
+    "steps": int, "lr": float, "batch_tokens": int, "threads": int, "precision": str,
 }  # fmt: skip
 
 
@@ -125,11 +126,12 @@ def make_base(
 def _build_tiny(path: str | Path, lines: Sequence[str], tiny: dict, seed: int, corpus: str) -> Artifact:
     "Train a tiny base into an artifact."
     shape = Shape(**{k: tiny[k] for k in ("vocab", "hidden", "layers", "heads", "mlp", "context")})
-    training = {k: tiny[k] for k in ("steps", "lr", "batch_tokens", "threads", "bf16")}
-    recipe = {"source": "tiny", "seed": seed, "corpus": digest_json(list(lines)), **tiny}
+    training = {k: tiny[k] for k in ("steps", "lr", "batch_tokens", "threads")}
+    precision = training_precision(tiny["precision"], key="base.tiny.precision")
+    recipe = {"source": "tiny", "seed": seed, "corpus": digest_json(list(lines)), **tiny, "precision": precision}
     facts: dict[str, Any] = {"corpus": "bank" if corpus == "bank" else Path(corpus).name, "template": "tiny"}
     with build(path, "base", recipe=recipe, meta=facts) as made:
-        facts |= (found := make_tiny(made, lines, shape, seed=seed, **training))
+        facts |= (found := make_tiny(made, lines, shape, seed=seed, bf16=precision == "bf16", **training))
         write_json(made / "history.json", facts.pop("history"))
         facts |= describe(load_checked(made), Tokenizer.load(made))
         found.pop("history")

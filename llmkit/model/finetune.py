@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from ..core.files import read_json, read_jsonl, write_json
 from ..core.plugins import need
 from .batches import encode_rows
 from .lora import attach, load_frozen, save_delta
+from .precision import training_precision
 from .tiny import steady
 from .tokenizer import Tokenizer
 from .train import Recipe, Trainer, world
@@ -200,6 +201,7 @@ def finetune(
 ) -> Artifact:  # kind "delta", parents base and dataset
     "Train a delta for a base on a dataset, resuming where an equal run was cut off; raises `KitError`."
     require_parent(dataset, "base", base)
+    recipe = replace(recipe, precision=training_precision(recipe.precision, _device().type, "finetune.precision"))
     parents, facts = {"base": base, "dataset": dataset}, {}
     work = workspace(parents, recipe)
     work.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ from ..core.files import read_json, write_json
 from ..core.plugins import need
 from .batches import Example, collate, drop_words, plan
 from .lora import read_tensors
+from .precision import PRECISIONS
 from .tokenizer import Tokenizer, encode_example
 
 # %% ../../nbs/04_model/05_train.ipynb #73c96a64
@@ -42,7 +43,7 @@ class Recipe:
     dora: bool  # magnitudes apart from directions
     save_modules: list[str]  # modules trained and stored whole
     quantize_base: str  # "none" or "nf4"
-    precision: str  # "fp32" or "bf16": arithmetic; the delta itself is always kept in fp32
+    precision: str  # of the arithmetic: "fp32", "bf16", or "auto", which `finetune` settles; deltas are kept in fp32
     batching: str  # "length", "pack" or "random"
     batch_size: int  # examples in a batch
     accumulate: int  # batches in a step
@@ -74,7 +75,7 @@ class Recipe:
                 raise KitError("must be from 0 to below 1", key=key, value=getattr(self, key))
         if not 0 <= self.prompt_loss_weight <= 1:
             raise KitError("must be from 0 to 1", key="prompt_loss_weight", value=self.prompt_loss_weight)
-        choices = {"batching": ("length", "pack", "random"), "precision": ("fp32", "bf16"), "keep": KEEP}
+        choices = {"batching": ("length", "pack", "random"), "precision": PRECISIONS, "keep": KEEP}
         for key, known in choices.items():
             if getattr(self, key) not in known:
                 raise KitError(f"must be one of {', '.join(known)}", key=key, value=getattr(self, key))

@@ -12,7 +12,7 @@ from ..model.base import make_base
 # %% ../../nbs/pipeline/01_base.ipynb #f3c71b0e
 NEEDS: dict[str, str] = {}
 MAKES = {"base": "artifacts/base/base"}
-DATA = ["base.model", "base.corpus"]
+DATA = {"base.model": "base.source == folder", "base.corpus": "base.source == tiny and base.corpus != bank"}
 
 # %% ../../nbs/pipeline/01_base.ipynb #adbd35ab
 def run(

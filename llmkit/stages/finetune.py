@@ -25,7 +25,7 @@ def run(
     dora: bool,  # magnitudes apart from directions
     save_modules: list[str],  # modules trained and stored whole
     quantize_base: str,  # "none", or "nf4" for QLoRA
-    precision: str,  # "fp32" or "bf16"
+    precision: str,  # "auto", "fp32" or "bf16"
     batching: str,  # "length", "pack" or "random"
     batch_size: int,  # examples in a batch
     accumulate: int,  # batches in a step

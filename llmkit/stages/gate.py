@@ -14,7 +14,7 @@ from ..gate.verdict import write_verdict
 # %% ../../nbs/pipeline/07_gate.ipynb #fadb5381
 NEEDS = {"evaluate": "artifacts/evaluate/report", "quantize": "artifacts/quantize/report"}
 MAKES = {"verdict": "artifacts/gate/verdict"}
-DATA = ["baseline"]
+DATA = {"baseline": "there"}
 
 # %% ../../nbs/pipeline/07_gate.ipynb #fdccb26d
 def run(

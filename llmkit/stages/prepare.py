@@ -15,7 +15,7 @@ from ..model.tokenizer import Tokenizer
 # %% ../../nbs/pipeline/02_prepare.ipynb #afefbf2f
 NEEDS = {"base": "artifacts/base/base"}
 MAKES = {"dataset": "artifacts/prepare/dataset"}
-DATA = ["prepare.path"]
+DATA = {"prepare.path": "prepare.source != bank"}
 
 # %% ../../nbs/pipeline/02_prepare.ipynb #f1c39a6c
 def run(
