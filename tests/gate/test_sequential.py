@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
+from scipy.special import logsumexp
 from scipy.stats import betabinom, binom, chisquare
 
 from llmkit.gate.sequential import (
@@ -16,6 +17,7 @@ from llmkit.gate.sequential import (
     quantile_ratio,
     quantile_sequence,
     rate_difference,
+    rate_excess,
     rate_sequence,
     ratio_mismatch,
     ratio_mismatch_sequence,
@@ -148,11 +150,44 @@ def test_a_right_split_is_rarely_doubted_however_often_it_is_looked_at_and_a_wro
     assert ratio_mismatch({"baseline": 2600, "canary": 400}, shares) == pytest.approx(want, rel=1e-9)
 
 
-def test_harm_is_found_soon():
+@pytest.mark.parametrize(("p", "margin", "worse"), [(0.01, 0.005, 0.05), (0.05, 0.03, 0.15)])
+def test_harm_is_found_soon(p, margin, worse):
     rng, late = np.random.default_rng(8), []
-    for _ in range(60):
+    for _ in range(25):
         s = t = m = n = 0
-        while rate_difference((s, n), (t, m), 0.05 / 6).low <= 0.005 and m < 2000:
-            m, n, s, t = m + 50, n + 950, s + rng.binomial(950, 0.01), t + rng.binomial(50, 0.05)
+        while rate_excess((s, n), (t, m), margin, 0.05 / 6).low < 0 and m < 2000:
+            m, n, s, t = m + 50, n + 950, s + rng.binomial(950, p), t + rng.binomial(50, worse)
         late.append(m)
-    assert np.median(late) <= 600 and np.mean(np.array(late) < 1000) > 0.9
+    assert np.median(late) <= 350 and max(late) < 1000
+
+
+@pytest.mark.parametrize(("share", "above"), [(0.05, 1.0), (0.5, 1.0), (0.9, 1.0), (0.5, 0.0)])
+def test_a_harmless_candidate_is_accused_no_more_often_than_alpha_under_peeking(share, above):
+    rng, times, looks, alpha, p, margin, wrong = np.random.default_rng(9), 100, 10, 0.2, 0.05, 0.03, 0
+    dm, dn = round(400 * share), 400 - round(400 * share)
+    for _ in range(times):
+        s, t = np.cumsum(rng.binomial(dn, p, looks)), np.cumsum(rng.binomial(dm, p + above * margin, looks))
+        wrong += any(
+            rate_excess((int(a), dn * k), (int(b), dm * k), margin, alpha).low > 0
+            for k, a, b in zip(range(1, looks + 1), s, t, strict=True)
+        )
+    assert at_most(wrong, times, alpha) and (above or wrong == 0)
+
+
+@pytest.mark.parametrize(("base", "cand"), [((10, 1000), (9, 100)), ((0, 300), (6, 20)), ((60, 6000), (15, 300)), ((3, 40), (60, 70)), ((3, 40), (4, 70))])  # fmt: skip
+def test_the_bound_of_an_excess_is_that_of_a_search_over_the_baselines_rate(base, cand):
+    margin, steps = 0.01, 2.0 ** np.arange(-3, 6)
+
+    def capital(d):
+        "The least log capital against an excess of at most d, on a grid that we did not write."
+        p = np.linspace(1e-9, 1 - d - 1e-9, 50_001)[:, None]
+        q, below = np.minimum(p + d + steps * margin, (1 + p + d) / 2), p**2 / (p + steps[:4] * margin)
+        harm, excuse = (
+            logsumexp(binom.logpmf(k, n, x) - binom.logpmf(k, n, y), axis=1) - np.log(x.shape[1])
+            for (k, n), x, y in ((cand, q, p + d), (base, below, p))
+        )
+        return (harm + np.logaddexp(np.log(0.3), np.log(0.7) + excuse)).min()
+
+    low = rate_excess(base, cand, margin).low
+    assert (low > 0) == (capital(margin) >= np.log(20))
+    assert low < 0 or capital(low) == pytest.approx(np.log(20), abs=0.02)
