@@ -16,8 +16,9 @@ from ..core.errors import KitError
 from ..core.files import atomic_folder
 from ..core.params import ParamsError, load_params
 from ..core.report import Report, read_report
-from .judge import find, judge, paired_values
-from .plan import about, interval_needed, pairs_needed, power_each, rate_needed
+from .judge import compare, judge
+from .paired import Difference
+from .plan import about, interval_needed, pairs_needed, power_each, rate_needed, scores_needed
 from .policy import PAIRED, Rule, read_policy
 from .verdict import EXIT_CODES, Verdict, write_verdict
 
@@ -89,28 +90,35 @@ def plan_rule(
 ) -> tuple[int | None, str]:
     "Items that a rule needs, and under which assumption."
     if r.test in PAIRED:
-        share, how = _differ(r, discordance, reports or {})
-        margin, gain = (r.limit, 0.0) if r.test == "noninferiority" else (-r.limit, r.limit + lead)
-        said = "equal models" if r.test == "noninferiority" else f"a gain of {gain:.4g}, by models"
-        return pairs_needed(margin, max(share, gain), gain, r.alpha, power), f"{said} that differ on {share:.1%}{how}"
+        return _pairs_for(r, discordance, lead, power, reports or {})
     if r.bound is None:
         return None, "no sampling error is counted"
     value = r.limit + lead if r.test == "min" else r.limit - lead
     if r.bound == "interval":
         return _spread_needed(r, lead, power, reports or {}), f"a true value of {value:.4g}"
     value = min(1.0, max(0.0, value))
-    return rate_needed(r.limit, value, r.alpha, power), f"a true rate of {value:.4g}"
+    return rate_needed(r.limit, value, r.alpha, power, r.bound), f"a true rate of {value:.4g}"
 
 
-def _differ(r: Rule, discordance: float, reports: Mapping[str, Report]) -> tuple[float, str]:
-    "The share of items, or the mean square, by which two models differ: measured, or else assumed."
+def _pairs_for(r: Rule, discordance: float, lead: float, power: float, reports: Mapping[str, Report]):
+    "Items of a paired rule, by the test that judges it."
+    margin, gain = (r.limit, 0.0) if r.test == "noninferiority" else (-r.limit, r.limit + lead)
+    said = "equal models" if r.test == "noninferiority" else f"a gain of {gain:.4g}, by models"
+    d = _compared_now(r, reports)
+    if d and not d.exact and d.sd:
+        need = scores_needed(margin, d.sd, gain, r.alpha, power)
+        return need, f"{said} whose differences spread by {d.sd:.3g}, measured on {d.n:,}"
+    share, how = (d.discordance, f" of {d.n:,}, measured") if d and d.discordance else (discordance, ", assumed")
+    test = "score" if margin else "mcnemar"
+    return pairs_needed(margin, max(share, gain), gain, r.alpha, power, test), f"{said} that differ on {share:.1%}{how}"
+
+
+def _compared_now(r: Rule, reports: Mapping[str, Report]) -> Difference | None:
+    "The comparison as it stands, or None where it was not measured."
     try:
-        new, old = ({i: v for i, (v, _) in paired_values(reports[s], find(reports, s, r.metric, r.slice)).items()} for s in (r.on, r.against))  # fmt: skip
-    except (KitError, KeyError):
-        return discordance, ", assumed"
-    squares = [(new[i] - old[i]) ** 2 for i in new.keys() & old.keys()]
-    n = len(squares)
-    return (sum(squares) / n, f" of {n:,}, measured") if any(squares) else (discordance, ", assumed")
+        return compare(r, reports)[1]
+    except KitError:
+        return None
 
 
 def _spread_needed(r: Rule, lead: float, power: float, reports: Mapping[str, Report]) -> int | None:

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 from scipy.special import xlogy
+from statsmodels.regression.linear_model import OLS
 from statsmodels.stats.contingency_tables import mcnemar as sm_mcnemar
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
 from statsmodels.stats.proportion import proportion_confint
 
-from llmkit.gate.intervals import bootstrap, bootstrap_p, clopper_pearson, quantile_interval, wilson
+from llmkit.gate.intervals import bootstrap, clopper_pearson, quantile_interval, resample_mean, wilson
 from llmkit.gate.paired import discordant, holm, mcnemar, mcnemar_better, paired_rates, score_lower, superiority
-from llmkit.gate.plan import pairs_needed, rate_needed
+from llmkit.gate.plan import pairs_needed, rate_needed, scores_needed
 
 SHARED = Path(os.environ.get("LLMKIT_SHARED_DATA", Path(__file__).parents[3] / "shared/data"))
 COUNTS = [(0, 1), (1, 1), (0, 127), (127, 127), (1, 30), (7, 50), (364, 400), (9999, 10000)]
@@ -87,12 +89,44 @@ def test_one_sided_mcnemar_against_scipy(b, c):
 
 
 @pytest.mark.parametrize("shift", [-0.02, 0.0, 0.04])
-def test_bootstrap_p_against_a_t_test_and_its_own_bounds(shift):
+def test_resampled_mean_against_a_t_test_and_its_own_bounds(shift):
+    "On normal values all three bounds agree, and no bound is nearer than Student's."
     x = np.random.default_rng(5).normal(0, 1, 400)
+    found = resample_mean(x, times=20000)
     oracle = stats.ttest_1samp(x, shift, alternative="less").pvalue
-    assert bootstrap_p(x, shift, times=20000) == pytest.approx(oracle, abs=0.01)
-    p = bootstrap_p(x, shift)
-    assert bootstrap(x, level=1 - 2 * p).high == pytest.approx(shift, abs=0.002)
+    assert oracle <= found.p_below(shift) <= oracle + 0.015
+    low, high = (stats.ttest_1samp(x, 0, alternative=a).confidence_interval(0.95) for a in ("greater", "less"))
+    assert found.bounds() == (pytest.approx(low.low, abs=0.003), pytest.approx(high.high, abs=0.003))
+    assert found.bounds()[0] <= low.low + 1e-12 and found.bounds()[1] >= high.high - 1e-12
+    assert found.bounds(found.p_below(shift))[1] == pytest.approx(shift, abs=0.002)
+
+
+def test_resampled_mean_against_scipy_where_the_values_are_skewed():
+    "The bootstrap-t against scipy's resamples of the t statistic, and BCa against scipy's at the expanded level."
+    x = np.random.default_rng(1).exponential(size=60)
+    t = lambda x, axis: (x.mean(axis) - x0) / (x.std(axis, ddof=1) / 60**0.5)  # noqa: E731
+    x0, se = x.mean(), x.std(ddof=1) / 60**0.5
+    drawn = stats.bootstrap((x,), t, n_resamples=20000, method="percentile", rng=2).bootstrap_distribution
+    by_t = x0 - np.quantile(drawn, [0.95, 0.05]) * se
+    tail = stats.norm.cdf(-((60 / 59) ** 0.5) * stats.t.ppf(0.95, 59))
+    ci = stats.bootstrap((x,), np.mean, n_resamples=20000, method="BCa", confidence_level=1 - 2 * tail, rng=2)
+    bca, student = np.array(ci.confidence_interval), x0 + np.array([-1, 1]) * stats.t.ppf(0.95, 59) * se
+    wanted = np.minimum.reduce([by_t, bca, student])[0], np.maximum.reduce([by_t, bca, student])[1]
+    assert resample_mean(x, times=20000).bounds() == pytest.approx(wanted, abs=0.008)
+    assert by_t[1] > student[1] + 0.02  # the skew is followed
+
+
+@pytest.mark.parametrize("sizes", ["equal", "unequal"])
+def test_cluster_robust_error_against_statsmodels(sizes):
+    rng = np.random.default_rng(3)
+    labels = np.repeat(np.arange(30), 8 if sizes == "equal" else rng.integers(1, 15, 30))
+    x = rng.normal(size=30)[labels] + rng.normal(scale=0.3, size=len(labels))
+    oracle = OLS(x, np.ones(len(x))).fit(cov_type="cluster", cov_kwds={"groups": labels}, use_t=True)
+    found = resample_mean(x, clusters=labels)
+    assert (found.value, found.se, found.units) == (pytest.approx(oracle.params[0]), pytest.approx(oracle.bse[0]), 30)
+    (low, high), far = oracle.conf_int(0.1)[0], 0.3 * found.se
+    got = found.bounds()
+    assert low - far <= got[0] <= low + 1e-12 and high - 1e-12 <= got[1] <= high + far
 
 
 def test_holm_against_statsmodels():
@@ -140,9 +174,34 @@ def test_graded_gsm8k():
     assert paired_rates(new, old).against(0.005) == "fail"
 
 
-def test_planned_numbers():
-    "The table of production planning: (1.645 + .842)² · discordance / margin²."
-    assert [pairs_needed(m, d) for d in (0.05, 0.1, 0.2) for m in (0.01, 0.02, 0.03, 0.05)] == [
-        3092, 773, 344, 124, 6183, 1546, 687, 248, 12366, 3092, 1374, 495,
-    ]  # fmt: skip
+@pytest.mark.parametrize("margin,share,textbook,planned", [(0.02, 0.10, 1546, 1617), (0.05, 0.20, 495, 521)])  # fmt: skip
+def test_planned_pairs_have_the_power_and_one_fewer_has_not(margin, share, textbook, planned):
+    "(1.645 + .842)² · discordance / margin² is too few for the test that is run; the oracle adds scipy's binomials up."
+
+    def power(n):
+        total, chance = 0.0, stats.binom.pmf(np.arange(n + 1), n, share)
+        for t in np.flatnonzero(chance > 1e-6):
+            low, high = 0, t + 1  # the fewest wins among t discordant items that pass
+            while low < high:
+                b = (low + high) // 2
+                low, high = (low, b) if score_lower(b, t - b, n) > -margin else (b + 1, high)
+            total += chance[t] * stats.binom.sf(low - 1, t, 0.5)
+        return total
+
+    assert pairs_needed(margin, share) == planned
+    assert np.ceil((stats.norm.ppf(0.95) + stats.norm.ppf(0.8)) ** 2 * share / margin**2) == textbook
+    assert power(textbook) < 0.79 < power(planned - 1) < 0.8 <= power(planned) < 0.803
+
+
+@pytest.mark.parametrize("effect,power", [(0.2, 0.8), (0.5, 0.9), (0.1, 0.8)])
+def test_planned_scores_against_statsmodels(effect, power):
+    oracle = TTestPower().solve_power(effect, alpha=0.05, power=power, alternative="larger")
+    assert scores_needed(effect * 3, 3.0, power=power) == np.ceil(oracle)
+
+
+def test_planned_rates():
     assert rate_needed(0.01, 0.0) == 299
+    for bound, f in (("clopper_pearson", clopper_pearson), ("wilson", wilson)):
+        n = rate_needed(0.9, 0.95, bound=bound)
+        power = [sum(stats.binom.pmf(k, m, 0.95) for k in range(m + 1) if f(k, m, sided="lower").low >= 0.9) for m in (n, n - 1)]  # fmt: skip
+        assert power[0] >= 0.8 > power[1]
