@@ -8,6 +8,8 @@ __all__ = ['COMMANDS', 'find_command', 'load', 'main']
 # %% ../nbs/13_cli/01_cli.ipynb #9742c642
 import importlib
 import inspect
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -104,18 +106,33 @@ def main(
     "Run one command and return its exit code."
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        if not words or words[0] in ("-h", "--help", "help"):
-            return _help("")
-        if len(words) > 1 and words[-1] in ("-h", "--help") and " ".join(words[:-1]) not in COMMANDS:
-            return _help(" ".join(words[:-1]))
-        if words[0] == "--version":
-            return _version()
-        return _call(*find_command(words))
+        code = _run(words)
+        sys.stdout.flush()
+        return code
     except KitError as e:
         print(f"llmkit: {e}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+        return 128 + signal.SIGPIPE
+    except OSError as e:
+        if e.filename is None:
+            raise
+        print(f"llmkit: {e.filename}: {(e.strerror or str(e)).lower()}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _run(words: list[str]) -> int:
+    "Help, the version, or a command."
+    if not words or words[0] in ("-h", "--help", "help"):
+        return _help("")
+    if len(words) > 1 and words[-1] in ("-h", "--help") and " ".join(words[:-1]) not in COMMANDS:
+        return _help(" ".join(words[:-1]))
+    if words[0] == "--version":
+        return _version()
+    return _call(*find_command(words))
 
 
 def _call(name: str, words: list[str]) -> int:

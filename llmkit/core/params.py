@@ -31,8 +31,12 @@ def load_params(
         data = YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as e:
         raise ParamsError("no such file", file=path, remedy="Run from the project's root, or name the file") from e
+    except UnicodeDecodeError as e:
+        fix = "Save it as UTF-8"
+        raise ParamsError(f"is not UTF-8: byte 0x{e.object[e.start]:02x} at {e.start}", file=path, remedy=fix) from e
     except YAMLError as e:
-        raise ParamsError(f"not valid YAML: {' '.join(str(e).split())}", file=path) from e
+        said = str(e).partition("To suppress this check")[0]  # a duplicate key is never wanted here
+        raise ParamsError(f"not valid YAML: {' '.join(said.split())}", file=path) from e
     if not isinstance(data, dict):
         raise ParamsError("must be a mapping of sections", file=path, value=data)
     if section is None:

@@ -50,7 +50,7 @@ def load_settings(
             ini.read_file(f)
     except FileNotFoundError as e:
         raise KitError("no such file", file=path, remedy="Run from the project's root") from e
-    except Error as e:
+    except (Error, UnicodeDecodeError) as e:
         raise KitError(f"not a valid INI file: {' '.join(str(e).split())}", file=path) from e
     profile = profile or environ.get("LLMKIT_PROFILE") or "DEFAULT"
     if profile != "DEFAULT" and profile not in ini:

@@ -10,6 +10,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from ..core.errors import KitError
 from ..core.files import read_json, write_text
 from ..core.params import load_params
 from .notebook import find_checkout, find_stages
@@ -111,6 +112,7 @@ def sync(
     project: str = ".",  # the project's folder
 ) -> int:
     "Copy the records of the last run to `records/`."
+    _require_project(project)
     changed, refused = sync_records(project)
     for name in changed:
         print(f"records/{name}")
@@ -121,6 +123,7 @@ def check(
     project: str = ".",  # the project's folder
 ) -> int:
     "Fail when `records/` is not in step with `dvc.lock`."
+    _require_project(project)
     return _say(check_records(project), "records/ is in step", "Run `llmkit records sync` and commit")
 
 
@@ -128,7 +131,15 @@ def verify(
     project: str = ".",  # the project's folder
 ) -> int:
     "Fail when a record, its sidecar, or what it vouches for was changed."
+    _require_project(project)
     return _say(check_records(project) + verify_records(project), "every record holds")
+
+
+def _require_project(project: str) -> None:
+    "Where there is no project, nothing is in step."
+    file = Path(project) / "params.yaml"
+    if not file.is_file():
+        raise KitError("no such file", file=file, remedy="Run from the project's root, or name it by --project")
 
 
 def _say(problems: list[str], well: str, remedy: str = "") -> int:

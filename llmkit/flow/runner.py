@@ -242,7 +242,7 @@ def report(run: Run) -> str:
     where = f" in cell {error['cell'] + 1} '{error['title']}'" if error.get("cell") is not None else ""
     trace = run.folder / "traceback.txt"
     at = f"\n  at {innermost(trace.read_text(encoding='utf-8'))}" if trace.is_file() else ""
-    return f"{s['stage']}: {s['state']}{where}\n  {plain(error['message'])}{at}\n  kept in {RUNS}/{run.id}; show it with `llmkit runs {run.id}`"
+    return f"{s['stage']}: {s['state']}{where}\n  {plain(error['message'])}{at}\n  kept in {RUNS}/{run.id}; show it with `llmkit runs --id {run.id}`"
 
 
 def innermost(traceback: str) -> str:

@@ -15,9 +15,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from ..core.artifact import MANIFEST
+from ..core.artifact import MANIFEST, open_artifact
 from ..core.errors import KitError
-from ..core.files import read_json
 from ..core.plugins import Registry
 from .sampling import Sampling, choose, log_softmax, stream_of, token_logprob
 from .text import Detokenizer, StopStrings
@@ -322,6 +321,6 @@ def load_engine(
     if not folder.is_dir():
         raise KitError("no such folder", file=folder, remedy="Run the stage that makes it")
     if kind is None:
-        made = read_json(folder / MANIFEST)["kind"] if (folder / MANIFEST).is_file() else ""
+        made = open_artifact(folder, verify=False).kind if (folder / MANIFEST).is_file() else ""
         kind = "onnx" if made == "engine" or (folder / "engine.json").is_file() else "torch"
     return ENGINES.load(kind)(folder, **options)

@@ -8,6 +8,7 @@ from data_rows import TABLE, good_rows
 from llmkit.core.errors import KitError
 from llmkit.core.files import read_json, read_jsonl
 from llmkit.data.prepare import Rules
+from llmkit.data.records import Shape
 from llmkit.data.table import open_table
 
 GOOD = [json.dumps(r).encode() for r in good_rows()]
@@ -68,12 +69,39 @@ def test_empty_file(make, kind):
         make(b"", kind)
 
 
+def test_file_without_rows(make):
+    with pytest.raises(KitError, match="the source has no rows"):
+        make(b"\n \n")
+
+
+@pytest.mark.parametrize("kind, shape", [("jsonl", Shape()), ("csv", TABLE)])
 @pytest.mark.parametrize(
-    "content, says", [(b"\n \n", "the source has no rows"), (b"\xff\xfea\x00", "is UTF-16.*encoding: utf-16")]
+    "wrote, named, says",
+    [
+        ("utf-16", "utf-8", r"rows.\w+: encoding: is UTF-16 \(got 'utf-8'\). Set `encoding: utf-16`"),
+        ("utf-16-le", "utf-8", "Set `encoding: utf-16-le`"),
+        ("utf-16-be", "UTF8", "Set `encoding: utf-16-be`"),
+        ("utf-32", "utf-8", "is UTF-32.*Set `encoding: utf-32`"),
+        ("utf-8", "utf-16", "encoding: is not utf-16: .*BOM.*Name the encoding"),
+        ("utf-8", "utf-32", "encoding: is not utf-32"),
+        ("utf-8", "utf-9", "unknown encoding .got 'utf-9'.*utf-16, latin-1"),
+        ("utf-16", "utf-16", None),
+        ("utf-32", "utf-32", None),
+    ],
 )
-def test_file_without_rows_or_in_utf16(make, content, says):
+def test_wide_files_and_wrong_names(make, tmp_path, kind, shape, wrote, named, says):
+    lines = [json.dumps(r) for r in good_rows()]
+    if kind == "csv":
+        lines = ["text,category", *(f"{r['prompt']},{r['label']}" for r in good_rows())]
+    content = ("\n".join(lines) + "\n").encode(wrote)
+    if says is None:
+        assert read_json(make(content, kind, shape, encoding=named) / "profile.json")["rows"]["out"] == 40
+        with pytest.raises(KitError, match="is not utf-.*cut short"):
+            make(content[:-1], kind, shape, encoding=named)
+        return
     with pytest.raises(KitError, match=says):
-        make(content)
+        make(content, kind, shape, encoding=named)
+    assert not (tmp_path / "out/dataset").exists()
 
 
 def test_missing_file_and_unknown_source(make, tmp_path):
@@ -99,6 +127,11 @@ def test_prompt_longer_than_the_context_is_quarantined_or_kept_and_counted(make)
 def test_missing_column_names_file_column_and_known_ones(make):
     with pytest.raises(KitError, match=r"rows\.csv: line 1: no such column \(got 'category'\).*Known: intent, text"):
         make(b"text,intent\na,b\n", "csv", TABLE)
+
+
+def test_a_header_in_another_encoding(make):
+    with pytest.raises(KitError, match="line 1: the name of a column is not UTF-8.*`encoding`"):
+        make("täxt,category\na,b\n".encode("latin-1"), "csv", TABLE)
 
 
 def test_header_twice_and_no_header(make):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,10 +11,11 @@ import time
 
 import pytest
 
+from llmkit.cli import main
 from llmkit.core.errors import KitError
 from llmkit.flow.plan import plan
 from llmkit.flow.runner import run_stage, stage
-from llmkit.flow.runs import describe, list_runs
+from llmkit.flow.runs import list_runs
 
 DONE = "make('artifacts/x/out.json', 1)"
 
@@ -104,7 +106,7 @@ def test_two_identical_runs_give_identical_records(project):
     assert str(project.path) not in first[1].decode()
 
 
-def test_a_raising_cell_is_kept_with_its_traceback(project, capsys):
+def test_a_raising_cell_is_kept_with_its_traceback(project, capsys, monkeypatch):
     project.stage("x", "def inner():\n    return 1 / 0", "inner()", DONE)
     assert stage("x", str(project.path)) == 1
     err = capsys.readouterr().err
@@ -113,7 +115,9 @@ def test_a_raising_cell_is_kept_with_its_traceback(project, capsys):
     kept = json.loads((run.folder / "notebook.ipynb").read_text())
     assert any(o["output_type"] == "error" for c in kept["cells"] for o in c.get("outputs", []))
     assert "ZeroDivisionError" in (run.folder / "traceback.txt").read_text()
-    assert "ZeroDivisionError" in describe(run)
+    monkeypatch.chdir(project.path)
+    told = re.search("show it with `llmkit (.+)`", err)[1]
+    assert main(told.split()) == 0 and "ZeroDivisionError" in capsys.readouterr().out
     assert not (project.path / "artifacts/x/record.ipynb").exists()
 
 
