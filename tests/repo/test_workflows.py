@@ -57,6 +57,15 @@ def test_steps_are_thin(flow):
             assert target in targets(), f"no such target: {target}"
 
 
+@pytest.mark.parametrize("flow", FLOWS, ids=lambda f: f.stem)
+def test_actions_are_pinned_by_commit_and_leave_no_credentials(flow):
+    for s in steps(flow):
+        if "uses" in s:
+            assert re.fullmatch(r"[\w-]+/[\w/-]+@[0-9a-f]{40}", s["uses"]), "a tag can be moved to other code"
+            if s["uses"].startswith("actions/checkout@"):
+                assert s["with"]["persist-credentials"] is False
+
+
 def test_the_hooks_are_local():
     y = YAML(typ="safe").load((ROOT / ".pre-commit-config.yaml").read_text())
     assert {r["repo"] for r in y["repos"]} == {"local"}
