@@ -37,6 +37,17 @@ def quality(subject, seed=1, n=600):
     return Report(subject, "", "bank@1", tuple(measured + calibration_measurements(tables["task"], "x")), tables)
 
 
+def untaught(subject):
+    "A report on a base that has not seen the task: one answer for everything."
+    table = quality(subject).samples["task"]
+    said = ["balance"] * len(table["id"])
+    right = [int(x == "balance") for x in table["label"]]
+    measured, tables = task_measurements(
+        table | {"predicted": said, "correct": right, "exact": right}, ("label", "exact")
+    )
+    return Report(subject, "", "bank@1", tuple(measured), tables)
+
+
 @pytest.fixture(scope="module")
 def reports():
     times = {
@@ -49,6 +60,7 @@ def reports():
     return {
         "engine": quality("engine"),
         "merged": quality("merged"),
+        "base": untaught("base"),
         "speed_engine": Report("speed_engine", "", "s@1", tuple(speed_measurements(times)), {"requests": times}),
         "safety": Report("safety", "", "p@1", (leak,), {"canary": {"id": list(range(300)), "leaked": [0] * 300}}),
         "parity/chain": Report("chain", "", "c@1", (recovery,)),
@@ -57,6 +69,7 @@ def reports():
 
 RULES = {
     "wrong labels": {"metric": "accuracy", "min": 0.85, "bound": "wilson"},
+    "nothing learnt": {"metric": "accuracy", "superiority": 0.0, "against": "base"},
     "biased group": {"metric": "worst_group_accuracy", "min": 0.8, "bound": "wilson"},
     "miscalibrated head": {"metric": "ece_debiased", "max": 0.1, "bound": "interval"},
     "slow engine": {"metric": "latency_p95", "on": "speed_engine", "max": 2.0},
@@ -70,9 +83,9 @@ def test_every_damage_is_caught_by_its_rule(reports):
     assert found.keys() == RULES.keys() == DAMAGES.keys()
     for name, c in found.items():
         assert c.ok and len(c.fell) == 1 and RULES[name]["metric"] in c.fell[0], str(c)
-    for name in ("miscalibrated head", "slow engine", "leaked canary"):
-        assert found[name].along == (), str(found[name])  # independent: exactly that rule
-    assert any("worst_group" in r for r in found["wrong labels"].along)  # dependent: both count the same answers
+    for name in ("miscalibrated head", "slow engine", "leaked canary", "nothing learnt", "biased group"):
+        assert found[name].along == (), str(found[name])  # exactly that rule
+    assert max(found[name].shares[0] for name in RULES if name != "nothing learnt") <= 0.5
 
 
 @pytest.mark.parametrize("name", ["miscalibrated head", "slow engine", "leaked canary"])
@@ -85,13 +98,25 @@ def test_without_its_rule_a_damage_passes_unseen(reports, name):
     assert "no rule" in found[name].note and "no rule" in str(found[name])
 
 
-def test_each_rule_bites_and_says_who_falls_with_it(reports):
-    rules = [*RULES.values(), {"metric": "accuracy", "noninferiority": 0.03, "against": "merged"}]
-    bites = {b.rule: b for b in selftest({"rules": rules}, reports)}
-    assert all(b.bites for b in bites.values()), bite_table(list(bites.values()))
-    assert bites["engine accuracy: min 0.85"].along == ("engine accuracy: noninferiority 0.03 against merged",)
-    alone = [b.rule for b in bites.values() if not b.along]
-    assert len(alone) == 5 and "5 of them alone" in bite_table(list(bites.values()))
+def test_each_rule_bites_alone_although_four_read_the_same_answers(reports):
+    against = [{"metric": "accuracy", "noninferiority": 0.03, "against": x} for x in ("merged", "baseline")]
+    with_last = {**reports, "baseline": replace(reports["engine"], subject="baseline")}
+    bites = selftest({"rules": [*RULES.values(), *against]}, with_last)
+    assert all(b.bites and not b.along for b in bites), bite_table(bites)
+    how = {b.rule: b.how for b in bites}
+    assert "engine, merged" in how["engine accuracy: noninferiority 0.03 against baseline"]
+    assert how["engine accuracy: superiority 0 against base"].endswith("items go right in base")
+    assert "9 of 9 rules bite, 9 of them alone" in bite_table(bites)
+
+
+def test_rules_that_cannot_be_told_apart_are_named(reports):
+    "Who loses more than 5 points has lost more than 3."
+    rules = [{"metric": "accuracy", "noninferiority": x, "against": "merged"} for x in (0.03, 0.05)]
+    bites = selftest({"rules": rules}, reports)
+    assert all(b.bites for b in bites)
+    assert bites[1].along == ("engine accuracy: noninferiority 0.03 against merged",)
+    said = bite_table(bites)
+    assert "not alone: engine accuracy: noninferiority 0.05 against merged" in said and "1 of them alone" not in said
 
 
 def test_a_judge_that_looks_elsewhere_is_found_out(reports, monkeypatch):
@@ -146,4 +171,5 @@ def test_kinds():
     }  # fmt: skip
     assert {m: kind(Rule(m, "min", 0.5)) for m in cases} == cases
     assert kind(Rule("accuracy", "noninferiority", 0.1, against="merged")) == "broken quantization"
+    assert kind(Rule("accuracy", "superiority", 0.0, against="base")) == "nothing learnt"
     assert kind(Rule("accuracy", "min", 0.1, slice="group=x")) == "biased group"
