@@ -3,9 +3,11 @@
 import inspect
 import json
 import re
+import shlex
 
 import pytest
 from fastcore.docments import docments
+from fastcore.script import anno_parser
 
 from llmkit.cli import COMMANDS, find_command, load
 
@@ -37,6 +39,32 @@ def test_every_llmkit_command_exists(sources):
     assert len(found) > 10
     for file, words in found:
         assert find_command(words.split())[0] in COMMANDS, f"{file} names `llmkit {words}`"
+
+
+def shown(source):
+    "The llmkit command lines of the shell blocks in a text, and those in backticks, each as its words."
+    blocks = re.findall(r"^```sh\n(.*?)^```", source, re.M | re.S)
+    lines = [s for b in blocks for s in b.replace("\\\n", " ").splitlines()] + re.findall(r"`(llmkit [^`\n]+)`", source)
+    for line in lines:
+        for part in re.split(r"&&|\|\||[|;&]", re.sub(r"\s#.*", "", line)):
+            words = shlex.split(part)
+            if words[:1] == ["llmkit"] and not re.search(r"COMMAND|…|\.\.\.|\[", part):
+                yield words[1:]
+
+
+def test_every_command_line_is_understood(sources):
+    found = [(f, words) for f, s in sources.items() for words in shown(s) if words[-1] != "--help"]
+    assert len(found) > 60
+    bad = []
+    for file, words in found:
+        name, rest = find_command(words)
+        func = load(name)
+        if rest and not any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(func).parameters.values()):
+            try:
+                anno_parser(func, prog=name).parse_args(rest)
+            except SystemExit:
+                bad.append(f"{file}: llmkit {' '.join(words)}")
+    assert bad == []
 
 
 def test_every_make_target_exists(root, sources):
