@@ -702,6 +702,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'llmkit.evals.suite.Suite.__str__': ('06_evals/suite.html#suite.__str__', 'llmkit/evals/suite.py'),
                                     'llmkit.evals.suite.Suite.digest': ('06_evals/suite.html#suite.digest', 'llmkit/evals/suite.py'),
                                     'llmkit.evals.suite._digested': ('06_evals/suite.html#_digested', 'llmkit/evals/suite.py'),
+                                    'llmkit.evals.suite._is_turn': ('06_evals/suite.html#_is_turn', 'llmkit/evals/suite.py'),
                                     'llmkit.evals.suite.item': ('06_evals/suite.html#item', 'llmkit/evals/suite.py'),
                                     'llmkit.evals.suite.load_suite': ('06_evals/suite.html#load_suite', 'llmkit/evals/suite.py'),
                                     'llmkit.evals.suite.make_suite': ('06_evals/suite.html#make_suite', 'llmkit/evals/suite.py'),

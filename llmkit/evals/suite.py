@@ -6,6 +6,7 @@
 __all__ = ['SCORERS', 'KNOWN_SCORERS', 'Item', 'predicted_label', 'item', 'Suite', 'make_suite', 'load_suite']
 
 # %% ../../nbs/06_evals/01_suite.ipynb #d4044347
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,13 +37,24 @@ def predicted_label(
     return answer.lstrip().replace("\n", ":").partition(":")[0].strip()
 
 
+def _is_turn(turn: Any) -> bool:
+    "Whether something is a turn of a conversation."
+    return isinstance(turn, Mapping) and all(isinstance(turn.get(k), str) for k in ("role", "content"))
+
+
 def item(
     record: Mapping[str, Any],  # with messages that end with the assistant's
 ) -> Item:
-    "The item of a record; raises `KitError` when it ends with no answer."
-    *asked, last = record.get("messages") or [{}]
-    if not asked or last.get("role") != "assistant" or not last.get("content"):
-        raise KitError("a test record ends with the assistant's answer", key=f"record {record.get('id')}")
+    "The item of a record; raises `KitError` without an id, on what is no conversation, and when it ends with no answer."
+    if not isinstance(record.get("id"), str | int) or record["id"] == "":
+        raise KitError("a test record needs an id", key="id", value=record.get("id"), remedy="Ids pair two models' answers")  # fmt: skip
+    where, turns = f"record {record['id']}", record.get("messages") or []
+    if not (isinstance(turns, list | tuple) and all(map(_is_turn, turns))):
+        fix = "Give a list of turns, each with a role and its content as text"
+        raise KitError("messages is no conversation", key=where, value=turns, remedy=fix)
+    *asked, last = turns or [{}]
+    if not asked or last["role"] != "assistant" or not last["content"]:
+        raise KitError("a test record ends with the assistant's answer", key=where)
     text = last["content"]
     label, group = record.get("label") or predicted_label(text), record.get("group") or ""
     return Item(str(record["id"]), tuple(asked), text, label, group, tuple(record.get("choices") or ()))
@@ -67,8 +79,12 @@ class Suite:
     def __post_init__(self):
         if not self.items:
             raise KitError("a suite without items measures nothing", key=self.name)
-        if len({i.id for i in self.items}) < len(self.items):
-            raise KitError("two items with one id", key=self.name, remedy="Ids pair the answers of two models")
+        if not self.scorers:
+            raise KitError("a suite without scorers measures nothing", key=self.name, remedy=f"Name some of {', '.join(KNOWN_SCORERS)}")  # fmt: skip
+        if self.max_tokens < 1:
+            raise KitError("an answer has at least one token", key=f"{self.name}.max_tokens", value=self.max_tokens)
+        if twice := next((k for k, n in Counter(i.id for i in self.items).items() if n > 1), None):
+            raise KitError("two items with one id", key=self.name, value=twice, remedy="Ids pair two models' answers")
         if unknown := set(self.scorers) - set(KNOWN_SCORERS):
             raise KitError(
                 "unknown scorer", key=self.name, value=sorted(unknown), remedy=f"Known: {', '.join(KNOWN_SCORERS)}"
@@ -108,11 +124,15 @@ _FILE = {"name": str, "version": int, "records": str, "limit": int | None, "scor
 def load_suite(
     path: str | Path,  # a YAML file
 ) -> Suite:
-    "Read a suite; raises `ParamsError` on an unknown, missing or mistyped key."
+    "Read a suite; raises `ParamsError` on an unknown, missing or mistyped key, and `KitError` on a record that cannot be asked."
     path = Path(path)
     given = check_section(load_params(path), _FILE, file=path)
     source = path.parent / given.pop("records")
     if not source.is_file():
         raise ParamsError("no such file", file=path, key="records", value=source.name)
     lists = {k: tuple(given.pop(k)) for k in ("scorers", "stop")}
-    return make_suite(records=read_jsonl(source), **lists, **given)
+    try:
+        return make_suite(records=read_jsonl(source), **lists, **given)
+    except KitError as e:  # a record says which one it is, and not where it lies
+        e.file = e.file or (source if (e.key or "").startswith(("record ", "id")) else path)
+        raise
