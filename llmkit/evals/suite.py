@@ -79,8 +79,6 @@ class Suite:
     def __post_init__(self):
         if not self.items:
             raise KitError("a suite without items measures nothing", key=self.name)
-        if not self.scorers:
-            raise KitError("a suite without scorers measures nothing", key=self.name, remedy=f"Name some of {', '.join(KNOWN_SCORERS)}")  # fmt: skip
         if self.max_tokens < 1:
             raise KitError("an answer has at least one token", key=f"{self.name}.max_tokens", value=self.max_tokens)
         if twice := next((k for k, n in Counter(i.id for i in self.items).items() if n > 1), None):
@@ -131,6 +129,9 @@ def load_suite(
     if not source.is_file():
         raise ParamsError("no such file", file=path, key="records", value=source.name)
     lists = {k: tuple(given.pop(k)) for k in ("scorers", "stop")}
+    if not lists["scorers"]:
+        fix = f"Name some of {', '.join(KNOWN_SCORERS)}"
+        raise KitError("a suite without scorers measures nothing", file=path, key="scorers", remedy=fix)
     try:
         return make_suite(records=read_jsonl(source), **lists, **given)
     except KitError as e:  # a record says which one it is, and not where it lies

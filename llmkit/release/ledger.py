@@ -51,7 +51,7 @@ def read_ledger(
         try:
             said = row.pop("digest")
             entry = Entry(**row)
-        except (TypeError, KeyError, AttributeError) as e:
+        except (TypeError, KeyError) as e:
             raise KitError("not a ledger entry", file=path, key=f"line {i}") from e
         want = entries[-1].digest if entries else ""
         if (entry.seq, entry.previous, entry.digest) != (i, want, said):
