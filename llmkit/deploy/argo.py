@@ -35,9 +35,10 @@ def template(
     name: str,
     judge: str,  # address of `llmkit judge serve` inside the cluster
     how: dict[str, Any],  # of the metric: conditions, limits and times
+    step: int | None = None,  # of the policy, where the traffic is while this is asked
 ) -> dict[str, Any]:
     "An AnalysisTemplate that asks the judge."
-    url = f"{judge.rstrip('/')}/v1/rollouts/{{{{args.rollout}}}}/verdict"
+    url = f"{judge.rstrip('/')}/v1/rollouts/{{{{args.rollout}}}}/verdict" + ("" if step is None else f"?step={step}")
     web = {"url": url, "jsonPath": "{$.verdict}", "timeoutSeconds": 20}
     metric = {"name": "verdict", "provider": {"web": web}, **how}
     return {"apiVersion": API, "kind": "AnalysisTemplate", "metadata": {"name": name}, "spec": {"args": [{"name": "rollout"}], "metrics": [metric]}}  # fmt: skip
@@ -55,8 +56,8 @@ def looks(
     every: float,  # seconds between two looks
 ) -> dict[str, Any]:
     "When an analysis asks, and how often it may learn nothing."
-    n = max(2, int((step.max_duration - step.min_duration) // every) + 1)
-    times = {"initialDelay": duration(step.min_duration), "interval": duration(every), "count": n}
+    n = max(2, int(step.max_duration // every) + 1)
+    times = {"interval": duration(every), "count": n}
     return times | {"inconclusiveLimit": n - 1, "failureLimit": 0, "consecutiveSuccessLimit": 1}
 
 # %% ../../nbs/11_deploy/05_argo.ipynb #7eab9be8
@@ -94,7 +95,7 @@ def argo_objects(
     "A Rollout and its AnalysisTemplates; raises `KitError` on what cannot be said in Argo."
     _check(name, workload, judge, rollout)
     when, steps = conditions(policy), argo_steps(policy, name, rollout)
-    parts = [template(f"{name}-step-{i}", judge, when | looks(s, every)) for i, s in enumerate(policy.steps) if s.kind == "analysis"]  # fmt: skip
+    parts = [template(f"{name}-step-{i}", judge, when | looks(s, every), i) for i, s in enumerate(policy.steps) if s.kind == "analysis"]  # fmt: skip
     canary: dict[str, Any] = {"steps": steps}
     if "failureCondition" in when:
         harm = {"failureCondition": when["failureCondition"], "successCondition": f"!({when['failureCondition']})", "interval": duration(every), "failureLimit": 0}  # fmt: skip

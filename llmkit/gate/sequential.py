@@ -145,10 +145,12 @@ def rate_excess(
     (s, n), (t, m) = baseline, candidate
     _check(s, n), _check(t, m)
     shown = lambda d: _excess_capital(baseline, candidate, d, margin) >= -np.log(alpha)  # noqa: E731
-    low, high = (margin, 1.0) if shown(margin) else (-1.0, -1.0)
+    value = (t / m if m else 0.0) - (s / n if n else 0.0)
+    more = m and n and value > margin  # otherwise no bet has won anything at the observed rates
+    low, high = (margin, 1.0) if more and shown(margin) else (-1.0, -1.0)
     while high - low > 1e-5:
         low, high = (mid, high) if shown(mid := (low + high) / 2) else (low, mid)
-    return Gap((t / m if m else 0.0) - (s / n if n else 0.0), low, 1.0, alpha, m, n, "one-sided mixture test")
+    return Gap(value, low, 1.0, alpha, m, n, "one-sided mixture test")
 
 # %% ../../nbs/02_gate/09_sequential.ipynb #7687da9e
 GROWTH, SHORTEST, BUCKETS = 1.005, 1e-4, 3696  # 0.1 ms to about 10,000 s

@@ -8,6 +8,7 @@ __all__ = ['log', 'HOLD', 'winner', 'newest', 'Live', 'look', 'Drill', 'beside',
 # %% ../../nbs/09_rollout/14_live.ipynb #0058e6bf
 import asyncio
 import logging
+import os
 import threading
 import time
 from collections import Counter
@@ -30,7 +31,8 @@ from .view import status_line
 from ..serve.backend import Backend
 from ..serve.call import Call, parse
 from ..serve.gateway import Gateway
-from ..serve.server import open_backend, run_setup, set_up, target_of
+from ..serve.push import Push
+from ..serve.server import Setup, open_backend, run_setup, set_up, target_of
 from ..serve.upstream import upstream_body
 from ..serve.wire import ApiError
 
@@ -378,6 +380,15 @@ def opener(
     return open
 
 
+def _pushing(s: Setup, judge: str) -> list:
+    "What runs beside a server that has a judge."
+    if not judge:
+        return []
+    push = Push(s.gateway.events, judge, s.gateway.model, os.environ.get("LLMKIT_JUDGE_KEY", ""))
+    push.metered(s.gateway.metrics)
+    return [push.beside()]
+
+
 def serve(
     target: str = "",  # a folder or a URL that ends with /v1; default: what is registered, following its rollouts
     *,
@@ -395,8 +406,9 @@ def serve(
     base: str = "",  # a folder; deltas that were made for it can then be loaded while the server runs
     price_prompt: float = -1.0,  # USD per million prompt tokens; -1: not known
     price_completion: float = -1.0,  # USD per million generated tokens
-    days: float = 30.0,  # that events are kept
+    days: float = 30.0,  # that events are kept, those of rollouts too
     drill: float = 0.0,  # share of a candidate's answers that fail on purpose, to see its rollout stop
+    judge: str = "",  # address of a `llmkit judge serve` that gets the events, with LLMKIT_JUDGE_KEY: for one of many servers
     policy: str = "params.yaml",  # whose section `monitor` says what share of the answers is looked at
     settings: str = "settings.ini",  # where the registry and the databases are
 ) -> int:
@@ -406,12 +418,21 @@ def serve(
         max_output=max_output, context=context, base=base, price_prompt=price_prompt, price_completion=price_completion, days=days,
         policy=policy, settings=settings,
     )  # fmt: skip
+    aside = _pushing(s, judge)
     if target or alias:
-        return run_setup(s, drain)
+        return run_setup(s, drain, *aside)
     registry = MlflowRegistry(registry_uri(s.settings), s.settings.get("ledger", "ledger.jsonl"))
     live = Live(s.gateway, open_store(settings), registry, opener(s.settings, s.target.model, s.options), drill=drill)
     s.about += f", a drill: {drill:.0%} of a candidate's answers fail" if drill else ""
+    forget = s.expire
+
+    def expire() -> None:
+        "Delete what is older than it may get, in the logs of rollouts too."
+        forget()
+        live.store.expire(time.time() - days * 86400)
+
+    s.expire = expire
     found = newest(live.store, s.gateway.model)
     if found is not None:
         print(status_line(found[1], time.time()), flush=True)
-    return run_setup(s, drain, live.beside())
+    return run_setup(s, drain, live.beside(), *aside)

@@ -158,6 +158,15 @@ def _by_hand(policy: RolloutPolicy, s: RolloutState, e: Event, ev: Evidence) -> 
     return _enter(policy, s, len(policy.steps) if e.get("full") else s.step + 1, e, ev.digest)
 
 # %% ../../nbs/09_rollout/04_reducer.ipynb #4eb7215e
+def _follow(policy: RolloutPolicy, s: RolloutState, e: Event) -> Next:
+    "The traffic has come to the analysis at a step; raises `KitError` when there is none."
+    if not (0 <= e["step"] < len(policy.steps) and policy.steps[e["step"]].kind == "analysis"):
+        raise KitError("no analysis at this step", key=s.id, value=e["step"], remedy="Export the policy again: llmkit export argo")  # fmt: skip
+    while s.step < e["step"] and not s.finished:
+        s, _ = _enter(policy, s, s.step + 1, e, s.verdict)
+    return s, ()
+
+# %% ../../nbs/09_rollout/04_reducer.ipynb #445691a6
 def reduce(
     policy: RolloutPolicy,
     state: RolloutState | None,  # None before `start`
@@ -174,6 +183,8 @@ def reduce(
             raise KitError("no release for a variant of the policy", value=sorted(lost), remedy="Name one for each")
         new = RolloutState(event["id"], event["model"], dict(event["releases"]), policy.digest)
         return _enter(policy, new, 0, event, "")
+    if kind == "follow" and state is not None:
+        return _follow(policy, state, event)
     if state is None or kind not in ("tick", *COMMANDS):
         raise KitError("no such event here", value=kind, remedy=f"Known: tick, {', '.join(COMMANDS)}")
     return (_tick if kind == "tick" else _command)(policy, state, event, evidence)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Fold', 'Promise', 'Store', 'create', 'append', 'load', 'catch_up', 'replay', 'history', 'standing', 'snapshot',
-           'compact', 'promises', 'kept']
+           'expire', 'Receipt', 'under_way', 'receive', 'promises', 'kept']
 
 # %% ../../nbs/09_rollout/08_store.ipynb #5d3bfc3a
 import json
@@ -24,7 +24,7 @@ from .analysis import analyse, documented
 from .policy import RolloutPolicy, read_rollout
 from .reducer import Event, reduce
 from .state import Effect, Evidence, RolloutState, from_json, to_json
-from .window import Window, read_window, window_json
+from .window import Window, read_window, readable, window_json
 
 # %% ../../nbs/09_rollout/08_store.ipynb #6998cf2d
 class Fold:
@@ -79,6 +79,7 @@ create table if not exists events (rollout text, seq integer, kind text, time re
 create index if not exists decided on events (rollout, seq) where state is not null;
 create table if not exists snapshots (rollout text primary key, seq integer not null, body text not null);
 create table if not exists outbox (rollout text, seq integer, n integer, body text not null, done integer not null default 0, primary key (rollout, seq, n)) without rowid;
+create table if not exists sources (source text primary key, seen integer not null);
 create table if not exists verdicts (digest text primary key, body text not null);
 """
 
@@ -193,16 +194,24 @@ def load(
 
 def catch_up(self: Store, id: str, fold: Fold) -> int:
     "Read what others have appended; returns how many events."
-    rows = self.rows("select body, state from events where rollout = ? and seq > ? order by seq", id, fold.seq)
-    for body, state in rows:
+    rows = self.rows("select seq, body, state from events where rollout = ? and seq > ? order by seq", id, fold.seq)
+    if rows and rows[-1][0] - fold.seq != len(rows):  # some are expired: the snapshot knows what they said
+        newest, before = self.load(id), fold.seq
+        fold.seq, fold.state, fold.window = newest.seq, newest.state, newest.window
+        return fold.seq - before
+    for _, body, state in rows:
         fold.apply(json.loads(body), from_json(json.loads(state)) if state else None)
     return len(rows)
 
 
 def replay(self: Store, id: str) -> Fold:
-    "A rollout decided anew from the first event on, as a check: `load` takes the decisions as they were made."
+    "A rollout decided anew from the first event on, as a check: `load` takes the decisions as they were made; raises `KitError`."
     fold = Fold(self.load(id).policy)
-    for (body,) in self.rows("select body from events where rollout = ? order by seq", id):
+    rows = self.rows("select seq, body from events where rollout = ? order by seq", id)
+    if rows and rows[-1][0] != len(rows):
+        fix = "`llmkit serve --days` says how long traffic is kept; the decisions are in `llmkit rollout status`"
+        raise KitError("its traffic is expired, so it cannot be decided anew", file=self.path, value=id, remedy=fix)
+    for _, body in rows:
         fold.apply(json.loads(body))
     return fold
 
@@ -229,17 +238,73 @@ def snapshot(self: Store, id: str, fold: Fold) -> None:
         db.execute("insert into snapshots values (?, ?, ?) on conflict (rollout) do update set seq = excluded.seq, body = excluded.body where excluded.seq > seq", (id, fold.seq, body))  # fmt: skip
 
 
-def compact(self: Store, id: str) -> int:
-    "Drop traffic that the snapshot covers; commands and ticks stay. Returns how many batches."
+def expire(
+    self: Store,
+    before: float,  # seconds since the epoch
+) -> int:
+    "Drop older traffic that a snapshot covers; orders and decisions stay. Returns how many batches."
+    covered = "seq < (select seq from snapshots s where s.rollout = events.rollout)"
     with self._transaction() as db:
-        return db.execute(
-            "delete from events where rollout = ? and kind = 'traffic' and seq < (select seq from snapshots where rollout = ?)",
-            (id, id),
-        ).rowcount
+        return db.execute(f"delete from events where kind = 'traffic' and time < ? and {covered}", (before,)).rowcount
 
 
 Store.load, Store.catch_up, Store.replay, Store.history = load, catch_up, replay, history
-Store.standing, Store.snapshot, Store.compact = standing, snapshot, compact
+Store.standing, Store.snapshot, Store.expire = standing, snapshot, expire
+
+# %% ../../nbs/09_rollout/08_store.ipynb #d0d67488
+@dataclass(frozen=True)
+class Receipt:
+    "What became of what a gateway sent."
+
+    seen: int  # the number of its last event that is known
+    rollout: str = ""  # whose log they are in; empty: nothing of this model is under way
+    taken: int = 0
+    refused: int = 0  # unreadable, or of another release
+
+
+def under_way(self: Store, model: str) -> tuple[str, RolloutState] | None:
+    "The newest rollout of a model that has not ended, with its state."
+    for (id,) in self.rows("select id from rollouts order by rowid desc"):
+        state = self.standing(id)
+        if state is not None and state.model == model and not state.finished:
+            return id, state
+    return None
+
+
+def receive(
+    self: Store,
+    source: str,  # of the gateway, the same after a restart
+    model: str,  # the registered name
+    events: Sequence[tuple[int, Mapping[str, Any]]],  # numbered, rising
+    now: float,  # seconds since the epoch
+) -> Receipt:
+    "Take a gateway's events into the log of the rollout of its model, each once."
+    with self._transaction() as db:
+        found = self.rows("select seen from sources where source = ?", source)
+        seen, held = found[0][0] if found else 0, self.under_way(model)
+        new = [e for n, e in events if n > seen]
+        known = [k for e in new if held and (k := _known(held[1], e)) is not None]
+        if known:
+            (last,) = db.execute("select coalesce(max(seq), 0) from events where rollout = ?", (held[0],)).fetchone()
+            body = json.dumps({"kind": "traffic", "time": now, "events": known}, allow_nan=False)
+            db.execute("insert into events values (?, ?, 'traffic', ?, ?, null)", (held[0], last + 1, now, body))
+        seen = max(seen, *(n for n, _ in events)) if events else seen
+        db.execute("insert into sources values (?, ?) on conflict (source) do update set seen = excluded.seen", (source, seen))  # fmt: skip
+    return Receipt(seen, held[0] if held else "", len(known), len(new) - len(known) if held else 0)
+
+
+def _known(state: RolloutState, event: Any) -> Mapping[str, Any] | None:
+    "An event under the name of its variant here; None when it cannot be read, or is of no release of the rollout."
+    if not readable(event):
+        return None
+    if event["kind"] != "request":
+        return event
+    mine = [v for v, release in state.releases.items() if release == event["release"]]
+    variant = event["variant"] if event["variant"] in mine else mine[0] if len(mine) == 1 else None
+    return {**event, "variant": variant} if variant else None
+
+
+Store.under_way, Store.receive = under_way, receive
 
 # %% ../../nbs/09_rollout/08_store.ipynb #061c000e
 def promises(self: Store, id: str) -> list[Promise]:

@@ -23,7 +23,7 @@ from .store import Store
 from .wire import ApiError
 
 # %% ../../nbs/08_serve/07_keys.ipynb #b2e4b85c
-SCOPES = ("inference", "admin", "metrics")
+SCOPES = ("inference", "admin", "metrics", "events")
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS accounts(name TEXT PRIMARY KEY, rpm INTEGER, tpm INTEGER, budget REAL, guards TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS keys(prefix TEXT PRIMARY KEY, digest TEXT NOT NULL, account TEXT NOT NULL REFERENCES accounts,
@@ -195,7 +195,7 @@ def database_path(settings: str | Path = "settings.ini") -> str:
 def keys_create(
     account: str,  # whose key it is: a team, an application
     *,
-    scopes: str = "inference",  # with commas: inference, admin, metrics
+    scopes: str = "inference",  # with commas: inference, admin, metrics, events
     days: float = 90.0,  # until it expires; 0: never
     rpm: int = 0,  # requests per minute of the account; 0: as it was, at first no limit
     tpm: int = 0,  # tokens per minute of the account

@@ -11,8 +11,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -298,12 +298,21 @@ def set_up(
     return Setup(gateway, found, conf, host, port, options, about, deltas, forget)
 
 
+@asynccontextmanager
+async def _together(contexts: Sequence[AbstractAsyncContextManager]):
+    "Several that run while the server does, as one."
+    async with AsyncExitStack() as stack:
+        for c in contexts:
+            await stack.enter_async_context(c)
+        yield
+
+
 def run_setup(
     setup: Setup,
     drain: float = 30.0,  # seconds that running requests get at the end
-    beside: AbstractAsyncContextManager | None = None,  # what runs while the server does
+    *beside: AbstractAsyncContextManager,  # what runs while the server does
 ) -> int:
     "Serve until told to stop; gives the exit code."
     tell = lambda line: print(f"{line} ({setup.about})", flush=True)  # noqa: E731
-    more = {"hourly": setup.expire, "adapters": setup.adapters, "beside": beside, "started": tell}
+    more = {"hourly": setup.expire, "adapters": setup.adapters, "beside": _together(beside), "started": tell}
     return run(setup.gateway, setup.host, setup.port, drain=drain, **more)

@@ -96,7 +96,9 @@ def fault(schema: Mapping[str, Any], value: Any, path: str = "") -> tuple[str, s
     if "anyOf" in schema:
         found = [fault(s, value, path) for s in schema["anyOf"]]
         deep = [f for f in found if f and f[0] != path]
-        return None if None in found else (deep or [(path, schema.get("description", "has a wrong type"))])[0]
+        sized = [f for s, f in zip(schema["anyOf"], found, strict=True) if any(_is(value, k) for k in _kinds(s))]
+        said = [(path, schema["description"])] if "description" in schema else sized
+        return None if None in found else (deep or said or [(path, "has a wrong type")])[0]
     if "enum" in schema:
         same = any(value == e and isinstance(value, bool) == isinstance(e, bool) for e in schema["enum"])
         return None if same else (path, schema.get("description") or f"must be one of {schema['enum']}")

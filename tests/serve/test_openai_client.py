@@ -32,6 +32,9 @@ def test_chat(dummy):
 def test_models(dummy):
     _, url = dummy
     assert [m.id for m in client(url).models.list()] == ["bank"]
+    assert client(url).models.retrieve("bank").owned_by == "llmkit"
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        client(url).models.retrieve("gpt-4")
 
 
 def test_stream_with_usage_is_the_same_answer(dummy):
