@@ -244,7 +244,7 @@ What was evaluated is what ships: the quantized engine. Beside it are the merged
 CHAIN = """
 ## Parity
 
-Every hop from the adapter to the engine was measured on the same prompts.
+Every hop from the adapter to the engine was measured on the same prompts. The perplexities of this section are those of the whole prompts and serve to compare two forms of one model; elsewhere perplexity is that of the answers.
 {% for hop in sources("parity") %}
 
 ### `{{ hop.partition(".")[2] or hop }}`
@@ -264,7 +264,7 @@ CHOICE = """
 
 ## Precision
 
-Each candidate was measured on the validation questions, and the rules of the parameters chose {{ fact("quantize:manifest.json#/meta/precision") }}: {{ fact("quantize:manifest.json#/meta/why") }}
+Every candidate was built and compared with the first of them on the validation questions. What ships is the smallest that is shown not to be worse by more than the margins in `quantize.choose`: {{ fact("quantize:manifest.json#/meta/precision") }}. The reason, as it was written down: {{ fact("quantize:manifest.json#/meta/why") }}. Perplexity is that of the answers.
 
 | precision | `accuracy` | `ece_debiased` | `perplexity` | `latency_p95` | `size_bytes` |
 |---|--:|--:|--:|--:|--:|
