@@ -887,6 +887,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'llmkit.flow.runner.run_stage': ('12_flow/runner.html#run_stage', 'llmkit/flow/runner.py'),
                                     'llmkit.flow.runner.stage': ('12_flow/runner.html#stage', 'llmkit/flow/runner.py'),
                                     'llmkit.flow.runner.surroundings': ('12_flow/runner.html#surroundings', 'llmkit/flow/runner.py'),
+                                    'llmkit.flow.runner.sweep': ('12_flow/runner.html#sweep', 'llmkit/flow/runner.py'),
                                     'llmkit.flow.runner.tags': ('12_flow/runner.html#tags', 'llmkit/flow/runner.py'),
                                     'llmkit.flow.runner.verdict_outcome': ('12_flow/runner.html#verdict_outcome', 'llmkit/flow/runner.py'),
                                     'llmkit.flow.runner.write_record': ('12_flow/runner.html#write_record', 'llmkit/flow/runner.py')},

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'OUTCOMES', 'progress', 'git_facts', 'surroundings', 'tags', 'figures', 'write_record', 'verdict_outcome',
-           'run_stage', 'finish', 'keep', 'stage', 'report', 'innermost']
+           'run_stage', 'sweep', 'finish', 'keep', 'stage', 'report', 'innermost']
 
 # %% ../../nbs/12_flow/10_runner.ipynb #f39da567
 import os
@@ -165,6 +165,7 @@ def run_stage(
     turn = take_lock(todo.project / f".llmkit/stage-{name}.lock")
     if turn is None:
         raise KitError("this stage is running already", value=name, remedy="See `llmkit runs`")
+    sweep(todo)
     facts = surroundings(todo)
     run = open_run(todo.project, name, parameters=todo.values, tags=tags(facts, todo), inputs=todo.digest)
     watcher = Watcher(run, todo.project) if tracking_settings(todo.project) else None
@@ -179,6 +180,15 @@ def run_stage(
         run.close()
         os.close(turn)
     return run
+
+
+def sweep(todo: Plan) -> None:
+    "Remove what a killed run of this stage left under temporary names; the stage's lock says that nobody works on it."
+    for left in (todo.project / "artifacts" / todo.stage.name).glob(".*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        elif left.suffix == ".tmp":
+            left.unlink(missing_ok=True)
 
 
 def finish(todo: Plan, run: Run, state: Execution, facts: Mapping[str, Any]) -> None:

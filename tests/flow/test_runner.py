@@ -134,6 +134,18 @@ def test_a_killed_kernel_is_not_completed(project, capsys, last):
     assert not (project.path / "artifacts/x/record.ipynb").exists()
 
 
+def test_what_a_killed_run_left_under_temporary_names_is_swept_by_the_next(project):
+    home = project.path / "artifacts/x"
+    die = "import os, signal, pathlib\nhome = pathlib.Path('artifacts/x')\n(home / '.out.abc.tmp/half').mkdir(parents=True)"
+    die += "\n(home / '.out.json.7.tmp').write_text('half')\nos.kill(os.getpid(), signal.SIGKILL)"
+    project.stage("x", die, DONE)
+    assert run_stage("x", project.path).status["exit_code"] == 137
+    assert sorted(p.name for p in home.iterdir()) == [".out.abc.tmp", ".out.json.7.tmp"]
+    project.stage("x", DONE)
+    assert run_stage("x", project.path).status["exit_code"] == 0
+    assert sorted(p.name for p in home.iterdir()) == ["out.json", "record.ipynb", "run.json"]
+
+
 def test_a_stage_that_does_not_make_what_it_says_fails(project):
     project.stage("x", "print('done')")
     run = run_stage("x", project.path)
