@@ -88,8 +88,8 @@ def landing(packages: list[Path], guides: list[Path]) -> None:
     "Add the tables of contents to the landing page."
     nb = json.loads((SRC / "index.ipynb").read_text())
     more = [f.stem for f in (ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md") if f.exists()]
-    for f in more:
-        shutil.copy(ROOT / f"{f}.md", SRC)
+    for f in more:  # written for the checkout, where the notebooks lie in nbs/
+        write(f"{f}.md", (ROOT / f"{f}.md").read_text(encoding="utf-8").replace("](nbs/", "]("))
     tocs = [
         toctree([f"guides/{g.stem}" for g in guides], "Guides"),
         toctree(["pipeline/index"], "Pipeline"),
