@@ -257,6 +257,7 @@ def resample_mean(
     if se <= 1e-12:
         raise KitError("all clusters have the same mean: resampling them shows no spread", value=m * scale)
     off, errors = _mean_and_error(_resample_sums(units, times, seed), k)
+    off = np.round(off, 12)  # resamples that tie with the sample do so whatever the rounding
     kept = errors > 1e-6 * se
     z0, a = _bca_shape(off, 0.0, (s.sum() - s) / (n.sum() - n))
     by = f", {k} clusters" if clusters is not None else ""
