@@ -1,16 +1,21 @@
 """How often monitoring cries wolf, and how soon it sees what was planted: simulated releases through the real decision.
 
-    python benchmarks/monitor_null.py [--releases 200] [--out benchmarks/results/monitor_null.json]
+    python benchmarks/monitor_null.py [--before COMMIT] [--out benchmarks/results/monitor_null.json]
 
 Every release has its own reference and its own windows, as the policy in params.yaml sizes them, and everything passes
 `decide`: features, adjustment, k of n, the detectors. Under no change the share of windows that end in an alarm must keep
-the stated budget, and the share of releases with a false alarm of calibration or fairness Doob's bound n / c. Under a
+the stated budget, and the share of releases with a false alarm of calibration or fairness Doob's bound n / c, also where a
+release is as bad as the policy accepts. With --before the code and the policy of an earlier commit stand beside. Under a
 planted change the delay is counted in windows from the first changed one to the alarm. Exit code 1: a budget was broken.
 """
 
 import argparse
 import json
 import math
+import os
+import subprocess
+import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -19,8 +24,8 @@ import numpy as np
 from llmkit.core.params import load_params
 from llmkit.gate.intervals import clopper_pearson
 from llmkit.monitor.decide import decide
-from llmkit.monitor.drift import false_alarms
-from llmkit.monitor.policy import FAMILIES, read_monitor, shared
+from llmkit.monitor.measure import calibration, fairness
+from llmkit.monitor.policy import FAMILIES, read_monitor
 from llmkit.monitor.window import Window
 
 LABELS = np.array([f"intent_{i}" for i in range(20)])
@@ -64,7 +69,8 @@ PLANTED = {
     "refusals 5 % to 25 %": ("data", {"refuses": 0.25}),
     "prompts 1.1 times as long": ("data", {"longer": 1.1}),
     "prompts 1.2 times as long": ("data", {"longer": 1.2}),
-    "a tenth of the requests on two topics": ("data", {"shift": 0.1}),
+    "a tenth of the requests on two topics (below what counts)": ("data", {"shift": 0.1}),
+    "three in twenty of the requests on two topics": ("data", {"shift": 0.15}),
     "a quarter of the requests on two topics": ("data", {"shift": 0.25}),
     "joules 1.2 times (below what counts)": ("cost", {"dear": 1.2}),
     "joules 1.5 times": ("cost", {"dear": 1.5}),
@@ -94,38 +100,43 @@ def null(policy, releases, windows, seed):
     return compared, any_alarm, ran, drifted, total, float(np.mean(labels))
 
 
-def main() -> None:
-    "Print the tables and write the figures."
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--releases", type=int, default=200)
-    p.add_argument("--windows", type=int, default=20)
-    p.add_argument("--planted", type=int, default=30, help="releases for each planted change")
-    p.add_argument("--params", default="params.yaml")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", default="")
-    a = p.parse_args()
+def edge(policy, rng, releases, windows):
+    """Releases whose calibration and whose groups are as bad as the policy accepts, and not worse: share with an alarm.
+
+    Only the detectors run, on labels, and the reference is that of a calibrated release. The budget is meant for this edge;
+    a release that is better than it has to be has hardly any false alarms.
+    """
+    bad = Counter()
+    for _ in range(releases):
+        watch, groups = None, {}
+        for number in range(1, windows + 1):
+            r = rows(rng, policy.requests, right=-policy.tolerance)
+            watch, _ = calibration(policy, Window("sha256:a", number, 1, 2, tuple(r)), watch)
+            r = rows(rng, policy.requests, worse=policy.gap)
+            groups, found, _ = fairness(policy, Window("sha256:a", number, 1, 2, tuple(r)), groups)
+        bad["calibration"] += watch.alarmed(policy.calibration_run)
+        bad["fairness"] += bool(found)
+    return {f: bad[f] / releases for f in ("calibration", "fairness")}
+
+
+def measured(a) -> dict:
+    "Every figure of one version of the kit."
     policy = read_monitor(load_params(a.params, "monitor"))
+    by_window = hasattr(policy, "together")  # else it is a version whose budgets are in labels
     compared, alarms, ran, drifted, total, labels = null(policy, a.releases, a.windows, a.seed)
     ends = clopper_pearson(alarms, total)
-    print(
-        f"No change: {a.releases} releases, {total} windows of {policy.requests} held against {policy.reference} requests"
-    )
-    print("| | found | stated |\n|---|--:|--:|")
-    print(f"| windows with a test that drifted | {drifted / total:.4f} | {policy.fdr:g} |")
-    print(
-        f"| windows that end in an alarm | {alarms / total:.4f} ({ends.low:.4f} to {ends.high:.4f}) | {policy.budget:g} |"
-    )
-    bounds = {"calibration": labels / policy.calibration_run, "fairness": labels / policy.fairness_run}
-    for f, bound in bounds.items():
-        print(
-            f"| releases with a false alarm of {f} in {labels:.0f} labels | {ran[f] / a.releases:.4f} | {bound:.4f} |"
-        )
-    broken = ends.low > policy.budget
-    broken |= any(clopper_pearson(ran[f], a.releases).low > bounds[f] for f in bounds)
-    print(
-        f"\nPlanted after 3 quiet windows, {a.planted} releases each, up to 10 windows\n| change | found | median delay in windows | by another family |\n|---|--:|--:|--:|"
-    )
-    planted = {}
+    spent = {"calibration": a.windows if by_window else labels, "fairness": a.windows if by_window else labels}
+    runs = {"calibration": policy.calibration_run, "fairness": policy.fairness_run}
+    body = {
+        "releases": a.releases, "windows": total, "drifted_windows": drifted / total, "fdr": policy.fdr, "alarms": alarms / total,
+        "alarms_interval": [ends.low, ends.high], "budget": policy.budget,
+        "by_family": {f: compared[f] / total for f in FAMILIES if f not in runs}, "labels": labels,
+        "releases_with_false_alarm": {f: ran[f] / a.releases for f in runs}, "bound": {f: spent[f] / runs[f] for f in runs},
+        "edge_windows": a.edge_windows, "edge_releases": a.releases,
+        "edge": edge(policy, np.random.default_rng([a.seed + 2]), a.releases, a.edge_windows),
+        "edge_bound": {f: min(1.0, (a.edge_windows if by_window else labels / (a.windows + 3) * a.edge_windows) / runs[f]) for f in runs},
+        "planted": {}, "params": Path(a.params).name,
+    }  # fmt: skip
     for name, (family, change) in PLANTED.items():
         delays, other = [], 0
         for i in range(a.planted):
@@ -133,24 +144,75 @@ def main() -> None:
             delays.append(next((j for j, w in enumerate(seen, 1) if family in w.alarms), math.inf))
             other += any(f != family for w in seen for f in w.alarms)
         found, median = sum(math.isfinite(d) for d in delays), float(np.median(delays))
-        planted[name] = {
-            "family": family,
-            "found": found / a.planted,
-            "delay": None if math.isinf(median) else median,
-            "others": other / a.planted,
-        }
-        print(
-            f"| {name} | {found / a.planted:.2f} | {'over 10' if math.isinf(median) else f'{median:g}'} | {other / a.planted:.2f} |"
-        )
+        body["planted"][name] = {"family": family, "found": found / a.planted, "delay": None if math.isinf(median) else median, "others": other / a.planted}  # fmt: skip
+    return body
+
+
+def of(rev: str, a) -> dict:
+    "The same figures of an earlier commit, by its own code and its own policy."
+    root = Path(__file__).resolve().parents[1]
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["git", "-C", root, "worktree", "add", "-q", "--detach", f"{folder}/then", rev], check=True)
+        try:
+            words = [f"--{k}={getattr(a, k)}" for k in ("releases", "windows", "edge_windows", "planted", "seed")]
+            words += [f"--params={folder}/then/params.yaml", f"--out={folder}/out.json"]
+            env = os.environ | {"PYTHONPATH": f"{folder}/then"}
+            done = subprocess.run([sys.executable, __file__, *[w.replace("edge_", "edge-") for w in words]], env=env)
+            if done.returncode not in (0, 1):
+                raise SystemExit(f"monitor_null: {rev} ended with {done.returncode}")
+            return json.loads(Path(folder, "out.json").read_text())
+        finally:
+            subprocess.run(["git", "-C", root, "worktree", "remove", "--force", f"{folder}/then"], check=True)
+
+
+def tables(now: dict, then: dict | None) -> None:
+    "Null and power, with what they were."
+    was = lambda text: f" {text(then)} |" if then else ""  # noqa: E731
+    more = (" before |", "--:|") if then else ("", "")
+    print(
+        f"No change: {now['releases']} releases, {now['windows']} windows\n| | found | stated |{more[0]}\n|---|--:|--:|{more[1]}"
+    )
+    print(f"| windows with a test that drifted | {now['drifted_windows']:.4f} | {now['fdr']:g} |{was(lambda b: format(b['drifted_windows'], '.4f'))}")  # fmt: skip
+    ends = "({:.4f} to {:.4f})".format(*now["alarms_interval"])
+    print(f"| windows that end in an alarm | {now['alarms']:.4f} {ends} | {now['budget']:g} |{was(lambda b: format(b['alarms'], '.4f'))}")  # fmt: skip
+    for f in ("calibration", "fairness"):
+        print(f"| releases with a false alarm of {f} | {now['releases_with_false_alarm'][f]:.4f} | {now['bound'][f]:.4f} |{was(lambda b, f=f: format(b['releases_with_false_alarm'][f], '.4f'))}")  # fmt: skip
+    for f in ("calibration", "fairness"):
+        print(f"| the same in {now['edge_windows']} windows as bad as is accepted | {now['edge'][f]:.4f} | {now['edge_bound'][f]:.4f} |{was(lambda b, f=f: format(b['edge'][f], '.4f'))}")  # fmt: skip
+    late = lambda p: "over 10" if p["delay"] is None else f"{p['delay']:g}"  # noqa: E731
+    more = (" before | median before |", "--:|--:|") if then else ("", "")
+    print(f"\nPlanted after 3 quiet windows, up to 10 windows\n| change | family | found | median delay |{more[0]} by another family |\n|---|---|--:|--:|{more[1]}--:|")  # fmt: skip
+    for name, p in now["planted"].items():
+        q = then and then["planted"][name]
+        old = f" {q['found']:.2f} | {late(q)} |" if q else ""
+        print(f"| {name} | {p['family']} | {p['found']:.2f} | {late(p)} |{old} {p['others']:.2f} |")
+
+
+def main() -> None:
+    "Print the tables and write the figures."
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--releases", type=int, default=80)
+    p.add_argument("--windows", type=int, default=20)
+    p.add_argument("--edge-windows", type=int, default=50)
+    p.add_argument("--planted", type=int, default=20, help="releases for each planted change")
+    p.add_argument("--params", default="params.yaml")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--before", default="", help="a commit whose code and policy are measured too, in the same run")
+    p.add_argument("--out", default="")
+    a = p.parse_args()
+    body = measured(a)
+    then = of(a.before, a) if a.before else None
+    tables(body, then)
     if a.out:
-        expected = false_alarms(policy.fdr, policy.k, policy.n, 1, shared(policy))
-        body = {
-            "releases": a.releases, "windows": total, "drifted_windows": drifted / total, "fdr": policy.fdr, "alarms": alarms / total,
-            "alarms_interval": [ends.low, ends.high], "budget": policy.budget, "computed": expected,
-            "by_family": {f: compared[f] / total for f in FAMILIES if f not in bounds}, "labels": labels,
-            "releases_with_false_alarm": {f: ran[f] / a.releases for f in bounds}, "bound": bounds, "planted": planted, "params": "params.yaml",
-        }  # fmt: skip
-        Path(a.out).write_text(json.dumps(body, indent=2) + "\n")
+        Path(a.out).write_text(
+            json.dumps({**body, **({"before": then, "commit": a.before} if then else {})}, indent=2) + "\n"
+        )
+    broken = body["alarms_interval"][0] > body["budget"]
+    for f in ("calibration", "fairness"):
+        broken |= (
+            clopper_pearson(round(body["releases_with_false_alarm"][f] * a.releases), a.releases).low > body["bound"][f]
+        )
+        broken |= clopper_pearson(round(body["edge"][f] * a.releases), a.releases).low > body["edge_bound"][f]
     raise SystemExit(int(broken))
 
 

@@ -34,7 +34,7 @@ class Detector:
 
     def alarmed(
         self,
-        run_length: float,  # observations between false alarms, on average and at least
+        run_length: float,  # between false alarms, on average and at least: observations, or windows of mass 1
     ) -> bool:
         "Whether the evidence ever reached the limit."
         return self.peak >= math.log(run_length)
@@ -52,14 +52,15 @@ def feed(
     rows: Sequence[
         Sequence[float]
     ],  # (n, streams), at least -2, with a mean of at most 0 while all is well; nan: not observed
+    mass: float = 1.0,  # that each observation begins with; 1 / n: one for the whole window
 ) -> Detector:
     "Some more observations; raises `KitError` on a value that a stake of 0.4 could lose everything by."
-    logs, peak, stakes = np.array(d.logs), d.peak, np.array(STAKES)
+    logs, peak, stakes, fresh = np.array(d.logs), d.peak, np.array(STAKES), math.log(mass)
     for x in np.asarray(rows, float).reshape(-1, len(d.logs)):
         here = ~np.isnan(x)
         if not (x[here] >= -2).all():
             raise KitError("an observation is at least -2", value=x.tolist(), remedy="Scale it first")
-        logs[here] = np.logaddexp(0.0, logs[here]) + np.log1p(np.outer(x[here], stakes))
+        logs[here] = np.logaddexp(fresh, logs[here]) + np.log1p(np.outer(x[here], stakes))
         peak = max(peak, float(np.logaddexp.reduce(logs.ravel()) - math.log(logs.size)))
     return Detector(d.n + len(rows), tuple(map(tuple, logs.tolist())), peak)
 
@@ -76,8 +77,14 @@ def calibration_bets(
     c, y = np.asarray(confidence, float), np.asarray(correct, float)
     if len(c) and not ((c >= 0) & (c <= 1)).all():
         raise KitError("confidences lie between 0 and 1", key="confidence")
-    bets = [np.where((c >= low) & (c < high), s * (y - c) - tolerance, np.nan) for low, high in LEVELS for s in (1, -1)]
-    return np.stack(bets, 1)
+    shy, bold = _short(1 - c, 1 - y, tolerance), _short(c, y, tolerance)
+    return np.stack([np.where((c >= low) & (c < high), x, np.nan) for low, high in LEVELS for x in (shy, bold)], 1)
+
+
+def _short(c: np.ndarray, y: np.ndarray, tolerance: float) -> np.ndarray:
+    "Bets that outcomes come short of what was said, by more than the tolerance."
+    q = np.clip(c - tolerance, 0.0, 0.98)
+    return (q - y) / ((1 - q) * np.maximum(q, 0.5))
 
 # %% ../../nbs/02_gate/10_change.ipynb #04807ed8
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from ..core.params import load_params
 from ..core.report import Report, write_report
 from ..core.settings import load_settings
 from ..gate.verdict import as_text, write_verdict
-from .act import ended, launch, retrain, rollback
+from .act import NO_TEXTS, ended, launch, retrain, rollback
 from .check import text_of
 from .decide import decide
 from .policy import MonitorPolicy, read_monitor
@@ -195,8 +195,10 @@ def watch(
     windows: int = 0,  # stop after so many; 0: never
     sleep: Callable[[float], object] = time.sleep,
 ) -> int:
-    "Look again and again; gives the exit code of the last window."
-    code, n, told = 3, 0, ""
+    "Look again and again, and tell windows and what became of actions; gives the exit code of the last window."
+    code, n, told, known = 3, 0, "", {a.id: a.state for a in m.memory.actions()}
+    if m.texts is None and m.policy.retrain.when:
+        print(f"note: a training that is asked for will be held: {NO_TEXTS}", flush=True)
     while True:
         try:
             seen, news = run_window(m, release), ""
@@ -207,6 +209,10 @@ def watch(
             code, n = seen.verdict.exit_code, n + 1
         if news and news != told:
             print(news, flush=True)
+        for a in m.memory.actions():
+            if known.get(a.id) != a.state:
+                print(_line(a), flush=True)
+            known[a.id] = a.state
         told = news
         if windows and n >= windows:
             return code

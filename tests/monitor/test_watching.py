@@ -85,7 +85,7 @@ def logged(folder):
     kept.keep("q5", parse("chat", {"model": "m", "messages": [{"role": "user", "content": "why?"}]}), "fee: So.")
     t.events.feedback("q5", label="fee")
     t.promoted()
-    t.send(240, release="sha256:b", worse=0.7, said=0.9)
+    t.send(300, release="sha256:b", worse=0.7, said=0.9)
     (folder / "now.json").write_text(json.dumps(t.now))
 
 
@@ -106,7 +106,7 @@ def test_kill_9_anywhere_ends_alike(tmp_path):
     logged(tmp_path / "whole")
     story(tmp_path / "whole")
     want = outcome(tmp_path / "whole")
-    assert [a[1:] for a in want["actions"]] == [("retrain", "done"), ("retrain", "held"), ("rollback", "done")]
+    assert [a[1:] for a in want["actions"]] == [("retrain", "done"), ("rollback", "done"), ("retrain", "held")]
     assert want["rollout"] == "Degraded" and want["launches"].count("\n") == 1
     assert [x["action"] for x in want["ledger"][1:]] == ["promote", "promote", "rollback", "rollback"]
     logged(tmp_path / "mortal")
@@ -196,7 +196,9 @@ def test_watch_follows_a_clock(tmp_path, capsys):
 
     assert watch(t.monitor, every=30.0, windows=4, sleep=sleep) == 0
     assert [w.number for w in t.monitor.memory.windows()] == [3, 2, 1, 0]
-    assert capsys.readouterr().out.count("window") == 3
+    told = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("window ") for line in told) == 3
+    assert "monitor.texts.share is 0" in told[0]  # a training would be held, and it is said before it is
 
 
 def test_commands_and_their_exit_codes(tmp_path, monkeypatch, capsys):

@@ -27,8 +27,8 @@ def section(**parts):
 
 
 SMALL = section(
-    window={"requests": 60, "min_n": 30}, reference={"requests": 180}, fairness={"run_length": 100, "min_n": 10, "gap": 0.05},
-    calibration={"run_length": 100}, retrain={"labelled": 1},
+    window={"requests": 60, "min_n": 30}, reference={"requests": 180}, fairness={"windows": 10, "min_n": 10, "gap": 0.05},
+    calibration={"windows": 10, "start": 0.0}, retrain={"labelled": 1},
 )  # fmt: skip
 
 
