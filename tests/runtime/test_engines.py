@@ -68,7 +68,7 @@ def test_served_logits_are_bit_identical_to_solo(open_onnx, prompts):
     with open_onnx("int4") as e:
 
         def path(rows):
-            m = Slots(e._decode, e.shape, len(rows), 64)
+            m = Slots(e._decode, e.shape, len(rows), 64, even=e.even)
             out = [[m.join(r[:1]).copy()] for r in rows]
             for t in range(1, 3):
                 for o, x in zip(out, m.step([r[t] for r in rows]), strict=True):
