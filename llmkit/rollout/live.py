@@ -68,7 +68,7 @@ class Live:
         registry: Registry,
         open: Callable[[str], Backend],  # the digest of a release → its backend, loaded
         clock: Callable[[], float] = time.time,  # seconds since the epoch
-        every: float = 0.5,  # seconds between looks
+        every: float = 0.25,  # seconds between looks: an order is felt within a second, on a busy machine too
         hold: float = HOLD,  # seconds for which both releases stay after the end
         drill: float = 0.0,  # share of a candidate's answers that fail on purpose
     ):
