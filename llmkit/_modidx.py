@@ -2126,6 +2126,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'llmkit/rollout/store.py'),
                                       'llmkit.rollout.store.Store._transaction': ( '09_rollout/store.html#store._transaction',
                                                                                    'llmkit/rollout/store.py'),
+                                      'llmkit.rollout.store.Store.alone': ('09_rollout/store.html#store.alone', 'llmkit/rollout/store.py'),
                                       'llmkit.rollout.store.Store.close': ('09_rollout/store.html#store.close', 'llmkit/rollout/store.py'),
                                       'llmkit.rollout.store.Store.rows': ('09_rollout/store.html#store.rows', 'llmkit/rollout/store.py'),
                                       'llmkit.rollout.store._known': ('09_rollout/store.html#_known', 'llmkit/rollout/store.py'),

@@ -147,14 +147,18 @@ def _snapshot(self: Controller) -> None:
 
 def _decide(self: Controller, event: Event) -> None:
     "Plan on the newest state and append; a tick that changes nothing is not written down."
-    while True:
-        before = self.state
-        new, effects, evidence = self.fold.plan(event)
-        if event["kind"] == "tick" and new == before:
-            return
-        if self.store.append(self.id, self.fold.seq, event, new, effects, evidence):
-            break
-        self.store.catch_up(self.id, self.fold)
+    before = self.state
+    new, effects, evidence = self.fold.plan(event)
+    if event["kind"] == "tick" and new == before:
+        return
+    if not self.store.append(self.id, self.fold.seq, event, new, effects, evidence):
+        with self.store.alone():  # others append several times a second: once more, while they wait
+            self.store.catch_up(self.id, self.fold)
+            before = self.state
+            new, effects, evidence = self.fold.plan(event)
+            if event["kind"] == "tick" and new == before:
+                return
+            self.store.append(self.id, self.fold.seq, event, new, effects, evidence)
     self.fold.adopt(new)
     self.fold.seq += 1
     if before is None or before.stage != new.stage:

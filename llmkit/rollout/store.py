@@ -113,8 +113,11 @@ class Store:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        "All or nothing, one writer at a time."
+        "All or nothing, one writer at a time; inside another one, a part of it."
         with self._lock:
+            if self._db.in_transaction:
+                yield self._db
+                return
             self._db.execute("begin immediate")
             try:
                 yield self._db
@@ -122,6 +125,12 @@ class Store:
                 self._db.execute("rollback")
                 raise
             self._db.execute("commit")
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        "Nobody else writes until the end of this."
+        with self._transaction():
+            yield
 
     def rows(self, query: str, *values: Any) -> list[tuple]:
         "The rows of a query."
