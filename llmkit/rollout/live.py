@@ -31,7 +31,7 @@ from .view import status_line
 from ..serve.backend import Backend
 from ..serve.call import Call, parse
 from ..serve.gateway import Gateway
-from ..serve.push import Push
+from ..serve.push import Push, thread_beside
 from ..serve.server import Setup, open_backend, run_setup, set_up, target_of
 from ..serve.upstream import upstream_body
 from ..serve.wire import ApiError
@@ -309,13 +309,10 @@ def _follow(self: Live) -> None:
 async def beside(self: Live):
     "Follow while the server runs; at its end, everything that was seen is in the store."
     self._loop, self.gateway.router = asyncio.get_running_loop(), self
-    thread = threading.Thread(target=self._follow, name="rollouts", daemon=True)
-    thread.start()
     try:
-        yield self
+        async with thread_beside(self._follow, self._stop, "rollouts"):
+            yield self
     finally:
-        self._stop.set()
-        await asyncio.to_thread(thread.join)
         await asyncio.to_thread(self._end_shadow)
         if self.controller is not None:
             await asyncio.to_thread(self.controller.step)
