@@ -76,7 +76,7 @@ report-pr: ## put the verdict on the pull request that brought this commit (need
 
 test: env system ## notebooks as tests, then pytest: everything (PYTEST_ARGS="-k gate" narrows pytest)
 	OMP_NUM_THREADS=1 nbdev-test
-	pytest $(PYTEST_ARGS)
+	tools/test.sh $(PYTEST_ARGS)
 
 quick: env ## the same without the tests marked slow
 	$(MAKE) test PYTEST_ARGS='-m "not slow" $(PYTEST_ARGS)'

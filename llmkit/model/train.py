@@ -23,7 +23,7 @@ from ..core.errors import KitError
 from ..core.files import read_json, write_json
 from ..core.plugins import need
 from .batches import Example, collate, drop_words, plan
-from .lora import read_tensors
+from .lora import read_tensors, sum_first
 from .precision import PRECISIONS
 from .tokenizer import Tokenizer, encode_example
 
@@ -241,6 +241,8 @@ class Trainer:
         self.train, self.validation, self.state = train, validation, State()
         if recipe.word_dropout and len(messages) != len(train):
             raise KitError("word dropout needs the messages of every example", key="word_dropout")
+        if recipe.precision == "fp32":
+            sum_first(model)
         self.names, self.params = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad], strict=True)
         groups = [
             {"params": [p for p in self.params if p.ndim > 1], "weight_decay": recipe.weight_decay},

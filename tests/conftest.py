@@ -1,0 +1,21 @@
+"""The order in which tests run, and how they share a machine.
+
+`tools/test.sh` runs them in as many processes as there are cores, a file at a time (`--dist loadfile`), so that what a file
+makes once is made once. Files with long tests go first, so that none of them is what everybody waits for at the end. Tests
+marked `alone` hold a clock to what they see; they run afterwards, one by one.
+"""
+
+
+def pytest_addoption(parser):
+    parser.addoption("--alone", choices=("with", "without", "only"), default="with", help="tests marked alone")
+
+
+def pytest_collection_modifyitems(config, items):
+    "Files with slow tests first, otherwise as they come; and the tests marked `alone` as the option says."
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+    wanted = {"without": False, "only": True}.get(config.getoption("--alone"))
+    if wanted is not None:
+        out = [item for item in items if (item.get_closest_marker("alone") is not None) != wanted]
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in set(out)]
