@@ -146,26 +146,31 @@ def _snapshot(self: Controller) -> None:
 
 
 def _decide(self: Controller, event: Event) -> None:
-    "Plan on the newest state and append; a tick that changes nothing is not written down."
-    before = self.state
-    new, effects, evidence = self.fold.plan(event)
-    if event["kind"] == "tick" and new == before:
-        return
-    if not self.store.append(self.id, self.fold.seq, event, new, effects, evidence):
-        with self.store.alone():  # others append several times a second: once more, while they wait
+    "Settle an event; where others append several times a second, while they wait."
+    new = self._propose(event)
+    if new is None:
+        with self.store.alone():
             self.store.catch_up(self.id, self.fold)
-            before = self.state
-            new, effects, evidence = self.fold.plan(event)
-            if event["kind"] == "tick" and new == before:
-                return
-            self.store.append(self.id, self.fold.seq, event, new, effects, evidence)
-    self.fold.adopt(new)
+            new = self._propose(event)
+    before = self.state
+    if new is before:
+        return
+    self.fold.adopt(new)  # only now: what did not reach the disk has not happened
     self.fold.seq += 1
     if before is None or before.stage != new.stage:
         self._snapshot()
 
 
-Controller.step, Controller._flush, Controller._snapshot, Controller._decide = step, _flush, _snapshot, _decide
+def _propose(self: Controller, event: Event) -> RolloutState | None:
+    "Plan on the newest state and append; None when another was quicker. A tick that changes nothing is not written down."
+    new, effects, evidence = self.fold.plan(event)
+    if event["kind"] == "tick" and new == self.state:
+        return self.state
+    return new if self.store.append(self.id, self.fold.seq, event, new, effects, evidence) else None
+
+
+Controller.step, Controller._flush, Controller._snapshot = step, _flush, _snapshot
+Controller._decide, Controller._propose = _decide, _propose
 
 # %% ../../nbs/09_rollout/09_controller.ipynb #ed316846
 def _keep(self: Controller) -> None:

@@ -87,6 +87,11 @@ class EngineBackend:
     def prepare(self, call: Call) -> Work:
         "The prompts as tokens, and how many may follow."
         param = "messages" if call.kind == "chat" else "prompt"
+        said = [p for p in call.prompts if isinstance(p, str)] or [
+            "".join(str(m.get("content")) for m in call.messages)
+        ]
+        for text in said:
+            self._glance(text, param, len(call.messages))
         try:
             ids = [self._encode(p) for p in call.prompts] or [self.tokenizer.chat(call.messages)]
         except KitError as e:
@@ -102,6 +107,14 @@ class EngineBackend:
     def _encode(self, prompt: str | Sequence[int]) -> list[int]:
         "A text as the model is used to see it, or ids as they are."
         return self.tokenizer.encode(prompt, special=True) if isinstance(prompt, str) else list(prompt)
+
+    def _glance(self, text: str, param: str, pieces: int) -> None:
+        "Refuse a text whose beginning alone is too long: reading all of a megabyte takes seconds."
+        start = 16 * self.context
+        least = len(self.tokenizer.encode(text[:start])) - 1 - pieces if len(text) > start else 0
+        if least >= self.context:
+            told = f"The prompt has more than {least} tokens and the context holds {self.context}, answer included"
+            raise ApiError(400, told, param=param, code="context_length_exceeded")
 
     def _fits(self, ids: Sequence[int], param: str) -> None:
         "Refuse a prompt that the model cannot take."

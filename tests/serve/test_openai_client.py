@@ -154,6 +154,10 @@ def test_other_errors(dummy):
     with pytest.raises(openai.BadRequestError) as e:
         client(url).completions.create(model="bank", prompt="x" * 2000)
     assert e.value.code == "context_length_exceeded"
+    huge = {"role": "user", "content": "x" * 900_000}  # its beginning is enough to see it
+    with pytest.raises(openai.BadRequestError, match="more than [0-9]+ tokens") as e:
+        client(url).chat.completions.create(model="bank", messages=[huge])
+    assert e.value.code == "context_length_exceeded" and e.value.param == "messages"
 
 
 def test_keys_and_limits(make_gateway, tmp_path):
