@@ -1,11 +1,13 @@
 """Fine-tuning speed in tokens per second, padding left out: TRL's SFTTrainer, a bare PyTorch loop, and the kit.
 
     python benchmarks/finetune_speed.py --data DIR [--steps 8] [--rounds 3] [--out benchmarks/results/finetune_speed.json]
+    python benchmarks/finetune_speed.py --data DIR --hidden 128 --rank 64      # a delta that is not low: params.yaml's
 
-DIR holds banking77's train.csv. All trainers get the same model (a random Llama of 5.5 M parameters), the same LoRA
-(rank 16 on all linear layers), the same questions, the same loss (on the answer only), and batches of 32. They take
-turns, a few steps at a time, within one process, so that whatever else the machine does slows all of them; only the
-ratios mean anything. The first two steps of every turn are not counted. TRL is used with its defaults.
+DIR holds banking77's train.csv. All trainers get the same model (a random Llama, of 5.5 M parameters unless --hidden says
+otherwise), the same LoRA (rank 16 on all linear layers), the same questions, the same loss (on the answer only), and
+batches of 32. They take turns, a few steps at a time, within one process, so that whatever else the machine does slows all
+of them; only the ratios mean anything. The first two steps of every turn are not counted. TRL is used with its defaults.
+Where the kit adds a delta to the weight first (`llmkit.model.lora.sum_first`), it also runs without that: "delta apart".
 """
 
 import argparse
@@ -16,6 +18,7 @@ import platform
 import statistics
 import tempfile
 import time
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,7 +29,7 @@ SHAPE = {
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
 }
-RANK, BATCH, WARM = 16, 32, 2
+RANK, BATCH, WARM = 16, 32, 2  # --rank and --hidden change the first and the width
 
 
 class Clock:
@@ -79,11 +82,14 @@ def fresh(folder):
     return attach(load_frozen(folder), rank=RANK, alpha=2 * RANK)
 
 
-def kit(folder, examples, tok, precision, threads):
+def kit(folder, examples, tok, precision, threads, apart=False):
     "The kit's trainer: a function that takes n steps and reports to a clock."
+    from unittest.mock import patch
+
     from llmkit.model.train import Trainer
 
-    trainer = Trainer(fresh(folder), tok, recipe_of(precision, threads), examples, examples[:32])
+    with patch("llmkit.model.train.sum_first") if apart else nullcontext():
+        trainer = Trainer(fresh(folder), tok, recipe_of(precision, threads), examples, examples[:32])
     trainer.model.train()
     batches = iter(trainer.batches(0))
 
@@ -168,17 +174,28 @@ def sft(folder, examples, tmp):
 
 
 def main():
+    global RANK
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", required=True, type=Path, help="the folder with banking77's train.csv")
     p.add_argument("--steps", type=int, default=8, help="counted steps in a turn")
     p.add_argument("--rounds", type=int, default=3, help="turns of each trainer")
     p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--rank", type=int, default=RANK, help="of the delta")
+    p.add_argument(
+        "--hidden",
+        type=int,
+        default=SHAPE["hidden_size"],
+        help="width of the model; its feed-forward has three times as much",
+    )
     p.add_argument("--out", type=Path, default=None, help="where the JSON goes")
     a = p.parse_args()
+    RANK = a.rank
+    SHAPE.update(hidden_size=a.hidden, intermediate_size=3 * a.hidden)
     os.environ.setdefault("OMP_NUM_THREADS", str(a.threads))
     import torch
 
     from llmkit.model.batches import encode_rows
+    from llmkit.model.lora import sum_first
 
     torch.set_num_threads(a.threads)
     with open(a.data / "train.csv", encoding="utf-8", newline="") as f:
@@ -193,6 +210,8 @@ def main():
     examples, _ = encode_rows(tok, chats, 256, 0.0)
     trainers = {"trl SFTTrainer, defaults": sft(tmp, examples, tmp), "bare loop, fp32": bare(tmp, examples, tok)}
     trainers |= {f"llmkit, {k}": kit(tmp, examples, tok, k, a.threads) for k in ("fp32", "bf16")}
+    if sum_first(fresh(tmp)):
+        trainers["llmkit, fp32, delta apart"] = kit(tmp, examples, tok, "fp32", a.threads, apart=True)
     clocks = {name: Clock() for name in trainers}
     for _ in range(a.rounds):
         for name, turn in trainers.items():
@@ -205,6 +224,10 @@ def main():
         for ours in list(rate)[2:]
         for other in list(rate)[:2]
     }
+    if (apart := "llmkit, fp32, delta apart") in rate:
+        ratios[f"llmkit, fp32 / {apart}"] = {
+            k: round(rate["llmkit, fp32"][k] / rate[apart][k], 2) for k in ("wall", "cpu")
+        }
     print(f"{'':28}tokens/s (wall)   tokens per CPU-second")
     for n, r in rate.items():
         print(f"{n:28}{r['wall']:>12,}{r['cpu']:>16,}")
@@ -212,7 +235,7 @@ def main():
         print(f"{n:48} {r['wall']:>6} by wall clock {r['cpu']:>6} by CPU time")
     result = {
         "what": "fine-tuning, tokens per second without padding, median of turns",
-        "command": f"python benchmarks/finetune_speed.py --data DIR --steps {a.steps} --rounds {a.rounds} --threads {a.threads}",
+        "command": f"python benchmarks/finetune_speed.py --data DIR --steps {a.steps} --rounds {a.rounds} --threads {a.threads} --rank {a.rank} --hidden {a.hidden}",
         "tokens_per_second": rate, "ratios": ratios, "turns": {n: c.turns for n, c in clocks.items()},
         "examples": len(examples), "mean_tokens": round(sum(len(e.ids) for e in examples) / len(examples), 1),
         "versions": {n: version(n) for n in ("torch", "transformers", "peft", "trl")},
