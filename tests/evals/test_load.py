@@ -24,6 +24,8 @@ from llmkit.evals.load import (
 from llmkit.gate.judge import judge
 from llmkit.runtime.dummy import DummyEngine
 
+pytestmark = pytest.mark.alone
+
 
 class Timed(DummyEngine):
     "Each step takes some time of a clock; some steps stall."

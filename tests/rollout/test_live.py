@@ -25,6 +25,8 @@ from llmkit.serve.call import parse
 from llmkit.serve.events import Events
 from llmkit.serve.gateway import ANYONE, Gateway
 
+pytestmark = pytest.mark.alone
+
 REPLIES = {"card": "lost_card: Blocked."}
 SHORT = {"min_duration": "1s", "max_duration": "10m", "min_samples": 40}
 RAILS = [{"metric": "error_rate", "margin": 0.4, "hard_stop": {"max": 0.3, "min_n": 20}}]
