@@ -1568,6 +1568,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'llmkit.monitor.watch._settle': ('10_monitor/watch.html#_settle', 'llmkit/monitor/watch.py'),
                                       'llmkit.monitor.watch._texts': ('10_monitor/watch.html#_texts', 'llmkit/monitor/watch.py'),
                                       'llmkit.monitor.watch._told': ('10_monitor/watch.html#_told', 'llmkit/monitor/watch.py'),
+                                      'llmkit.monitor.watch.log_of': ('10_monitor/watch.html#log_of', 'llmkit/monitor/watch.py'),
                                       'llmkit.monitor.watch.monitor_run': ('10_monitor/watch.html#monitor_run', 'llmkit/monitor/watch.py'),
                                       'llmkit.monitor.watch.monitor_status': ( '10_monitor/watch.html#monitor_status',
                                                                                'llmkit/monitor/watch.py'),

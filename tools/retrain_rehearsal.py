@@ -33,7 +33,9 @@ from llmkit.release.ledger import read_ledger
 from llmkit.release.registry import versions
 
 ROOT = Path(__file__).resolve().parents[1]
-POLITE = "Good morning to everybody there, I do hope that you are all very well and that this is the right place to ask: "
+POLITE = (
+    "Good morning to everybody there, I do hope that you are all very well and that this is the right place to ask: "
+)
 BEGUN = time.monotonic()
 
 
@@ -74,7 +76,9 @@ def parameters(file, full):
         p["quantize"] |= {"precision": "int8", "prompts": 64}
         p["quantize"]["min_recovery"] = 0.5
         p["evaluate"] |= {"suites": {}, "speed_repeats": 1, "speed_prompts": 4, "noise_items": 8}
-        p["gates"]["rules"] = [r for r in p["gates"]["rules"] if r["metric"] == "accuracy" and r.get("against") == "base"]
+        p["gates"]["rules"] = [
+            r for r in p["gates"]["rules"] if r["metric"] == "accuracy" and r.get("against") == "base"
+        ]
     yaml.dump(p, file)
 
 
@@ -163,7 +167,9 @@ def main():
         split = lambda name: sum(1 for _ in read_jsonl(home / f"artifacts/prepare/dataset/{name}.jsonl"))  # noqa: E731
         new = sum(r["id"].startswith("traffic-") for r in read_jsonl(home / "artifacts/prepare/dataset/train.jsonl"))
         say(f"version 2 is registered as challenger, tag llmkit.retrain={found[2].tags['retrain']}; it learnt from {split('train')} records, {new} of them traffic")  # fmt: skip
-        say(f"{answers} questions were answered meanwhile, none was lost; {next(x for x in log.splitlines()[::-1] if x.startswith('time'))}")
+        say(
+            f"{answers} questions were answered meanwhile, none was lost; {next(x for x in log.splitlines()[::-1] if x.startswith('time'))}"
+        )
         need(len(read_ledger(home / "ledger.jsonl")) == promotions + 1, "the ledger has more than the registration")
         # the next alarm is held: by the cooldown, and where that is over, by the budget
         wait = {"cooldown": "1h", "budget": "1s"}
@@ -176,7 +182,7 @@ def main():
             start("monitor", "watch", "--every", "1")
             send(client, rows, 240, False)
             send(client, rows, 180, True)
-            held = until(lambda: [x for x in asked() if x.state == "held" and why in x.note], 60, f"no request was held by the {why}: {asked()}")  # fmt: skip
+            held = until(lambda why=why: [x for x in asked() if x.state == "held" and why in x.note], 60, f"no request was held by the {why}: {asked()}")  # fmt: skip
             say(f"{held[-1].id} held by the {held[-1].note}")
         need(set(v.version for v in versions(registry, "bank-support")) == {1, 2}, "a held request made a version")
         doctor = kit("doctor")

@@ -145,8 +145,9 @@ def unmeasured(
         else:
             out.append(say(f, "skipped", "neither the reference nor the window has any of it"))
     if "calibration" not in done:
-        idle = p.coverage == 0
-        out.append(say("calibration", "skipped" if idle else "inconclusive", f"no answer has a label and a confidence; {p.coverage:.0%} are asked for"))  # fmt: skip
+        idle, first = p.coverage == 0, w.number == 0 and bool(w.labelled)
+        text = "these labels are the reference for the windows to come" if first else f"no answer has a label and a confidence; {p.coverage:.0%} are asked for"  # fmt: skip
+        out.append(say("calibration", "skipped" if idle else "inconclusive", text))
     if "fairness" not in done:
         named = any(r["group"] for r in w.rows)
         text = f"fewer than two groups have {p.group_n} labelled answers" if named else "no request names a group"

@@ -16,9 +16,10 @@ from llmkit.cli import main
 from llmkit.core.files import read_json, read_jsonl, write_jsonl
 from llmkit.monitor.act import ended
 from llmkit.monitor.state import Memory, overview, seen_json
-from llmkit.monitor.watch import open_monitor, run_window, settle, watch
+from llmkit.monitor.watch import monitor_watch, open_monitor, run_window, settle, watch
 from llmkit.rollout.store import Store
 from llmkit.serve.call import parse
+from llmkit.serve.events import Events
 from llmkit.serve.samples import Texts
 
 
@@ -272,6 +273,24 @@ def test_a_training_that_would_promote_is_refused(action):
 
     with pytest.raises(ParamsError, match="never promotes"):
         read_monitor(section(retrain={"action": action}))
+
+
+def test_it_waits_for_a_server_that_was_never_started(tmp_path, monkeypatch, capsys):
+    "Started together with its server, it must not be gone when the server has its first request."
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "settings.ini").write_text("[DEFAULT]\nevents_db = log/events.db\n")
+    looked = []
+
+    def sleep(seconds):
+        looked.append(seconds)
+        if len(looked) == 3:
+            Events(tmp_path / "log/events.db")
+
+    monkeypatch.setattr("llmkit.monitor.watch.time.sleep", sleep)
+    monkeypatch.setattr("llmkit.monitor.watch.watch", lambda m, *_: 7 if m.events else 0)
+    assert monitor_watch(every=10.0, policy=str(ROOT / "params.yaml")) == 7
+    assert looked == [1.0, 1.0, 1.0]
+    assert capsys.readouterr().out == "waiting for log/events.db: llmkit serve writes it\n"
 
 
 def test_what_the_gateway_writes(tmp_path):
