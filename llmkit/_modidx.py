@@ -881,6 +881,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'llmkit.flow.retrain': { 'llmkit.flow.retrain._back': ('12_flow/retrain.html#_back', 'llmkit/flow/retrain.py'),
                                      'llmkit.flow.retrain.retrain': ('12_flow/retrain.html#retrain', 'llmkit/flow/retrain.py'),
                                      'llmkit.flow.retrain.trace': ('12_flow/retrain.html#trace', 'llmkit/flow/retrain.py'),
+                                     'llmkit.flow.retrain.train_again': ('12_flow/retrain.html#train_again', 'llmkit/flow/retrain.py'),
                                      'llmkit.flow.retrain.with_records': ('12_flow/retrain.html#with_records', 'llmkit/flow/retrain.py')},
             'llmkit.flow.runner': { 'llmkit.flow.runner.figures': ('12_flow/runner.html#figures', 'llmkit/flow/runner.py'),
                                     'llmkit.flow.runner.finish': ('12_flow/runner.html#finish', 'llmkit/flow/runner.py'),

@@ -14,7 +14,9 @@ from watching_town import ROOT, SMALL, Ledger, Town, section
 
 from llmkit.cli import main
 from llmkit.core.files import read_json, read_jsonl, write_jsonl
+from llmkit.core.params import load_params
 from llmkit.monitor.act import ended
+from llmkit.monitor.policy import read_monitor
 from llmkit.monitor.state import Memory, overview, seen_json
 from llmkit.monitor.watch import monitor_watch, open_monitor, run_window, settle, watch
 from llmkit.rollout.store import Store
@@ -273,6 +275,16 @@ def test_a_training_that_would_promote_is_refused(action):
 
     with pytest.raises(ParamsError, match="never promotes"):
         read_monitor(section(retrain={"action": action}))
+
+
+def test_the_command_of_the_project_is_one_that_the_kit_understands(tmp_path, capsys):
+    "With records that are not there: that is what it must complain about."
+    words = read_monitor(load_params(ROOT / "params.yaml", "monitor")).retrain.action
+    fill = {"{records}": str(tmp_path / "new.jsonl"), "{id}": "retrain-1"}
+    assert words[0] == "llmkit" and set(fill) < set(words)
+    assert main([fill.get(w, w) for w in words[1:]]) == 2
+    said = capsys.readouterr()
+    assert "new.jsonl: no such file" in said.out + said.err
 
 
 def test_it_waits_for_a_server_that_was_never_started(tmp_path, monkeypatch, capsys):
