@@ -35,7 +35,7 @@ sys.exit(batch.batch_run("in.jsonl", "out.jsonl", resume=True, slots=4))
 
 
 def request(i):
-    body = {"prompt": f"question {i}", "max_tokens": 6}
+    body = {"prompt": f"question {i}", "max_tokens": 6, "temperature": 0}
     return {"custom_id": f"q{i}", "method": "POST", "url": "/v1/completions", "body": body}
 
 
