@@ -14,8 +14,7 @@ def pytest_collection_modifyitems(config, items):
     "Files with slow tests first, otherwise as they come; and the tests marked `alone` as the option says."
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
-    wanted = {"without": False, "only": True}.get(config.getoption("--alone"))
-    if wanted is not None:
-        out = [item for item in items if (item.get_closest_marker("alone") is not None) != wanted]
-        config.hook.pytest_deselected(items=out)
-        items[:] = [item for item in items if item not in set(out)]
+    kept = {"with": (False, True), "without": (False,), "only": (True,)}[config.getoption("--alone")]
+    alone = lambda item: item.get_closest_marker("alone") is not None  # noqa: E731
+    config.hook.pytest_deselected(items=[item for item in items if alone(item) not in kept])
+    items[:] = [item for item in items if alone(item) in kept]

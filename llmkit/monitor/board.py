@@ -24,7 +24,7 @@ from ..gate.verdict import Verdict, read_verdict
 from .state import Action, Overview, Seen, overview
 from ..rollout.store import Fold, Store
 from ..rollout.view import View, status_line, view
-from ..serve.events import Events
+from ..serve.events import Events, events_file
 
 # %% ../../nbs/10_monitor/24_board.ipynb #59176fde
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Reader:
         self.settings, self.gate, self.hours = settings, Path(gate), hours
         conf = load_settings(settings)
         self.rollouts = Path(conf.get("rollouts", "rollouts.db"))
-        self.events = Path(conf.get("events_db", ".llmkit/events.db"))
+        self.events = events_file(conf)
         self.store: Store | None = None
         self.id, self.fold = "", None
 

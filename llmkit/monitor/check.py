@@ -20,7 +20,7 @@ from ..core.settings import load_settings
 from ..gate.judge import judge
 from ..gate.verdict import Verdict, as_text
 from .drift import PSI, Feature, binned, drift_report, psi_test, text_features
-from ..serve.events import Events
+from ..serve.events import Events, events_file
 
 # %% ../../nbs/10_monitor/02_check.ipynb #016baea0
 def text_of(
@@ -133,7 +133,7 @@ def monitor_traffic(
     out: str = "",  # folder for the report
 ) -> int:
     "Say whether the last hours of traffic look like the days before; exit code 0 they do, 1 they do not, 3 too few."
-    events, now = Events(load_settings(settings).get("events_db", ".llmkit/events.db")), time.time()
+    events, now = Events(events_file(load_settings(settings))), time.time()
     rows = [
         e for e in events.all("request") if e["time"] >= now - (hours + before) * 3600 and e["status"] != "rejected"
     ]

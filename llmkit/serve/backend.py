@@ -113,16 +113,19 @@ class EngineBackend:
         start = 16 * self.context
         least = len(self.tokenizer.encode(text[:start])) - 1 - pieces if len(text) > start else 0
         if least >= self.context:
-            told = f"The prompt has more than {least} tokens and the context holds {self.context}, answer included"
-            raise ApiError(400, told, param=param, code="context_length_exceeded")
+            raise self._too_long(f"more than {least}", param)
+
+    def _too_long(self, tokens: str, param: str) -> ApiError:
+        "What a prompt of so many tokens is told."
+        told = f"The prompt has {tokens} tokens and the context holds {self.context}, answer included"
+        return ApiError(400, told, param=param, code="context_length_exceeded")
 
     def _fits(self, ids: Sequence[int], param: str) -> None:
         "Refuse a prompt that the model cannot take."
         if not ids:
             raise ApiError(400, "The prompt has no tokens", param=param, code="invalid_value")
         if len(ids) >= self.context:
-            told = f"The prompt has {len(ids)} tokens and the context holds {self.context}, answer included"
-            raise ApiError(400, told, param=param, code="context_length_exceeded")
+            raise self._too_long(f"{len(ids)}", param)
         if max(ids) >= self.engine.info.vocab_size:
             told = f"Token ids must be below {self.engine.info.vocab_size}"
             raise ApiError(400, told, param=param, code="invalid_value")

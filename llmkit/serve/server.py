@@ -30,7 +30,7 @@ from ..release.smoke import kind_of, open_any
 from .adapters import Adapters
 from .app import make_app
 from .backend import Backend, EngineBackend
-from .events import Events
+from .events import Events, events_file
 from .gateway import Gateway
 from .keys import DATABASE, Keys
 from .limits import Limits, Price
@@ -269,7 +269,7 @@ def set_up(
     price = None if price_prompt < 0 else Price(price_prompt, price_completion)
     path = conf.get("serve_db", DATABASE)
     asked = open_keys(path, host, keys)
-    events = Events(conf.get("events_db", ".llmkit/events.db"))
+    events = Events(events_file(conf))
     options = {"slots": slots, "queue": queue, "max_output": max_output, "context": context}
     shares = read_shares(policy)
     texts = Texts(conf.get("texts_db", ".llmkit/texts.db")) if shares.texts else None
