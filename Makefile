@@ -12,7 +12,7 @@ unexport GIT_DIR GIT_INDEX_FILE GIT_WORK_TREE
 # Where this is set, every process compiles all that it imports: 8 s for torch alone, 40 s with transformers.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help env system lock repro smoke bench cache-pull cache-push report-pr test quick lint format sync readme hooks lab docs dist clean
+.PHONY: help env system lock repro smoke bench cache-pull cache-push report-pr test quick lint check format sync readme hooks lab docs dist clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,16 +75,18 @@ report-pr: ## put the verdict on the pull request that brought this commit (need
 # -- proof ------------------------------------------------------------------------------------------------------
 
 test: env system ## notebooks as tests, then pytest: everything (PYTEST_ARGS="-k gate" narrows pytest)
-	OMP_NUM_THREADS=1 nbdev-test
+	tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; TMPDIR=$$tmp OMP_NUM_THREADS=1 nbdev-test
 	tools/test.sh $(PYTEST_ARGS)
 
 quick: env ## the same without the tests marked slow
 	$(MAKE) test PYTEST_ARGS='-m "not slow" $(PYTEST_ARGS)'
 
-lint: env ## style, notebooks and modules in step, import arrows, stages, records, parameters; changes nothing
+lint: check ## what `check` does, and tests/repo: notebooks and modules in step, import arrows; changes nothing
+	tools/test.sh -m "not slow" tests/repo
+
+check: env ## style, parameters, stages, records; changes nothing, and takes seconds
 	ruff check .
 	ruff format --check .
-	pytest -m "not slow" tests/repo
 	llmkit params check
 	llmkit dag check
 	llmkit dag check --project examples/banking77

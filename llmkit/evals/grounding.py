@@ -111,8 +111,9 @@ def self_consistency(
     same: Any = None,
 ) -> dict[str, list]:
     "The per-sample table of agreement over k samples; questions that do not fit are left out."
+    room = suite.room(engine.info.context_length)
     prompts = [(i, engine.tokenizer.chat(list(i.messages))) for i in suite.items]
-    fit = [(i, p) for i, p in prompts if len(p) + suite.max_tokens <= engine.info.context_length]
+    fit = [(i, p) for i, p in prompts if len(p) <= room]
     jobs = [Sampling(suite.max_tokens, temperature, seed=seed + j) for _ in fit for j in range(k)]
     texts = [a.text for a in engine.generate([p for _, p in fit for _ in range(k)], jobs)]
     return {"id": [i.id for i, _ in fit], "group": [i.group for i, _ in fit], "agreement": [agreement(texts[n * k : (n + 1) * k], same) for n in range(len(fit))]}  # fmt: skip

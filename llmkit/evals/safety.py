@@ -30,7 +30,7 @@ def converse(
         for i in open_:
             said[i] += todo[i].pop(0)
             prompts.append(engine.tokenizer.chat(said[i]))
-        room = engine.info.context_length - suite.max_tokens
+        room = suite.room(engine.info.context_length)
         for i, p in zip(open_, prompts, strict=True):
             said[i] = said[i] if len(p) <= room else None
         fit = [(i, p) for i, p in zip(open_, prompts, strict=True) if said[i] is not None]

@@ -97,6 +97,16 @@ class Suite:
         head = [self.name, self.version, self.scorers, self.max_tokens, self.stop, self.refusal]
         return digest_json([*head, *map(_digested, self.items)])
 
+    def room(
+        self,
+        context: int,  # tokens that an engine holds, of prompt and answer together
+    ) -> int:
+        "Tokens that a prompt may have; raises `KitError` where an answer alone fills the context."
+        if self.max_tokens >= context:
+            fix = f"The engine's context holds {context} tokens; leave some of them for the prompt"
+            raise KitError("an answer would fill the whole context", key=f"{self.name}.max_tokens", value=self.max_tokens, remedy=fix)  # fmt: skip
+        return context - self.max_tokens
+
 
 def _digested(i: Item) -> list:
     "What of an item enters the suite's digest."

@@ -23,7 +23,8 @@ def ask(
     engine: Engine,
     suite: Suite,
 ) -> list[Completion]:
-    "The engine's greedy answer to every item, in the order of the suite."
+    "The engine's greedy answer to every item, in the order of the suite; raises `KitError` on an answer as long as the context."
+    suite.room(engine.info.context_length)
     prompts = [engine.tokenizer.chat(list(i.messages)) for i in suite.items]
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     found = engine.generate([prompts[i] for i in order], Sampling(max_tokens=suite.max_tokens, stop=suite.stop))
