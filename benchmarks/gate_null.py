@@ -19,7 +19,7 @@ from scipy import stats
 from scipy.special import ndtr, ndtri, stdtrit
 
 from llmkit.core.files import write_json
-from llmkit.gate.intervals import _few_counts, bootstrap, clopper_pearson, wilson
+from llmkit.gate.intervals import _few_counts, bootstrap, clopper_pearson, resample_mean, wilson
 from llmkit.gate.paired import holm, mcnemar_better, paired_scores, score, skew_alpha
 from llmkit.gate.plan import pairs_needed, scores_needed
 
@@ -74,9 +74,13 @@ def lower_bounds(sums: np.ndarray, size: int) -> dict[str, np.ndarray]:
     parts = [_lower_bounds(block.T, size) for block in np.array_split(sums, max(1, len(sums) // 500))]
     found = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
     for x, low in zip(sums[:10], found["passes"], strict=False):
-        alone = paired_scores(np.zeros(x.size * size), np.repeat(x / size, size), ALPHA, np.repeat(np.arange(len(x)), size))
-        assert np.isclose(alone.low, low, rtol=1e-6, atol=1e-9), "not the bound of the gate"
+        assert not x.all() or np.isclose(_alone(x, size), low, rtol=1e-6, atol=1e-9), "not the bound of the gate"
     return found
+
+
+def _alone(x: np.ndarray, size: int) -> float:
+    "The gate's lower bound of one evaluation."
+    return paired_scores(np.zeros(x.size * size), np.repeat(x / size, size), ALPHA, np.repeat(np.arange(len(x)), size)).low  # fmt: skip
 
 
 def _lower_bounds(sums: np.ndarray, size: int) -> dict[str, np.ndarray]:
@@ -151,8 +155,36 @@ MEANS = {  # clusters, items in each, direction of the skew, and how they are dr
 def means_at_the_margin(times: int) -> Iterator[dict]:
     "Mean differences at the margin, by the gate's resampling bounds and by others that were not chosen."
     for name, (groups, size, sign, draw) in MEANS.items():
-        sums = draw(np.random.default_rng(0), (times, groups), size, sign) - 0.02 * size
-        yield {"differences": name} | {k: float(np.mean(v > -0.02)) for k, v in lower_bounds(sums, size).items()}
+        margin, rng = 0.0 if draw is _flips else 0.02, np.random.default_rng(0)
+        sums = draw(rng, (times, groups), size, sign) - margin * size
+        found = lower_bounds(sums, size)
+        if draw is _flips:  # clusters without a difference ask for stricter bounds: the gate's own, one by one
+            found["passes"] = np.array([_alone(x, size) for x in sums])
+        yield {"differences": name} | {k: float(np.mean(v > -margin)) for k, v in found.items()}
+
+
+RARE = ("whole scores", "parts of scores", "whole scores, and half as many gains")
+
+
+def _rare(rng: np.random.Generator, n: int, expected: float, kind: str) -> tuple[np.ndarray, float]:
+    "Differences that are mostly zero, with so many losses to be expected among n; and their mean."
+    size = rng.exponential(0.3, n) if kind == RARE[1] else 0.8
+    gains = (rng.random(n) < expected / 2 / n) * 0.8 if kind == RARE[2] else 0.0
+    mean = {RARE[0]: -0.8, RARE[1]: -0.3, RARE[2]: -0.4}[kind] * expected / n
+    return gains - (rng.random(n) < expected / n) * size, mean
+
+
+def rare_losses(times: int) -> Iterator[dict]:
+    "Mean differences at the margin where almost all items agree, by the gate and by resampling alone; a fifth of the evaluations."
+    for n, expected in ((50, 0.5), (50, 2), (400, 1), (400, 4), (400, 16)):
+        for kind in RARE:
+            rng, passes, alone = np.random.default_rng(0), 0, 0
+            for _ in range(times // 5):
+                d, mean = _rare(rng, n, expected, kind)
+                passes += paired_scores(np.full(n, 0.8), 0.8 + d, ALPHA).low > mean
+                alone += not d.any() or resample_mean(d).bounds(ALPHA)[0] > mean
+            row = {"items": n, "losses expected": expected, "of": kind}
+            yield row | {"passes": passes * 5 / times, "resampling alone": alone * 5 / times}
 
 
 def clusters_not_told(times: int) -> Iterator[dict]:
@@ -186,8 +218,8 @@ def intervals_of_rates(times: int) -> Iterator[dict]:
         yield row | {"misses": float(counts[missed].sum() / times), "exact misses": float(counts[off].sum() / times)}
 
 
-PARTS = (at_the_margin, equal_models, equal_scores, means_at_the_margin, clusters_not_told, rates_at_the_limit, superiority_of_equals, holm_over_fair_groups, intervals_of_rates)  # fmt: skip
-ERRORS = {"at_the_margin": ("passes",), "means_at_the_margin": ("passes",), "superiority_of_equals": ("passes",), "rates_at_the_limit": ("pass", "fail")}  # fmt: skip
+PARTS = (at_the_margin, equal_models, equal_scores, means_at_the_margin, rare_losses, clusters_not_told, rates_at_the_limit, superiority_of_equals, holm_over_fair_groups, intervals_of_rates)  # fmt: skip
+ERRORS = {"at_the_margin": ("passes",), "means_at_the_margin": ("passes",), "rare_losses": ("passes",), "superiority_of_equals": ("passes",), "rates_at_the_limit": ("pass", "fail")}  # fmt: skip
 FOR_SHOW = ("bound: wilson", "differences: skewed to losses")  # rows that show what goes wrong
 
 

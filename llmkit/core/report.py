@@ -8,14 +8,14 @@ __all__ = ['Direction', 'SCHEMA', 'Measurement', 'Report', 'write_report', 'read
 # %% ../../nbs/01_core/07_report.ipynb #d14f2561
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from .digests import digest_json
 from .errors import KitError
 from .files import read_json, read_jsonl, write_json, write_jsonl
-from .params import did_you_mean
+from .params import check_section, did_you_mean
 
 # %% ../../nbs/01_core/07_report.ipynb #d0a0c009
 Direction = Literal["higher", "lower", "none"]
@@ -45,6 +45,13 @@ class Measurement:
                 raise KitError(f"{name} is not finite", key=self.metric, value=v, remedy=fix)
         if self.n < 0:
             raise KitError("n is negative", key=self.metric, value=self.n)
+        if not 0 < self.level < 1:
+            raise KitError("a confidence level lies between 0 and 1", key=self.metric, value=self.level)
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise KitError("the interval's ends are exchanged", key=self.metric, value=(self.low, self.high))
+        if self.direction not in get_args(Direction):
+            known = did_you_mean(self.direction, get_args(Direction))
+            raise KitError("unknown direction", key=self.metric, value=self.direction, remedy=known)
 
 # %% ../../nbs/01_core/07_report.ipynb #7d2559a2
 @dataclass(frozen=True)
@@ -111,21 +118,40 @@ def write_report(
     return write_json(folder / "report.json", {"schema": SCHEMA, **body})
 
 
+_FILE = {"schema": str, "subject": str, "digest": str, "suite": str, "context": dict[str, Any], "measurements": list[dict[str, Any]], "tables": dict[str, list[str]]}  # fmt: skip
+
+
 def read_report(folder: str | Path) -> Report:
-    "Read a report; raises `KitError` when it is missing or of another schema."
-    folder = Path(folder)
-    r = read_json(folder / "report.json")
-    if r.get("schema") != SCHEMA:
-        raise KitError("unknown report schema", file=folder / "report.json", key="schema", value=r.get("schema"))
+    "Read a report; raises `KitError` when it is missing, of another schema, or damaged, with the file and the key."
+    folder, file = Path(folder), Path(folder) / "report.json"
+    r = read_json(file)
+    if not isinstance(r, dict) or r.get("schema") != SCHEMA:
+        found = r.get("schema") if isinstance(r, dict) else type(r).__name__
+        raise KitError("unknown report schema", file=file, key="schema", value=found)
+    r = check_section(r, _FILE, file=file)
     samples = {t: _columns(folder / "samples" / f"{t}.jsonl", cols) for t, cols in r["tables"].items()}
-    measured = tuple(Measurement(**m) for m in r["measurements"])
-    return Report(r["subject"], r["digest"], r["suite"], measured, samples, r["context"])
+    try:
+        measured = tuple(Measurement(**check_section(_whole(m), _FIELDS, f"measurements[{i}]", file)) for i, m in enumerate(r["measurements"]))  # fmt: skip
+        return Report(r["subject"], r["digest"], r["suite"], measured, samples, r["context"])
+    except KitError as e:
+        e.file = e.file or file
+        raise
+
+
+_FIELDS = get_type_hints(Measurement)
+
+
+def _whole(m: Mapping[str, Any]) -> dict[str, Any]:
+    "A measurement's keys with the defaults of those that were not written."
+    return {f.name: f.default for f in fields(Measurement) if f.default is not MISSING} | dict(m)
 
 
 def _columns(path: Path, cols: list[str]) -> dict[str, list]:
     "A JSON Lines file as columns."
     table: dict[str, list] = {c: [] for c in cols}
-    for row in read_jsonl(path):
+    for number, row in enumerate(read_jsonl(path), 1):
+        if gone := [c for c in cols if c not in row]:
+            raise KitError("a column is missing", file=path, key=f"line {number}.{gone[0]}", remedy="Measure again")
         for c in cols:
             table[c].append(row[c])
     return table

@@ -41,12 +41,16 @@ def find(
         known = {x.metric for x in reports[subject].measurements if x.slice == slice}
         where = "" if slice == "all" else f" on {slice}"
         raise Unmeasured(f"{subject} has no {metric}{where}", remedy=did_you_mean(metric, known))
+    if m.n < 1:
+        raise Unmeasured(f"{metric} of {subject} rests on no item", remedy="Measure it on some")
     return m
 
 # %% ../../nbs/02_gate/06_judge.ipynb #5428be9b
 def _judge_limit(r: Rule, reports: Mapping[str, Report]) -> RuleResult:
     "A value, or its bounds, against a limit."
     m = find(reports, r.on, r.metric, r.slice)
+    if r.bound in ("clopper_pearson", "wilson"):
+        _evidence(reports[r.on], m)
     low, high, how = _bounds(r, m)
     holds, broken = (low >= r.limit, high < r.limit) if r.test == "min" else (high <= r.limit, low > r.limit)
     outcome = "pass" if holds else "fail" if broken else "inconclusive"
@@ -55,6 +59,19 @@ def _judge_limit(r: Rule, reports: Mapping[str, Report]) -> RuleResult:
     bounds = (low, high) if r.bound else (None, None)
     needs = _limit_needs(r, m) if outcome == "inconclusive" else None
     return _result(r, outcome, text, m.value, *bounds, r.limit, m.n, needs)
+
+
+def _evidence(report: Report, m: Measurement) -> None:
+    "Refuse a rate that its own per-sample values contradict."
+    if not m.samples:
+        return
+    table, (key, _, want) = report.samples[m.samples.partition("/")[0]], m.slice.partition("=")
+    values = report.column(m.samples)
+    if key in table:
+        values = [v for v, k in zip(values, table[key], strict=True) if str(k) == want]
+    if len(values) == m.n and not np.isclose(np.mean(np.asarray(values, float)), m.value, rtol=1e-6, atol=1e-9):
+        found = float(np.mean(np.asarray(values, float)))
+        raise KitError(f"the values behind {report.subject} {m.metric} average to {found:.6g}, not {m.value:.6g}", remedy="Measure again: one of the two was changed")  # fmt: skip
 
 
 def _limit_needs(r: Rule, m: Measurement) -> int | None:
@@ -74,6 +91,9 @@ def _bounds(r: Rule, m: Measurement) -> tuple[float, float, str]:
     if r.bound == "interval":
         if m.low is None or m.high is None:
             raise KitError(f"{r.on} {r.metric} has no interval", remedy="Choose another bound, or enlarge the sample")
+        if (1 - m.level) / 2 > r.alpha + 1e-9:
+            fix = f"Measure it at {1 - 2 * r.alpha:.4g} at least, or raise the rule's alpha to {(1 - m.level) / 2:.4g}"
+            raise KitError(f"the interval of {r.on} {r.metric} is too narrow for alpha {r.alpha:g}: its level is {m.level:g}", remedy=fix)  # fmt: skip
         return m.low, m.high, f" ({m.low:.4g} to {m.high:.4g}, {m.level:.0%}, {m.method}, n = {m.n})"
     k = successes(m)
     f = {"clopper_pearson": clopper_pearson, "wilson": wilson}[r.bound]
@@ -117,6 +137,10 @@ def _judge_ratio(r: Rule, reports: Mapping[str, Report]) -> RuleResult:
     "A value against a multiple of another subject's."
     m, ref = (find(reports, s, r.metric, r.slice) for s in (r.on, r.against))
     _same_suite(reports, r)
+    if m.direction == "higher":
+        raise KitError(
+            f"{r.metric} is better high, and max_ratio limits what is better low", remedy="Use noninferiority, or min"
+        )
     ends = [m.value, m.value, ref.value, ref.value]
     if r.bound:
         ends = [m.low, m.high, ref.low, ref.high]
@@ -126,17 +150,20 @@ def _judge_ratio(r: Rule, reports: Mapping[str, Report]) -> RuleResult:
         raise KitError(f"a ratio of {r.metric} needs values above zero", value=min(ends))
     low, high = ends[0] / ends[3], ends[1] / ends[2]
     outcome = "pass" if high <= r.limit else "fail" if low > r.limit else "inconclusive"
-    text = f"{r.on} {r.metric}{_where(r)} is {m.value / ref.value:.4g} times that of {r.against} ({_num(m.value, m.unit)} to {_num(ref.value, ref.unit)}): at most {r.limit:g} is asked"
+    text = f"{r.on} {r.metric}{_where(r)} is {m.value / ref.value:.4g} times that of {r.against} ({_num(m.value, m.unit)} against {_num(ref.value, ref.unit)}): at most {r.limit:g} is asked"
     bounds = (low, high) if r.bound else (None, None)
     return _result(r, outcome, text, m.value / ref.value, *bounds, r.limit, min(m.n, ref.n))
 
 
 def _same_suite(reports: Mapping[str, Report], r: Rule) -> None:
-    "Numbers of two suites cannot be compared."
-    a, b = reports[r.on].suite, reports[r.against].suite
-    if a != b:
-        fix = f"Measure {r.against} again, on {a}"
-        raise KitError(f"{r.on} was measured by {a} and {r.against} by {b}", remedy=fix)
+    "Numbers of two suites cannot be compared, nor those of two suites under one name."
+    a, b = reports[r.on], reports[r.against]
+    fix = f"Measure {r.against} again, on {a.suite}"
+    if a.suite != b.suite:
+        raise KitError(f"{r.on} was measured by {a.suite} and {r.against} by {b.suite}", remedy=fix)
+    ours, theirs = (x.context.get("suite_digest") for x in (a, b))
+    if ours and theirs and ours != theirs:
+        raise KitError(f"{r.on} and {r.against} were measured by two suites that are both called {a.suite}", remedy=fix)
 
 # %% ../../nbs/02_gate/06_judge.ipynb #1efa9878
 def paired_values(
@@ -169,6 +196,8 @@ def compare(
     _same_suite(reports, r)
     if m.direction == "none":
         raise KitError(f"{r.metric} is neither better high nor low", remedy="Use min, max or max_ratio")
+    if m.direction != ref.direction:
+        raise KitError(f"{r.metric} is better {m.direction} in {r.on} and better {ref.direction} in {r.against}", remedy="Measure both with one version")  # fmt: skip
     new, old = paired_values(reports[r.on], m, r.cluster), paired_values(reports[r.against], ref, r.cluster)
     if new.keys() != old.keys():
         raise KitError(f"cannot be paired: {len(new.keys() ^ old.keys())} ids stand in only one of the two reports")
@@ -240,12 +269,9 @@ def _slices(r: Rule, reports: Mapping[str, Report]) -> list[Rule]:
     "The rule on each slice that it stands for."
     if not r.slice.endswith("=*"):
         return [r]
-    report = reports.get(r.on)
-    found = (
-        [m.slice for m in report.measurements if m.metric == r.metric and m.slice.startswith(r.slice[:-1])]
-        if report
-        else []
-    )
+    both = [reports[s] for s in (r.on, r.against) if s in reports]
+    seen = [m.slice for x in both for m in x.measurements if m.metric == r.metric and m.slice.startswith(r.slice[:-1])]
+    found = list(dict.fromkeys(seen))  # a slice that only one of the two has is judged, and fails as unmeasured
     if not found:
         raise Unmeasured(f"{r.on} has no {r.metric} on any {r.slice}")
     return [replace(r, slice=s) for s in found]

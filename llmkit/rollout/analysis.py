@@ -143,6 +143,8 @@ def _freshness(policy: RolloutPolicy, w: Window, arms: list[str], now: float) ->
         return RuleResult(rule, policy.validity.on_no_data, text, "telemetry", "traffic")
     if stale:
         text = f"no request of {', '.join(stale)} for {age[stale[0]]:.0f} s while others have some: the telemetry is stale"  # fmt: skip
+        if len(w.units) < 10:
+            text += f". Only {len(w.units)} unit(s) were seen, and a unit never changes sides: send `user` or an x-session-id"
         return RuleResult(rule, "error", text, "telemetry", "traffic")
     return RuleResult(rule, "pass", f"every arm was heard of in the last {max(0.0, *age.values()):.0f} s", "telemetry", "traffic")  # fmt: skip
 

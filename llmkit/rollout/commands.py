@@ -108,6 +108,9 @@ def _held(found: list[Version], model: str, name: str) -> Version:
 
 def _first(new: Version, old: Version | None, first: bool, registry: Registry) -> int:
     "Put the first release of a model in service."
+    if old is not None and old.release == new.release:
+        print(f"{new.model} version {new.version} is the champion already: release {short(new.release)}")
+        return 0
     if old is not None:
         raise KitError("there is a champion already", key=new.model, value=short(old.release), remedy="Leave out --first")  # fmt: skip
     if not first:

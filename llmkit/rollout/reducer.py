@@ -125,6 +125,8 @@ def _command(policy: RolloutPolicy, s: RolloutState, e: Event, ev: Evidence) -> 
         return replace(s, phase="Paused", paused_by="person", reason=because), ()
     if kind == "resume":
         if s.paused_by == "step":
+            if s.step + 1 == len(policy.steps):  # into a promotion
+                return _by_hand(policy, s, e, ev)
             return _enter(policy, s, s.step + 1, e, s.verdict)
         return replace(s, phase="Progressing", paused_by="", deadline_from=e["time"], reason=because), ()
     if kind == "promote":

@@ -106,17 +106,25 @@ _NEEDED = {
     "shadow": ("id", "result", "latency", "agreement", "exact", "label_same"),
 }
 _NUMBERS = ("time", "latency", "ttft", "cost", "completion_tokens", "prompt_tokens", "rating", "agreement", "code")
+_YES_NO = ("fallback", "refused", "exact", "label_same", "success")
+_WORDS = ("variant", "release", "unit", "status", "result")
 
 
 def readable(e: Any) -> bool:
     "Whether an event has what a window reads: what has not is refused before it gets into the log."
-    needs = _NEEDED.get(e.get("kind")) if isinstance(e, Mapping) else None
+    if not isinstance(e, Mapping) or not isinstance(e.get("kind"), str) or not isinstance(e.get("id"), str):
+        return False
+    needs = _NEEDED.get(e["kind"])
     if needs is None or e.get("time") is None or any(k not in e for k in needs):
         return False
+    if any(e.get(k) not in (None, True, False) for k in _YES_NO) or not all(isinstance(e.get(k), str | None) for k in _WORDS):  # fmt: skip
+        return False
     numbers = [e[k] for k in _NUMBERS if e.get(k) is not None]
-    fits = all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers) and isinstance(e["id"], str)
+    fits = (
+        all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers) and 0 <= (e.get("agreement") or 0) <= 1
+    )
     if e["kind"] == "request":
-        return fits and None not in (e["code"], e["prompt_tokens"], e["variant"]) and isinstance(e["unit"], str | None)
+        return fits and None not in (e["code"], e["prompt_tokens"], e["variant"])
     return fits and (e["kind"] != "shadow" or e["result"] in ("ok", "failed", "dropped"))
 
 # %% ../../nbs/09_rollout/05_window.ipynb #e1320acf
