@@ -87,6 +87,8 @@ def _contradiction(r: Rule) -> str | None:
         "a lead is zero or more": r.test == "superiority" and not r.limit >= 0,
         f"{r.test} has its own bounds: leave 'bound' out": paired and r.bound,
         "a ratio is bounded by 'interval' or not at all": r.test == "max_ratio" and rate,
+        "the lowest of several groups is no single rate, and chance alone fails it: use 'bound: interval', or the metric on 'group=*' with 'adjust: holm'": rate
+        and r.metric.startswith("worst_"),
         "a rate lies between 0 and 1": rate and not 0 <= r.limit <= 1,
         "alpha lies between 0 and 0.5": not 0 < r.alpha <= 0.5,
         "min_n is at least 1": r.min_n < 1,

@@ -93,6 +93,8 @@ def plan_rule(
         return _pairs_for(r, discordance, lead, power, reports or {})
     if r.bound is None:
         return None, "no sampling error is counted"
+    if r.test == "max_ratio":
+        return None, "a ratio of two measurements is not planned"
     value = r.limit + lead if r.test == "min" else r.limit - lead
     if r.bound == "interval":
         return _spread_needed(r, lead, power, reports or {}), f"a true value of {value:.4g}"

@@ -100,7 +100,7 @@ def engine(fault=lambda prompt: False):
 
 
 RULES = [
-    {"metric": "worst_group_accuracy", "on": "fairness_engine", "min": 0.75, "bound": "wilson"},
+    {"metric": "worst_group_accuracy", "on": "fairness_engine", "min": 0.75, "bound": "interval"},
     {"metric": "accuracy_gap", "on": "fairness_engine", "max": 0.25, "bound": "interval"},
     {"metric": "groups_worse", "on": "fairness_engine", "max": 0},
     {"metric": "groups_unjudged", "on": "fairness_engine", "max": 0},

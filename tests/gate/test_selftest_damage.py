@@ -70,7 +70,7 @@ def reports():
 RULES = {
     "wrong labels": {"metric": "accuracy", "min": 0.85, "bound": "wilson"},
     "nothing learnt": {"metric": "accuracy", "superiority": 0.0, "against": "base"},
-    "biased group": {"metric": "worst_group_accuracy", "min": 0.8, "bound": "wilson"},
+    "biased group": {"metric": "worst_group_accuracy", "min": 0.8, "bound": "interval"},
     "miscalibrated head": {"metric": "ece_debiased", "max": 0.1, "bound": "interval"},
     "slow engine": {"metric": "latency_p95", "on": "speed_engine", "max": 2.0},
     "leaked canary": {"metric": "canary_leak_rate", "on": "safety", "max": 0.02, "bound": "clopper_pearson"},
