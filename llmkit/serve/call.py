@@ -140,6 +140,11 @@ class Call:
     user: str | None = None
     group: str = ""  # of the person, as the client says in `metadata`: for the log, never for the answer
 
+    @property
+    def choices(self) -> int:
+        "How many answers it asks for, all prompts together."
+        return self.n * max(1, len(self.prompts))
+
     def texts(self) -> list[str]:
         "All text in it, for guards."
         return [m["content"] for m in self.messages] + [p for p in self.prompts if isinstance(p, str)]

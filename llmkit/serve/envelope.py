@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ..core.errors import KitError
+from .wire import ApiError, read_body
 
 # %% ../../nbs/08_serve/21_envelope.ipynb #a8d209a9
 TYPES = {"llmkit.chat.request": "chat", "llmkit.completion.request": "completion"}
@@ -34,10 +35,10 @@ def read_event(
 ) -> Question:
     "A checked event; raises `KitError`."
     try:
-        got = json.loads(text)
-    except ValueError as e:
-        raise KitError(f"not JSON: {e}", key="event") from e
-    if not isinstance(got, dict) or got.get("specversion") != "1.0":
+        got = read_body(text.encode(errors="surrogatepass"))
+    except ApiError as e:
+        raise KitError(f"not JSON: {e.__cause__}" if e.__cause__ else "is no object", key="event") from e
+    if got.get("specversion") != "1.0":
         raise KitError("is no CloudEvent", key="specversion", remedy='An event is an object with "specversion": "1.0"')
     for key in ("id", "source", "type"):
         if not isinstance(got.get(key), str) or not got[key]:
@@ -78,6 +79,6 @@ def dead_event(
         question = read_event(raw)
         id, asked = question.id, question.event
     except KitError:
-        id, asked = f"sha256:{hashlib.sha256(raw.encode()).hexdigest()}", {}
+        id, asked = f"sha256:{hashlib.sha256(raw.encode(errors='surrogatepass')).hexdigest()}", {}
     said = {"reason": reason, "attempts": attempts, "event": raw}
     return _made(id, model, "llmkit.dead", said, asked)

@@ -331,7 +331,7 @@ async def pieces(self: Exchange) -> AsyncIterator[Piece]:
                 self.confidence.add(p)
             if (shown := self._guarded(p)) is not None:
                 yield shown
-            if len(self.guards) == self._choices and all(g.blocked for g in self.guards.values()):
+            if len(self.guards) == self.call.choices and all(g.blocked for g in self.guards.values()):
                 self.answer.cancel()
                 break
         self.reply.usage = self.answer.usage
@@ -356,7 +356,6 @@ def _guarded(self: Exchange, p: Piece) -> Piece | None:
 
 
 Exchange.pieces, Exchange._guarded = pieces, _guarded
-Exchange._choices = property(lambda self: self.call.n * max(1, len(self.call.prompts)))
 
 # %% ../../nbs/08_serve/11_gateway.ipynb #25a1b42b
 async def whole(self: Exchange) -> dict[str, Any]:

@@ -117,7 +117,8 @@ def open_backend(
 ) -> Backend:
     "Verify and load a target; raises `KitError`."
     if target.where.startswith(("http://", "https://")):
-        return UpstreamBackend(target.where, upstream_model, release=target.release, max_output=max_output)
+        more = {"release": target.release, "max_output": max_output, "connections": slots + queue}
+        return UpstreamBackend(target.where, upstream_model, **more)
     test: dict[str, Any] = {}
     if target.bundle:
         said = read_json(verify_bundle(target.where, target.bundle) / "bundle.json")["self_test"]

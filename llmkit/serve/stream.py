@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from ..core.errors import KitError
 from ..core.plugins import need
 from ..core.settings import load_settings
-from .batch import answer_one
+from .batch import Places, answer_one, queue_for
 from .envelope import answer_event, dead_event, read_event
 from .gateway import Gateway
 from .server import open_backend, resolve
@@ -86,9 +86,10 @@ class Worker:
         sink: Sink,  # of answers
         dead: Sink,  # of what cannot be answered
         attempts: int = 3,  # tries of an event
+        together: int = 16,  # answers that are under way at once
     ):
         self.gateway, self.source, self.sink, self.dead, self.attempts = gateway, source, sink, dead, attempts
-        self.counts, self.metrics = Counts(), StreamMetrics(gateway)
+        self.counts, self.metrics, self.places = Counts(), StreamMetrics(gateway), Places(together)
 
     async def handle(self, d: Delivery) -> None:
         "Answer one event, write, settle; or bury it, or give it back."
@@ -102,7 +103,7 @@ class Worker:
             return await self._bury(
                 d, "was given out and never settled: whoever read it did not survive it", d.attempts - 1
             )
-        status, body = await answer_one(self.gateway, q.kind, {**q.body, "stream": False})
+        status, body = await answer_one(self.gateway, q.kind, {**q.body, "stream": False}, self.places)
         if status == 200:
             new = await self.sink.put(answer_event(q, self.gateway.model, body))
             return await self._settle(d, "answered" if new else "duplicates")
@@ -260,11 +261,12 @@ def stream_run(
 
     async def work() -> Counts:
         source_, sink, dead = await open_ends(source, out, group, patience, remember * 3600, once)
-        gateway = Gateway(found.model, {"baseline": open_backend(found, slots=slots, queue=4 * slots)}, timeout=None)
+        backend = open_backend(found, slots=slots, queue=queue_for(slots))
+        gateway = Gateway(found.model, {"baseline": backend}, timeout=None)
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
         for s in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(s, stop.set)
-        worker = Worker(gateway, source_, sink, dead, attempts)
+        worker = Worker(gateway, source_, sink, dead, attempts, run["together"])
         if metrics >= 0:
             _offer(gateway, metrics)
         try:
