@@ -58,7 +58,8 @@ async def connect(
     "A client that waits for a server that restarts; raises `KitError` when there is none at first."
     redis, backoff, retry = need("redis.asyncio"), need("redis.backoff"), need("redis.asyncio.retry")
     errors = need("redis.exceptions")
-    how = {"decode_responses": True, "socket_timeout": 15.0, "socket_connect_timeout": 5.0}
+    how = {"decode_responses": True, "encoding_errors": "replace"}  # one event that is no UTF-8 stops nobody
+    how |= {"socket_timeout": 15.0, "socket_connect_timeout": 5.0}
     how["password"] = os.environ.get("LLMKIT_REDIS_PASSWORD") or None
     how["retry"] = retry.Retry(backoff.ConstantBackoff(0.5), max(1, round(wait / 0.5)))
     how["retry_on_error"] = [errors.ConnectionError, errors.TimeoutError]

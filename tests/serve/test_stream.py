@@ -222,3 +222,11 @@ def test_a_line_that_kills_its_readers_becomes_a_dead_letter(tmp_path, consumer)
     ids = [json.loads(x)["id"] for x in (tmp_path / "out/answers.ndjson").read_text().splitlines()]
     (dead,) = [json.loads(x) for x in (tmp_path / "out/dead.ndjson").read_text().splitlines()]
     assert sorted(ids) == sorted(expected([0, 2])) and dead["id"] == "/t#e1" and dead["data"]["attempts"] == 2
+
+
+def test_redis_an_event_that_is_no_utf8_becomes_a_dead_letter(redis_server, consumer):
+    r = redis_server
+    for raw in (b"caf\xe9", event(1).encode()):
+        r.client.xadd("q", {"event": raw})
+    _, err = (p := consumer(r.at("q"), r.at("a"), "--once")).communicate(timeout=PATIENCE)
+    assert p.returncode == 0 and set(r.ids("a")) == expected([1]) and len(r.ids("a.dead")) == 1, err
