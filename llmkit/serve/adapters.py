@@ -60,18 +60,24 @@ class Adapters:
                 await backend.check()
             except KitError as e:
                 raise ApiError(400, f"Cannot be served: {e.problem}", param="lora_path", code="invalid_adapter") from e
+            except OSError as e:
+                raise ApiError(400, "Cannot be read", param="lora_path", code="invalid_adapter") from e
             self.gateway.set_variant(full, backend)
             self.gateway.adapters.add(full)
         return full
 
     def _digest(self, path: str) -> str:
-        "The digest of a delta; raises `ApiError` when there is none at that path."
+        "The digest of a delta; raises `ApiError` when there is none at that path, or none that may be read."
+        told = "There is no delta at this path that the server can read"
+        missing = ApiError(404, told, param="lora_path", code="adapter_not_found")
         try:
             if Path(path).is_dir() and kind_of(path) == "delta":
                 return open_artifact(path, "delta", verify=False).digest
         except KitError as e:
             raise ApiError(400, f"Cannot be read: {e.problem}", param="lora_path", code="invalid_adapter") from e
-        raise ApiError(404, "There is no delta at this path", param="lora_path", code="adapter_not_found")
+        except OSError as e:  # a name that is too long, a folder that may not be entered
+            raise missing from e
+        raise missing
 
     async def unload(self, name: str, timeout: float | None = 300.0) -> str:
         "Take a delta away when its requests are answered; raises `ApiError`."
