@@ -9,7 +9,7 @@ __all__ = ['SCHEMA', 'refill', 'wait_for', 'duration', 'Price', 'Reservation', '
 # %% ../../nbs/08_serve/08_limits.ipynb #5466f7f8
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,10 +113,10 @@ def reserve(
         levels = {kind: _level(db, account.name, kind, cap, now) for kind, cap, _ in needs if cap is not None}
         for kind, cap, need in needs:
             if cap is not None and levels[kind] < need:
-                raise _limited(kind, cap, need, levels)
+                raise _limited(kind, cap, need, account, levels)
         if account.budget is not None and _spent(db, account.name) + cost > account.budget:
-            told = "The budget of this account is used up, or too small for this request"
-            raise ApiError(429, told, type="insufficient_quota", code="insufficient_quota")
+            told, headers = "The budget of this account is used up, or too small for this request", _headers(account, levels)  # fmt: skip
+            raise ApiError(429, told, type="insufficient_quota", code="insufficient_quota", headers=headers)
         for kind, cap, need in needs:
             if cap is not None:
                 levels[kind] -= need
@@ -125,22 +125,24 @@ def reserve(
     return Reservation(account, tokens, cost or 0.0, _headers(account, levels))
 
 
-def _limited(kind: str, cap: float, need: float, levels: dict[str, float]) -> "RateLimited":
+def _limited(kind: str, cap: float, need: float, account: Account, levels: dict[str, float]) -> "RateLimited":
     "The refusal."
-    after = wait_for(levels[kind], need, cap)
+    after, headers = wait_for(levels[kind], need, cap), _headers(account, levels)
     if math.isinf(after):
         told = f"The request needs {need} {kind}, and the limit is {cap} per minute: ask for fewer with 'max_tokens'"
-        return RateLimited(kind, told, None)
-    return RateLimited(kind, f"Limit of {cap} {kind} per minute reached: try again in {duration(after)}", after)
+        return RateLimited(kind, told, None, headers)
+    return RateLimited(
+        kind, f"Limit of {cap} {kind} per minute reached: try again in {duration(after)}", after, headers
+    )
 
 
 class RateLimited(ApiError):
     "A 429; `kind` says which limit."
 
-    def __init__(self, kind: str, message: str, after: float | None):
+    def __init__(self, kind: str, message: str, after: float | None, headers: Mapping[str, str]):
         self.kind = kind
-        headers = {} if after is None else {"retry-after": str(max(1, math.ceil(after)))}
-        super().__init__(429, message, type=kind, code="rate_limit_exceeded", headers=headers)
+        wait = {} if after is None else {"retry-after": str(max(1, math.ceil(after)))}
+        super().__init__(429, message, type=kind, code="rate_limit_exceeded", headers={**headers, **wait})
 
 
 def _put(db, account: str, kind: str, level: float, now: float) -> None:
