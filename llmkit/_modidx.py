@@ -2732,6 +2732,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'llmkit.serve.keys.Keys.create': ('08_serve/keys.html#keys.create', 'llmkit/serve/keys.py'),
                                    'llmkit.serve.keys.Keys.find': ('08_serve/keys.html#keys.find', 'llmkit/serve/keys.py'),
                                    'llmkit.serve.keys.Keys.get': ('08_serve/keys.html#keys.get', 'llmkit/serve/keys.py'),
+                                   'llmkit.serve.keys.Keys.some': ('08_serve/keys.html#keys.some', 'llmkit/serve/keys.py'),
                                    'llmkit.serve.keys._digest': ('08_serve/keys.html#_digest', 'llmkit/serve/keys.py'),
                                    'llmkit.serve.keys._key': ('08_serve/keys.html#_key', 'llmkit/serve/keys.py'),
                                    'llmkit.serve.keys._spelt': ('08_serve/keys.html#_spelt', 'llmkit/serve/keys.py'),

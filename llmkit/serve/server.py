@@ -136,13 +136,13 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def open_keys(
     path: str | Path,  # the database
     host: str,  # where the server listens
-    mode: str = "auto",  # "required", "off", or "auto": off only on this machine and while there is no key
+    mode: str = "auto",  # "required", "off", or "auto": off only on this machine and while no key was ever made
 ) -> Keys | None:
     "The keys to ask for, or None; raises `KitError` when a server without keys could be reached by others."
     if mode not in ("auto", "required", "off"):
         raise KitError("no such mode", key="keys", value=mode, remedy="One of auto, required, off")
     keys = Keys(path)
-    some = bool(keys.find("revoked IS NULL"))
+    some = keys.some()
     fix = "Make one with `llmkit keys create NAME`, or listen on 127.0.0.1"
     if mode == "off" or (mode == "auto" and not some):
         if host not in LOOPBACK:
@@ -269,7 +269,8 @@ def set_up(
         raise KitError("give both prices or none", key="price", value=(price_prompt, price_completion))
     price = None if price_prompt < 0 else Price(price_prompt, price_completion)
     path = conf.get("serve_db", DATABASE)
-    asked = open_keys(path, host, keys)
+    asked = open_keys(path, host, keys) or (Keys(path, optional=True) if keys == "auto" else None)
+    said = "off" if asked is None else "off until there is one" if asked.optional else "required"
     events = Events(events_file(conf))
     options = {"slots": slots, "queue": queue, "max_output": max_output, "context": context}
     shares = read_shares(policy)
@@ -287,7 +288,7 @@ def set_up(
         sampler=sampler,
     )
     measure(gateway, conf)
-    about = f"{found.note}, release {short(found.release) or 'unknown'}, keys {'required' if asked else 'off'}"
+    about = f"{found.note}, release {short(found.release) or 'unknown'}, keys {said}"
 
     def forget() -> None:
         "Delete what is older than it may get."

@@ -1,11 +1,18 @@
 "Values at the edge of what is allowed, asked of a real server."
 
+from pathlib import Path
+
 import httpx
 import pytest
-from serve_server import PATIENCE
+from serve_server import PATIENCE, serving
 
+import llmkit.serve.server as server
 from llmkit.runtime.dummy import DummyEngine
 from llmkit.runtime.sampling import Sampling
+from llmkit.serve.adapters import Adapters
+from llmkit.serve.backend import EngineBackend
+from llmkit.serve.keys import Keys
+from llmkit.serve.limits import Limits
 
 ASK = {"model": "bank", "prompt": "count", "max_tokens": 12, "temperature": 0}
 COLD = [5e-324, 1e-300, 1e-17, 9e-7]
@@ -13,6 +20,16 @@ COLD = [5e-324, 1e-300, 1e-17, 9e-7]
 
 def post(url, path="completions", **more):
     return httpx.post(f"{url}/v1/{path}", json={**ASK, **more}, timeout=PATIENCE)
+
+
+@pytest.fixture
+def set_up(tmp_path, monkeypatch):
+    "As `llmkit serve` does, on a dummy."
+    monkeypatch.chdir(tmp_path)
+    Path("settings.ini").write_text("[DEFAULT]\n")
+    monkeypatch.setattr(server, "resolve", lambda *a: server.Target("bank", "here"))
+    monkeypatch.setattr(server, "open_backend", lambda found, **how: EngineBackend(DummyEngine(), **how))
+    return server.set_up
 
 
 @pytest.mark.parametrize("more", [{}, {"top_p": 0.9}, {"top_k": 3}])
@@ -26,3 +43,53 @@ def test_a_temperature_near_zero_is_greedy(dummy, more):
         r = post(url, temperature=t, **more)
         assert r.status_code == 200 and r.json()["choices"][0]["text"] == want
     assert gateway.baseline.stats()["failed_steps"] == 0, "nobody else in the batch was touched"
+
+
+def test_a_path_that_is_too_long_is_no_adapter(make_gateway, tmp_path):
+    gateway = make_gateway()
+    with serving(gateway, adapters=Adapters(gateway, tmp_path)) as url:
+        for path in ("x" * 300, "y" * 4000, "a\0b"):
+            body = {"lora_name": "tone", "lora_path": path}
+            r = httpx.post(f"{url}/v1/load_lora_adapter", json=body, timeout=PATIENCE)
+            assert r.status_code == 404 and "no delta at this path" in r.json()["error"]["message"]
+
+
+def test_a_folder_that_may_not_be_entered_is_no_adapter(make_gateway, tmp_path, monkeypatch):
+    def refuse(path):  # root may enter every folder
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("llmkit.serve.adapters.kind_of", refuse)
+    gateway = make_gateway()
+    with serving(gateway, adapters=Adapters(gateway, tmp_path)) as url:
+        body = {"lora_name": "tone", "lora_path": str(tmp_path)}
+        assert httpx.post(f"{url}/v1/load_lora_adapter", json=body, timeout=PATIENCE).status_code == 404
+
+
+def test_the_first_key_closes_the_door_for_good(set_up):
+    setup = set_up()
+    assert "keys off until there is one" in setup.about
+    with serving(setup.gateway) as url:
+        assert post(url).status_code == 200
+        text, key = Keys(".llmkit/serve.db").create("team")
+        assert post(url).status_code == 401, "at the next request, without a restart"
+        ask = {"authorization": f"Bearer {text}"}
+        assert httpx.post(f"{url}/v1/completions", json=ASK, headers=ask, timeout=PATIENCE).status_code == 200
+        Keys(".llmkit/serve.db").revoke(key.prefix)
+        assert post(url).status_code == 401
+    again = set_up()
+    assert "keys required" in again.about
+    with serving(again.gateway) as url:
+        assert post(url).status_code == 401, "a revoked key is no open door after a restart either"
+
+
+def test_a_429_says_what_is_left(make_gateway, tmp_path):
+    keys = Keys(tmp_path / "serve.db")
+    text, _ = keys.create("team")
+    keys.allow("team", rpm=1, tpm=1000)
+    with serving(make_gateway(keys=keys, limits=Limits(tmp_path / "serve.db"))) as url:
+        ask = {"authorization": f"Bearer {text}"}
+        got = [httpx.post(f"{url}/v1/completions", json=ASK, headers=ask, timeout=PATIENCE) for _ in range(2)]
+    h = got[1].headers
+    assert [r.status_code for r in got] == [200, 429] and int(h["retry-after"]) >= 1
+    assert (h["x-ratelimit-limit-requests"], h["x-ratelimit-remaining-requests"]) == ("1", "0")
+    assert h["x-ratelimit-limit-tokens"] == "1000" and h["x-ratelimit-reset-tokens"]
