@@ -2699,8 +2699,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'llmkit/serve/guards.py'),
                                      'llmkit.serve.guards.OutputGuard._findings': ( '08_serve/guards.html#outputguard._findings',
                                                                                     'llmkit/serve/guards.py'),
-                                     'llmkit.serve.guards.OutputGuard._pass': ( '08_serve/guards.html#outputguard._pass',
-                                                                                'llmkit/serve/guards.py'),
                                      'llmkit.serve.guards.OutputGuard.add': ( '08_serve/guards.html#outputguard.add',
                                                                               'llmkit/serve/guards.py'),
                                      'llmkit.serve.guards.OutputGuard.flush': ( '08_serve/guards.html#outputguard.flush',

@@ -213,6 +213,7 @@ class Exchange:
         "To the log, the metrics and the router."
         g = self.gateway
         for guard in self.guards.values():
+            guard.flush()  # of an answer that was broken off, what came is counted too
             self.found.update(guard.found)
         for (guard, entity, action), n in self.found.items():
             g.metrics.guard.labels(guard, entity, action).inc(n)

@@ -41,10 +41,9 @@ class GuardPolicy:
             if (got := getattr(self, f.name)) not in ACTIONS[f.name]:
                 raise KitError("no such action", key=f.name, value=got, remedy=f"One of {', '.join(ACTIONS[f.name])}")
 
-    @property
-    def rewrites(self) -> bool:
-        "Whether an answer may be changed, so that text must be held back."
-        return bool({self.output_pii, self.output_canary} & {"mask", "block"})
+    def rewrites(self, canaries: Sequence[str] = ()) -> bool:
+        "Whether an answer may be changed, so that text must be held back; without a canary none can be found."
+        return bool({self.output_pii, self.output_canary if any(canaries) else "off"} & {"mask", "block"})
 
 
 def read_policy(
@@ -123,27 +122,25 @@ class OutputGuard:
         self.canaries = tuple(c.lower() for c in canaries if c)
         self._canary = re.compile("|".join(map(re.escape, self.canaries)), re.IGNORECASE) if self.canaries else None
         self._text, self._seen = "", 0  # what is held, after `_seen` characters of context
+        self._rewrites = policy.rewrites(self.canaries)
 
     def add(self, text: str) -> str:
         "What may be shown now."
         if self.blocked:
             return ""
         self._text += text
-        return self._release(self._safe()) if self.policy.rewrites else self._pass(text)
+        return self._release(self._safe()) if self._rewrites else text
 
     def flush(self) -> str:
-        "What may be shown at the end."
+        "What may be shown at the end; a second time there is nothing more."
         if self.blocked:
             return ""
-        return self._release(len(self._text)) if self.policy.rewrites else self._count_all()
-
-    def _pass(self, text: str) -> str:
-        "Nothing is changed: all is kept for counting, and shown."
-        return text
+        return self._release(len(self._text)) if self._rewrites else self._count_all()
 
     def _count_all(self) -> str:
         "Count what was shown."
         self.found.update((g, e, a) for g, e, a, _, _ in self._findings(self._text))
+        self._text = ""
         return ""
 
     def _findings(self, text: str) -> list[tuple[str, str, str, int, int]]:
@@ -196,7 +193,6 @@ OutputGuard._safe, OutputGuard._release = _safe, _release
 # %% ../../nbs/08_serve/06_guards.ipynb #b8445691
 def refuse_logprobs(call: Call, policy: GuardPolicy, canaries: Sequence[str]) -> None:
     "Raise `ApiError` when log-probabilities would show what the guards hide."
-    canary = policy.output_canary in ("mask", "block") and canaries
-    if call.logprobs is not None and (canary or policy.output_pii in ("mask", "block")):
+    if call.logprobs is not None and policy.rewrites(canaries):
         told = "Log-probabilities are not available under the content policy of this key"
         raise ApiError(400, told, param="logprobs", code="content_filter")

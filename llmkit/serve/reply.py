@@ -10,6 +10,7 @@ __all__ = ['DONE', 'TokenLogprob', 'Piece', 'namer', 'likeliest', 'prompt_logpro
 import json
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -136,6 +137,7 @@ class Reply:
         self.id = id or f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.usage, self.texts, self.finish = Usage(), {}, {}
         self.logprobs: dict[int, list[TokenLogprob]] = {}
+        self.offsets: Counter = Counter()  # characters of the tokens of each choice, which may run ahead of its text
         self.head = {"id": self.id, "created": int(now()), "model": model, "system_fingerprint": fingerprint}
         self.opened: set[int] = set()
 
@@ -143,6 +145,7 @@ class Reply:
         "One more piece."
         self.texts[p.index] = self.texts.get(p.index, "") + p.text
         self.logprobs.setdefault(p.index, []).extend(p.logprobs)
+        self.offsets[p.index] += sum(len(t.token) for t in p.logprobs)
         self.usage.completion += p.tokens
         if p.finish:
             self.finish[p.index] = p.finish
@@ -173,7 +176,7 @@ class Reply:
     def chunk(self, p: Piece) -> dict[str, Any]:
         "A piece as a chunk of a stream; add it afterwards."
         end = {"index": p.index, "finish_reason": p.finish}
-        end["logprobs"] = self._logprobs(p.logprobs, len(self.texts.get(p.index, ""))) if p.logprobs else None
+        end["logprobs"] = self._logprobs(p.logprobs, self.offsets[p.index]) if p.logprobs else None
         more = {"usage": None} if self.call.include_usage else {}
         if self.call.kind == "completion":
             return {**self.head, "object": "text_completion", "choices": [{**end, "text": p.text}], **more}

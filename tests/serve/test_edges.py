@@ -1,5 +1,6 @@
 "Values at the edge of what is allowed, asked of a real server."
 
+import json
 from pathlib import Path
 
 import httpx
@@ -93,3 +94,20 @@ def test_a_429_says_what_is_left(make_gateway, tmp_path):
     assert [r.status_code for r in got] == [200, 429] and int(h["retry-after"]) >= 1
     assert (h["x-ratelimit-limit-requests"], h["x-ratelimit-remaining-requests"]) == ("1", "0")
     assert h["x-ratelimit-limit-tokens"] == "1000" and h["x-ratelimit-reset-tokens"]
+
+
+@pytest.mark.parametrize("more", [{"echo": True}, {"prompt": ["count", "card number"]}, {"n": 2}, {}])
+def test_offsets_in_a_stream_are_those_of_the_whole_answer(dummy, more):
+    ask = {"logprobs": 1, "max_tokens": 20, **more}
+    want = {c["index"]: c for c in post(dummy[1], **ask).json()["choices"]}
+    got = {i: {"text": "", "offsets": [], "tokens": []} for i in want}
+    for line in post(dummy[1], stream=True, **ask).text.splitlines():
+        for c in json.loads(line[6:])["choices"] if line.startswith("data: {") else ():
+            mine, lp = got[c["index"]], c["logprobs"]
+            assert lp is None or lp["text_offset"][0] == len(mine["text"]), "a token comes with its text"
+            mine["text"] += c["text"]
+            mine["offsets"] += lp["text_offset"] if lp else []
+            mine["tokens"] += lp["tokens"] if lp else []
+    for i, c in want.items():
+        lp = c["logprobs"]
+        assert got[i] == {"text": c["text"], "offsets": lp["text_offset"], "tokens": lp["tokens"]}
