@@ -23,7 +23,7 @@ from ..core.plugins import need
 from ..core.settings import load_settings
 from .call import SHARED, parse
 from .gateway import ANYONE, Gateway
-from .server import open_backend, resolve
+from .server import check_options, open_backend, resolve
 from .wire import ApiError, read_body
 
 # %% ../../nbs/08_serve/20_batch.ipynb #478cf5c8
@@ -278,6 +278,7 @@ def batch_run(
     settings: str = "settings.ini",  # where the registry is
 ) -> int:
     "Answer a file of requests; exit code 1 when some could not be answered."
+    check_options(slots=slots)
     part, errors = read_shard(shard), Path(f"{out}.errors.jsonl")
     if Path(out).exists() and not resume:
         raise KitError("is there already", file=out, remedy="Add --resume to go on with it, or name another file")

@@ -1,0 +1,37 @@
+"`llmkit serve` refuses the numbers with which it could serve nothing."
+
+import pytest
+
+from llmkit.cli import main
+
+BAD = {
+    "--slots": "0",
+    "--queue": "0",
+    "--timeout": "0",
+    "--max-output": "0",
+    "--context": "-5",
+    "--port": "99999",
+    "--days": "-1",
+}
+
+
+@pytest.mark.parametrize("option", BAD)
+def test_what_would_serve_nothing_is_refused(option, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "settings.ini").write_text("[DEFAULT]\n")
+    assert main(["serve", option, BAD[option]]) == 2
+    said = capsys.readouterr().err
+    assert f"{option}: must be" in said and BAD[option] in said and said.count("\n") == 1
+
+
+def test_a_drain_below_zero_is_refused_before_anybody_is_served(tmp_path, monkeypatch, capsys):
+    import llmkit.serve.server as server
+    from llmkit.runtime.dummy import DummyEngine
+    from llmkit.serve.backend import EngineBackend
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "settings.ini").write_text("[DEFAULT]\n")
+    monkeypatch.setattr(server, "resolve", lambda *a: server.Target("bank", "here"))
+    monkeypatch.setattr(server, "open_backend", lambda found, **how: EngineBackend(DummyEngine(), **how))
+    assert main(["serve", "--target", "here", "--drain", "-1", "--port", "0"]) == 2
+    assert "--drain: must be at least 0 (got -1.0). 30 is usual" in capsys.readouterr().err
