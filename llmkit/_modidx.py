@@ -2652,6 +2652,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'llmkit/serve/gateway.py'),
                                       'llmkit.serve.gateway.Gateway.joules': ( '08_serve/gateway.html#gateway.joules',
                                                                                'llmkit/serve/gateway.py'),
+                                      'llmkit.serve.gateway.Gateway.require': ( '08_serve/gateway.html#gateway.require',
+                                                                                'llmkit/serve/gateway.py'),
                                       'llmkit.serve.gateway.Gateway.routed': ( '08_serve/gateway.html#gateway.routed',
                                                                                'llmkit/serve/gateway.py'),
                                       'llmkit.serve.gateway.Router': ('08_serve/gateway.html#router', 'llmkit/serve/gateway.py'),

@@ -51,10 +51,10 @@ ERROR = {
 
 
 def closed(schema: Any) -> Any:
-    "A schema as it is enforced: no members that it does not name."
+    "A schema as it is enforced: no members that it does not name, unless it says that more may come."
     if isinstance(schema, dict):
         out = {k: closed(v) for k, v in schema.items()}
-        return {**out, "additionalProperties": False} if "properties" in schema and "type" in schema else out
+        return {"additionalProperties": False, **out} if "properties" in schema and "type" in schema else out
     return [closed(v) for v in schema] if isinstance(schema, list) else schema
 
 # %% ../../nbs/08_serve/13_app.ipynb #d6063565
@@ -72,11 +72,8 @@ def model_of(
     name: str,  # the served model, or an adapter
 ) -> dict[str, Any]:
     "One model; raises `ApiError` 404."
-    for found in models(gateway)["data"]:
-        if found["id"] == name:
-            return found
-    told = "The model does not exist here, or this key may not use it"
-    raise ApiError(404, told, code="model_not_found", param="model")
+    gateway.require(name)
+    return next(found for found in models(gateway)["data"] if found["id"] == name)
 
 # %% ../../nbs/08_serve/13_app.ipynb #b2af28c8
 def make_app(

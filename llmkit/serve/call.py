@@ -43,11 +43,14 @@ SHARED = {
     "stop_token_ids": _maybe("array", items=_IDS["items"], maxItems=64),
     "ignore_eos": _maybe("boolean"),
     "stream": _maybe("boolean"),
-    "stream_options": _maybe("object", properties={"include_usage": _maybe("boolean")}),
+    # nothing is padded here, so that there is no obfuscation to leave out
+    "stream_options": _maybe(
+        "object", properties=dict.fromkeys(("include_usage", "include_obfuscation"), _maybe("boolean"))
+    ),
     "user": _maybe("string", maxLength=512),
     # the answer is the same with them
     "metadata": _maybe(
-        "object", properties={"group": _maybe("string", maxLength=64)}
+        "object", properties={"group": _maybe("string", maxLength=64)}, additionalProperties=True
     ),  # its `group` goes into the log, for fairness; the rest is ignored
     **dict.fromkeys(("service_tier", "safety_identifier", "prompt_cache_key"), _maybe("string", maxLength=512)),
     # would change the answer

@@ -101,6 +101,12 @@ class Gateway:
         "The main variant's backend."
         return self.variants[self.main]
 
+    def require(self, model: str) -> None:
+        "Raise `ApiError` 404 unless this is what is served, or an adapter beside it."
+        if model != self.model and model not in self.adapters:
+            told = "The model does not exist here, or this key may not use it"
+            raise ApiError(404, told, code="model_not_found", param="model")
+
     def joules(self) -> float:
         "Energy since the last request that ended: each moment is booked once, so sums are right and single values rough."
         before, self._joules = self._joules, self.meter[1].read()
@@ -265,9 +271,7 @@ async def _enter(self: Gateway, x: Exchange, call: Call, session: str | None) ->
     "Name, guard, route, reserve, start."
     if self.draining:
         raise busy("The server is shutting down", code="shutting_down")
-    if call.model != self.model and call.model not in self.adapters:
-        told = "The model does not exist here, or this key may not use it"
-        raise ApiError(404, told, code="model_not_found", param="model")
+    self.require(call.model)
     kind, value = ("session", session) if session else ("user", call.user) if call.user else ("key", "")
     x.unit = unit_of(x.key.account.name, kind, value)
     chosen = call.model if call.model in self.adapters else self.routed("assign", x.unit)

@@ -39,7 +39,8 @@ DETOKENIZE = {
 # %% ../../nbs/08_serve/12b_tokens.ipynb #8bf30987
 def tokenize(gateway: Gateway, body: Mapping[str, Any]) -> dict[str, Any]:
     "The token ids of a text or a chat; raises `ApiError`."
-    got, tok = checked(body, TOKENIZE), _tokenizer(gateway)
+    got = checked(body, TOKENIZE)
+    tok = _tokenizer(gateway, got)
     if ("prompt" in got) == ("messages" in got):
         raise ApiError(400, "Give either 'prompt' or 'messages'", param="prompt", code="invalid_value")
     try:
@@ -54,8 +55,9 @@ def tokenize(gateway: Gateway, body: Mapping[str, Any]) -> dict[str, Any]:
     return {"count": len(ids), "max_model_len": gateway.baseline.context, "tokens": ids, "token_strs": names}
 
 
-def _tokenizer(gateway: Gateway) -> Any:
-    "The tokenizer of the main variant."
+def _tokenizer(gateway: Gateway, got: Mapping[str, Any]) -> Any:
+    "The tokenizer of the main variant, which is that of its adapters; raises `ApiError` 404 for another model."
+    gateway.require(got.get("model", gateway.model))
     if gateway.baseline.tokenizer is None:
         raise ApiError(404, "The upstream server keeps its tokenizer to itself", code="not_supported")
     return gateway.baseline.tokenizer
@@ -63,7 +65,8 @@ def _tokenizer(gateway: Gateway) -> Any:
 
 def detokenize(gateway: Gateway, body: Mapping[str, Any]) -> dict[str, Any]:
     "The text of token ids; raises `ApiError`."
-    ids, tok = [int(i) for i in checked(body, DETOKENIZE)["tokens"]], _tokenizer(gateway)
+    got = checked(body, DETOKENIZE)
+    ids, tok = [int(i) for i in got["tokens"]], _tokenizer(gateway, got)
     if any(i >= gateway.baseline.engine.info.vocab_size for i in ids):
         raise ApiError(400, "A token id is out of range", param="tokens", code="invalid_value")
     return {"prompt": tok.decode(ids, False)}
@@ -71,7 +74,7 @@ def detokenize(gateway: Gateway, body: Mapping[str, Any]) -> dict[str, Any]:
 
 def tokenizer_info(gateway: Gateway) -> dict[str, Any]:
     "The special tokens and the chat template."
-    tok = _tokenizer(gateway)
+    tok = _tokenizer(gateway, {})
     special = {k: None for k in ("bos_token", "eos_token", "pad_token")} | dict(getattr(tok, "special", {}))
     own = {"tokenizer_class": type(tok).__name__, "chat_template": getattr(tok, "template", None)}
     return {**special, **own, "model_max_length": gateway.baseline.context, "digest": tok.digest}

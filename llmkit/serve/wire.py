@@ -126,8 +126,9 @@ def _inside(schema: Mapping, value: Any, path: str) -> tuple[str, str] | None:
         return None
     dot = f"{path}." if path else ""
     lost = [k for k in schema.get("required", ()) if value.get(k) is None]
-    odd = [k for k in value if k not in schema["properties"]]
+    odd = [k for k in value if k not in schema["properties"] and not schema.get("additionalProperties")]
     if lost or odd:
         why = "is required" if lost else f"is not a parameter here. {did_you_mean(odd[0], schema['properties'])}"
         return dot + (lost or odd)[0][:64], why
-    return next((f for k, v in value.items() if (f := fault(schema["properties"][k], v, dot + k))), None)
+    known = {k: v for k, v in value.items() if k in schema["properties"]}
+    return next((f for k, v in known.items() if (f := fault(schema["properties"][k], v, dot + k))), None)

@@ -111,3 +111,18 @@ def test_offsets_in_a_stream_are_those_of_the_whole_answer(dummy, more):
     for i, c in want.items():
         lp = c["logprobs"]
         assert got[i] == {"text": c["text"], "offsets": lp["text_offset"], "tokens": lp["tokens"]}
+
+
+def test_what_changes_no_answer_is_accepted(dummy):
+    more = {"metadata": {"group": "a", "ticket": "7"}, "stream": True, "stream_options": {"include_obfuscation": False}}
+    assert post(dummy[1], **more).status_code == 200
+    assert post(dummy[1], metadata={"group": 3}).status_code == 400
+    assert post(dummy[1], stream_options={"include_usages": True}).status_code == 400
+
+
+def test_tokens_of_a_model_that_is_not_here(dummy):
+    for path, body in (("tokenize", {"prompt": "a"}), ("detokenize", {"tokens": [97]})):
+        ask = lambda **more: httpx.post(f"{dummy[1]}/{path}", json={**body, **more}, timeout=PATIENCE)  # noqa: B023, E731
+        assert ask().status_code == ask(model="bank").status_code == 200
+        r = ask(model="another")
+        assert r.status_code == 404 and r.json()["error"]["code"] == "model_not_found"
