@@ -14,6 +14,7 @@ from llmkit.evals.load import (
     Clock,
     FakeClock,
     Objective,
+    Trace,
     arrivals,
     drive_engine,
     drive_url,
@@ -189,7 +190,23 @@ def test_failures_are_counted_and_never_good():
     assert errors == ["HTTP 503", "HTTP 503", "TimeoutError"] or errors == ["TimeoutError", "busy", "busy"]
     report = load_report(rows, "load_server", 50)
     assert report.get("objective_rate").value == pytest.approx(17 / 20)
-    assert report.get("error_rate").value == pytest.approx(3 / 20) and report.get("latency_p50").n == 17
+    assert report.get("error_rate").value == pytest.approx(3 / 20)
+    assert report.get("latency_p50").n == 20 and report.get("latency_p50").value < 2.9
+    assert report.get("latency_p95") is None and report.get("latency_p95_at_least").value > 0
+
+
+def test_requests_that_hang_are_in_the_quantiles():
+    "A quarter waits two minutes for nothing: that is what p95 is about, and no limit is met by it."
+    hang = lambda i: i % 4 == 3  # noqa: E731
+    rows = [Trace(i, i * 0.1, i * 0.1, [i * 0.1 + (120.0 if hang(i) else 0.3)], 1, "TimeoutError" if hang(i) else "").row() for i in range(200)]  # fmt: skip
+    report = load_report(rows, "load_server", 10)
+    assert report.get("latency_p50").value == pytest.approx(0.3) and report.get("latency_p50").n == 200
+    assert (
+        report.get("latency_p95_at_least").value == pytest.approx(120) and report.get("latency_p95_at_least").n == 200
+    )
+    assert "50 failures" in report.get("latency_p50").method
+    rule = {"rules": [{"metric": "latency_p95", "on": "load_server", "max": 600.0}]}
+    assert judge(rule, {"load_server": report}).outcome == "fail"
 
 
 def test_the_command_against_a_server_and_against_nothing(tmp_path, capsys):
