@@ -8,13 +8,14 @@ __all__ = ['Count', 'newcombe', 'counts', 'gap', 'group_differences', 'demograph
 
 # %% ../../nbs/06_evals/26_fairness.ipynb #57e47c27
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import comb
 
 import numpy as np
 
 from ..core.errors import KitError
 from ..core.report import Measurement
-from .suite import Suite
+from .suite import Suite, known_label
 from .task import answer_table, ask, sliced, worst_group
 from ..gate.intervals import Interval, wilson
 from ..gate.paired import holm
@@ -122,10 +123,16 @@ def equalized_odds(
     group: Sequence[str],  # (n,)
     min_n: int = 30,  # of positives, and of negatives, in a group
 ) -> list[Measurement]:
-    "Equalized odds difference and ratio; nothing unless both rates can be compared between two groups."
+    "Equalized odds difference and ratio, unless fewer than two groups can be compared in either rate, and how many groups could not."
     t, d, g = np.asarray(true), np.asarray(decided), np.asarray(group)
     parts = [counts(d[t == v], g[t == v], min_n)[0] for v in (1, 0)]
-    return _parity("equalized_odds", parts) if min(map(len, parts)) > 1 else []
+    every = sorted(set(g.tolist()) - {""})
+    gone = [[k for k in every if k not in p] for p in parts]
+    how = "; ".join(f"{rate} rate, n < {min_n}: {', '.join(x) or 'none'}" for rate, x in zip(("true positive", "false positive"), gone, strict=True))  # fmt: skip
+    out = _parity("equalized_odds", parts) if min(map(len, parts)) > 1 else []
+    out = [replace(m, method=f"{m.method}; left out: {how}") for m in out] if any(gone) else out
+    left = Measurement("equalized_odds_unjudged", len({*gone[0], *gone[1]}), len(t), direction="lower", method=f"groups left out of the {how}")  # fmt: skip
+    return [*out, left]
 
 # %% ../../nbs/06_evals/26_fairness.ipynb #bf77af61
 def _parity(name: str, parts: Sequence[Mapping[str, Count]]) -> list[Measurement]:
@@ -152,6 +159,7 @@ def fairness_measurements(
     small = counts(kept["correct"], kept["group"], min_n)[1]
     out.append(Measurement("groups_unjudged", len(small), len(kept["id"]), direction="lower", method=f"groups with n < {min_n}: {', '.join(small) or 'none'}"))  # fmt: skip
     if positive is not None:
+        known_label(positive, table["label"], "fairness.positive")
         decided, true = ([int(v == positive) for v in table[c]] for c in ("predicted", "label"))
         out += demographic_parity(decided, table["group"], min_n) + equalized_odds(true, decided, table["group"], min_n)
     return out
@@ -164,5 +172,7 @@ def run_fairness(
     min_n: int = 30,
 ) -> tuple[list[Measurement], dict[str, dict[str, list]]]:
     "Hold a task's suite against an engine and compare its groups; measurements and per-sample tables."
+    if positive is not None:
+        known_label(positive, [i.label for i in suite.items], "fairness.positive")
     table = answer_table(suite, ask(engine, suite), engine.tokenizer)
     return fairness_measurements(table, positive, min_n), {"task": table}

@@ -11,7 +11,15 @@ from statsmodels.stats.proportion import confint_proportions_2indep
 from llmkit.core.errors import KitError
 from llmkit.core.report import Report
 from llmkit.evals.bias import bbq_measurements, bbq_table, choose, read_bbq, read_crows_pairs, run_bbq, run_crows_pairs
-from llmkit.evals.fairness import demographic_parity, equalized_odds, gap, group_differences, newcombe, run_fairness
+from llmkit.evals.fairness import (
+    demographic_parity,
+    equalized_odds,
+    fairness_measurements,
+    gap,
+    group_differences,
+    newcombe,
+    run_fairness,
+)
 from llmkit.evals.language import text_likelihood
 from llmkit.evals.suite import make_suite
 from llmkit.evals.swaps import load_axes, run_swaps, swap_measurements
@@ -285,3 +293,22 @@ def test_files_of_another_shape_are_refused(tmp_path):
     (tmp_path / "crows.csv").write_text("sent_more,sent_less\na,b\n")
     with pytest.raises(KitError, match="bias_type: no such column"):
         read_crows_pairs(tmp_path / "crows.csv")
+
+
+def test_a_decision_that_no_item_asks_for_is_refused():
+    "Measured, it would look perfectly fair."
+    table = {"id": [1, 2], "group": ["a", "b"], "label": ["refusal", "balance"], "predicted": ["refusal", "balance"], "correct": [1, 1]}  # fmt: skip
+    with pytest.raises(KitError, match="fairness.positive: no item has this label.*Did you mean 'refusal'"):
+        fairness_measurements(table, "refusals", 1)
+
+
+def test_groups_that_equalized_odds_leaves_out_are_named_and_counted():
+    group = np.repeat(["a", "b", "c"], [80, 80, 85])
+    true = np.concatenate([[1] * 40 + [0] * 40, [1] * 40 + [0] * 40, [1] * 5 + [0] * 80])
+    found = {m.metric: m for m in equalized_odds(true, true, group)}
+    assert found["equalized_odds_unjudged"].value == 1
+    assert (
+        "true positive rate, n < 30: c; false positive rate, n < 30: none" in found["equalized_odds_difference"].method
+    )
+    few = {m.metric: m for m in equalized_odds(true, true, group, min_n=60)}
+    assert list(few) == ["equalized_odds_unjudged"] and few["equalized_odds_unjudged"].value == 3
