@@ -22,7 +22,7 @@ from ..core.report import Measurement, Report
 from .suite import Suite, predicted_label
 from .task import ask
 from ..gate.intervals import bootstrap, clopper_pearson
-from ..gate.paired import paired_rates, paired_scores
+from ..gate.paired import discordant, paired_rates, paired_scores
 from ..runtime.engine import EngineBase, groups_by_length
 from ..runtime.sampling import log_softmax
 
@@ -77,30 +77,39 @@ def record_golden(
     golden: Iterable[Mapping[str, Any]] | None = None,  # the baseline's rows, for anybody but the baseline
 ) -> list[dict]:
     "One row for each prompt; raises `KitError` when prompts or tokenizers are not those of the golden rows."
-    known = _known(golden, engine, suite) if golden is not None else {}
-    n, rows = next((len(r["top"][0]) for r in known.values()), n), []
+    known = _known(golden, suite) if golden is not None else {}
+    ranked = hasattr(engine, "forward") and all(r["top"] for r in known.values())
+    if ranked:
+        _same_tokenizer(known, engine)
+    n, rows = next((len(r["top"][0]) for r in known.values() if ranked), n), []
     for item, answer in zip(suite.items, ask(engine, suite), strict=True):
         key, said = prompt_digest(item.messages), predicted_label(answer.text)
-        path = known[key]["path"] if known else answer.tokens[:positions]
-        asked = known[key]["top"] if known else None
-        rows.append({"id": key, "tokenizer": engine.tokenizer.digest, "label": item.label, "said": said, "correct": int(said == item.label), "answer": answer.text, "path": path, "asked": asked})  # fmt: skip
+        path = known[key]["path"] if known else answer.tokens[:positions] if ranked else []
+        rows.append({"id": key, "tokenizer": engine.tokenizer.digest, "label": item.label, "said": said, "correct": int(said == item.label), "answer": answer.text, "path": path, "top": [], "logprob": []})  # fmt: skip
+    if not ranked:
+        return rows
     prompts = [engine.tokenizer.chat(list(i.messages)) for i in suite.items]
     for i, logits in _logits(engine, [p + r["path"][:-1] for p, r in zip(prompts, rows, strict=True)]):
-        rows[i] |= _ranks(log_softmax(logits[len(prompts[i]) - 1 :]), rows[i].pop("asked"), n)
+        asked = known[rows[i]["id"]]["top"] if known else None
+        rows[i] |= _ranks(log_softmax(logits[len(prompts[i]) - 1 :]), asked, n)
     return rows
 
 
-def _known(golden: Iterable[Mapping[str, Any]], engine: EngineBase, suite: Suite) -> dict[str, Mapping[str, Any]]:
-    "Golden rows by their digest, after a look at whether they can be compared."
+def _known(golden: Iterable[Mapping[str, Any]], suite: Suite) -> dict[str, Mapping[str, Any]]:
+    "Golden rows by their digest, after a look at whether they are of the same prompts."
     known = {r["id"]: r for r in golden}
     asked = {prompt_digest(i.messages) for i in suite.items}
     if known.keys() != asked:
         fix = "Record the golden prompts again from this suite"
         raise KitError(f"{len(known.keys() ^ asked)} prompts stand in only one of suite and golden rows", remedy=fix)
-    if {r["tokenizer"] for r in known.values()} != {engine.tokenizer.digest}:
+    return known
+
+
+def _same_tokenizer(known: Mapping[str, Mapping[str, Any]], engine: EngineBase) -> None:
+    "Refuse rankings of two tokenizers."
+    if known and {r["tokenizer"] for r in known.values()} != {engine.tokenizer.digest}:
         fix = "Rankings of tokens can only be compared within one tokenizer"
         raise KitError("the golden rows were made with another tokenizer", remedy=fix)
-    return known
 
 
 def _logits(engine: EngineBase, rows: list[list[int]]):
@@ -129,19 +138,27 @@ def disagreements(
     theirs = {r["id"]: r for r in other}
     if theirs.keys() != {r["id"] for r in golden}:
         raise KitError("the two recordings hold different prompts", value=(len(golden), len(other)))
-    rows = [_row(g, theirs[g["id"]], p) for g in golden]
+    pairs = [(g, theirs[g["id"]]) for g in golden]
+    ranked = all(g["top"] and o["top"] for g, o in pairs)
+    rows = [_answers(g, o) | (_rankings(g, o, p) if ranked else {}) for g, o in pairs]
     return {k: [r[k] for r in rows] for k in rows[0]}
 
 
-def _row(g: Mapping[str, Any], o: Mapping[str, Any], p: float) -> dict[str, Any]:
-    "One prompt: rankings averaged over positions, and what became of the answer."
+def _rankings(g: Mapping[str, Any], o: Mapping[str, Any], p: float) -> dict[str, float]:
+    "The rankings of one prompt, averaged over positions."
     pairs = list(zip(g["top"], o["top"], strict=True))
     taus = [kendall_tau(a, b) for a, b in zip(g["logprob"], o["logprob"], strict=True)]
     return {
-        "id": g["id"],
         "topn_overlap": float(np.mean([topn_overlap(a, b) for a, b in pairs])),
         "rbo": float(np.mean([rank_biased_overlap(a, b, p) for a, b in pairs])),
         "kendall_tau": float(np.mean(taus)),
+    }
+
+
+def _answers(g: Mapping[str, Any], o: Mapping[str, Any]) -> dict[str, Any]:
+    "What became of the answer to one prompt."
+    return {
+        "id": g["id"],
         "flip": int(g["correct"] != o["correct"]),
         "fixed": int(not g["correct"] and o["correct"]),
         "broken": int(g["correct"] and not o["correct"]),
@@ -163,7 +180,8 @@ def regression_report(
     "Disagreement of a candidate with its baseline, beyond the baseline's disagreement with itself."
     noise, found = disagreements(golden, again, p), disagreements(golden, candidate, p)
     out: list[Measurement] = []
-    for m in RANKS:
+    ranks = [m for m in RANKS if m in found and m in noise]
+    for m in ranks:
         out += [_mean(m, found[m], f"golden/{m}", seed), _mean(f"{m}_noise", noise[m], f"noise/{m}", seed, "none")]
         d = paired_scores(found[m], noise[m], alpha=0.025, seed=seed)
         out.append(Measurement(f"{m}_excess", d.value, d.n, d.low, d.high, direction="lower", method=d.method))
@@ -171,8 +189,14 @@ def regression_report(
         better = "higher" if m == "fixed" else "lower"
         out += [_rate(f"{m}_rate", found[m], f"golden/{m}", better), _rate(f"{m}_rate_noise", noise[m], f"noise/{m}", "none")]  # fmt: skip
         d = paired_rates(noise[m], found[m], alpha=0.025)
-        out.append(Measurement(f"{m}_rate_excess", d.value, d.n, d.low, d.high, direction=better, method=d.method))
-    context = {"prompts": len(golden), "n": len(golden[0]["top"][0]), "positions": max(len(r["top"]) for r in golden), "rbo_p": p}  # fmt: skip
+        more, less = discordant(noise[m], found[m])
+        how = f"paired score bound, {more} {m} beyond the baseline's own noise, {less} in that noise alone"
+        out.append(Measurement(f"{m}_rate_excess", d.value, d.n, d.low, d.high, direction=better, method=how))
+    context: dict[str, Any] = {"prompts": len(golden)}
+    if ranks:
+        context |= {"n": len(golden[0]["top"][0]), "positions": max(len(r["top"]) for r in golden), "rbo_p": p}
+    else:
+        context |= {"left_out": list(RANKS), "because": "one of the engines tells its answers and no logits"}
     return Report("regression", digest, suite, tuple(out), {"golden": found, "noise": noise}, context)
 
 

@@ -1,5 +1,8 @@
 """Ranks against oracles, and the regression report on a real engine: itself, another precision, and planted damage."""
 
+import json
+
+import httpx
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -20,6 +23,8 @@ from llmkit.evals.regression import (
 from llmkit.evals.suite import make_suite
 from llmkit.gate.judge import judge
 from llmkit.runtime.dummy import DummyEngine
+from llmkit.runtime.endpoint import EndpointEngine
+from llmkit.runtime.sampling import Sampling
 
 WORDS = [f"{w}_{i}" for i in range(40) for w in ("balance", "refund", "card", "login")]
 
@@ -118,6 +123,34 @@ def test_onnx_precisions_and_a_round_trip(open_onnx, tmp_path):
     write_report(r, tmp_path / "report")
     assert read_report(tmp_path / "report").measurements == r.measurements
     assert regression(exact, coarse, suite, n=8, golden=tmp_path / "golden").measurements == r.measurements
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_server_is_compared_by_its_answers(shared):
+    "Behind an address there are no logits, whether or not it shares the tokenizer: rates are measured, rankings left out."
+    inner = engine(wrong=WORDS[6:8])
+
+    def answer(request):
+        "What an OpenAI-compatible server says, with `/tokenize` or without."
+        asked, path = json.loads(request.content or b"{}"), request.url.path
+        if path.endswith("/models"):
+            return httpx.Response(200, json={"data": [{"id": "m"}]})
+        if shared and path == "/tokenize":
+            ids = inner.tokenizer.chat(asked["messages"]) if "messages" in asked else [1]
+            return httpx.Response(200, json={"tokens": ids, "max_model_len": 512})
+        if shared and path == "/tokenizer_info":
+            return httpx.Response(200, json={"digest": inner.tokenizer.digest})
+        if not path.endswith("completions"):
+            return httpx.Response(404)
+        ids = asked["prompt"] if "prompt" in asked else inner.tokenizer.chat(asked["messages"])
+        text = inner.generate([ids], Sampling(max_tokens=16))[0].text
+        choice = {"text": text, "message": {"content": text}, "finish_reason": "stop"}
+        return httpx.Response(200, json={"choices": [choice]})
+
+    there = EndpointEngine("http://x/v1", transport=httpx.MockTransport(answer))
+    r = regression(engine(), there, suite_of(WORDS[:100]), n=5)
+    assert r.get("broken_rate").value == 0.02 and r.get("rbo") is None and r.context["left_out"]
+    assert r.get("broken_rate_excess").method == "paired score bound, 2 broken beyond the baseline's own noise, 0 in that noise alone"  # fmt: skip
 
 
 def test_what_cannot_be_compared_is_refused():
