@@ -17,6 +17,7 @@ import numpy as np
 import llmkit.evals
 from ..core.artifact import Artifact
 from ..core.digests import digest_files, digest_json, short
+from ..core.errors import KitError
 from ..core.files import atomic_folder
 from ..core.report import Measurement, Report, read_report, write_report
 from .calibration import calibration_measurements
@@ -43,6 +44,9 @@ def evaluate(
     tables: dict[str, dict] = {}
     if set(suite.scorers) - {"language", "choice"}:
         table = answer_table(suite, ask(engine, suite), engine.tokenizer)
+        if "confidence" not in table and (needed := {"calibration", "temperature"} & set(suite.scorers)):
+            fix = f"Have it send log-probabilities, or leave out {' and '.join(sorted(needed))}"
+            raise KitError("answers came without log-probabilities, so without confidence", key=engine.info.name, remedy=fix)  # fmt: skip
         measured, tables = task_measurements(table, suite.scorers, suite.refusal, seed)
         if "calibration" in suite.scorers:
             measured += calibration_measurements(tables["task"], CONFIDENCE, seed=seed)

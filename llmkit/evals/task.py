@@ -8,6 +8,7 @@ __all__ = ['CONFIDENCE', 'ask', 'label_confidence', 'answer_table', 'f1_by_label
 
 # %% ../../nbs/06_evals/02_task.ipynb #f7c29714
 from collections.abc import Mapping, Sequence
+from math import isnan
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ def label_confidence(
     tokenizer: Any,
     completion: Completion,
 ) -> float:
-    "The probability of the label in an answer."
+    "The probability of the label in an answer; not a number where the engine tells no log-probabilities."
     k = next((k for k in range(1, len(completion.tokens)) if _ended(tokenizer.decode(completion.tokens[:k]))), None)
     return float(np.exp(sum(completion.logprobs[:k])))
 
@@ -56,8 +57,9 @@ def answer_table(
     answers: Sequence[Completion],
     tokenizer: Any,
 ) -> dict[str, list]:
-    "The per-sample table of a task: one row for each item."
+    "The per-sample table of a task: one row for each item; confidences only where every answer has one."
     said, known = [predicted_label(a.text) for a in answers], {i.label for i in suite.items}
+    sure = [label_confidence(tokenizer, a) for a in answers]
     pairs = list(zip(suite.items, answers, said, strict=True))
     return {
         "id": [i.id for i, _, _ in pairs],
@@ -67,7 +69,7 @@ def answer_table(
         "correct": [int(p == i.label) for i, _, p in pairs],
         "unknown": [int(p not in known) for p in said],
         "exact": [int(a.text.strip() == i.answer.strip()) for i, a, _ in pairs],
-        "confidence": [label_confidence(tokenizer, a) for a in answers],
+        **({} if any(map(isnan, sure)) else {"confidence": sure}),
         "tokens": [len(a.tokens) for a in answers],
         "answer": [a.text for a in answers],
     }

@@ -81,6 +81,11 @@ def _said(got: Any) -> str:
         body = got.json()
     except ValueError:
         return got.text[:200]
+    return _words(body)
+
+
+def _words(body: Any) -> str:
+    "The words of an error's body."
     error = body.get("error", body) if isinstance(body, dict) else body
     return str(error.get("message", error) if isinstance(error, dict) else error)[:200]
 
@@ -202,11 +207,22 @@ class EndpointEngine:
         body |= {k: v for k, v in more.items() if v} | ({"seed": s.seed} if s.temperature else {})
         thing = self.tokenizer.thing(prompt[0]) if len(prompt) == 1 and prompt[0] >= OWN else None
         if thing is not None and not isinstance(thing, str):
-            got = self.address.ask("chat/completions", body | {"messages": thing, "logprobs": True})["choices"][0]
+            got = self._choice("chat/completions", body | {"messages": thing, "logprobs": True}, "message")
             return self._completion(got, got["message"].get("content") or "")
         asked = thing if isinstance(thing, str) else self._real(prompt)
-        got = self.address.ask("completions", body | {"prompt": asked, "logprobs": 0})["choices"][0]
-        return self._completion(got, got["text"])
+        got = self._choice("completions", body | {"prompt": asked, "logprobs": 0}, "text")
+        return self._completion(got, got["text"] or "")
+
+    def _choice(self, path: str, body: Mapping[str, Any], holds: str) -> Mapping[str, Any]:
+        "The first choice of a reply, with what it must hold; raises `KitError` on any other reply."
+        got = self.address.ask(path, body)
+        found = got.get("choices") if isinstance(got, dict) else None
+        choice = found[0] if isinstance(found, list) and found else None
+        if not isinstance(choice, dict) or holds not in choice or holds == "message" and not isinstance(choice[holds], dict):  # fmt: skip
+            what = "choices" if choice is None else holds
+            fix = "Look at the server's log: an answer is a list of choices, each with a message or a text"
+            raise KitError(f"replied without {what}: {_words(got)}", key=f"{self.address.url}/{path}", remedy=fix)
+        return choice
 
     def _real(self, ids: Sequence[int]) -> list[int]:
         "A prompt that the server knows; raises `KitError` for one that mixes both kinds of ids."
@@ -224,7 +240,8 @@ class EndpointEngine:
         else:
             tokens, logprobs = [text], [float("nan")]
         finish = "length" if choice.get("finish_reason") == "length" else "stop"
-        return Completion([self.tokenizer.own(t) for t in tokens], [float(x) for x in logprobs], finish, text)
+        numbers = [float("nan") if x is None else float(x) for x in logprobs]
+        return Completion([self.tokenizer.own(t) for t in tokens], numbers, finish, text)
 
     def stream(self, prompt: Sequence[int], sampling: Sampling = GREEDY) -> Iterator[Token]:
         "The tokens of one answer; they come at its end, so times of first tokens are measured by `llmkit load`."
@@ -258,7 +275,7 @@ class EndpointEngine:
             raise KitError("has no /tokenize, so no likelihood of a given text", key=self.address.url, remedy=fix)
         ids = self._real([*prompt, *continuation])
         body = {"model": self.model, "prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0}
-        lp = self.address.ask("completions", body)["choices"][0].get("logprobs") or {}
+        lp = self._choice("completions", body, "logprobs")["logprobs"] or {}
         found = lp.get("token_logprobs") or []
         if len(found) != len(ids):
             raise KitError("gave no log-probabilities of the prompt", key=self.address.url, value=f"{len(found)} for {len(ids)} tokens", remedy="The server must know echo with logprobs")  # fmt: skip
