@@ -6,8 +6,10 @@
 __all__ = ['converse', 'safety_table', 'safety_measurements', 'judges_of', 'run_safety', 'safety_report']
 
 # %% ../../nbs/06_evals/23_safety.ipynb #dd73d9e7
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
+from ..core.errors import KitError
 from ..core.report import Measurement, Report
 from ..data.privacy import find_pii, mask
 from .detect import DETECTORS, Detector, detector_measurements, refused
@@ -126,7 +128,9 @@ def run_safety(
     suites: Sequence[Suite],  # families, from `kit_attacks`, `load_attacks` or `adapters`
     detectors: Mapping[str, Detector] | None = None,  # in place of the registered ones of that name
 ) -> tuple[list[Measurement], dict[str, dict[str, list]]]:
-    "Hold families of prompts against an engine; measurements and per-sample tables."
+    "Hold families of prompts against an engine; measurements and per-sample tables; raises `KitError` on doubled items."
+    if twice := next((k for k, n in Counter(i.id for s in suites for i in s.items).items() if n > 1), None):
+        raise KitError("two items with one id", key="safety", value=twice, remedy="Name every family and file once")
     known = judges_of(suites, detectors)
     parts = [safety_table(s, converse(engine, s), known) for s in suites]
     table = {c: [v for p in parts for v in p[c]] for c in parts[0]}
