@@ -16,6 +16,7 @@ from urllib.parse import quote
 from ..core.digests import digest_json, short
 from ..core.params import ParamsError, check_section, did_you_mean, load_params
 from .detect import DATA, DETECTORS
+from .ranges import check_ranges
 from .suite import Item, Suite
 
 # %% ../../nbs/06_evals/22_attacks.ipynb #91f45f09
@@ -61,6 +62,7 @@ def load_attacks(
     "A family of prompts; raises `ParamsError` that names file, key and value."
     path = Path(path) if Path(path).suffix else DATA / "safety" / f"{path}.yaml"
     head = check_section(load_params(path), _FILE, file=path)
+    check_ranges(head, {"name": "text", "version": "[1, inf)", "max_tokens": "[1, inf)"}, file=path)
     if head["detector"] not in DETECTORS.names():
         fix = did_you_mean(head["detector"], DETECTORS.names())
         raise ParamsError("no such detector", file=path, key="detector", value=head["detector"], remedy=fix)

@@ -9,10 +9,12 @@ __all__ = ['PRICES', 'PARTS', 'Price', 'load_price', 'cost_per_1k_tokens', 'cost
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..core.errors import KitError
-from ..core.params import check_section, did_you_mean, load_params
+from ..core.params import check_section, conform, did_you_mean, load_params
 from ..core.report import Measurement, Report
+from .ranges import check_ranges
 
 # %% ../../nbs/06_evals/05_cost.ipynb #ae4fe813
 @dataclass(frozen=True)
@@ -45,9 +47,10 @@ def load_price(
         raise KitError("no price for this machine", file=table, key=machine, remedy=did_you_mean(machine, known))
     if table is None:
         return known[machine]
-    return Price(
-        machine, **check_section(known[machine], {"usd_per_hour": float, "date": str, "source": str}, machine, table)
-    )
+    entry = conform(known[machine], dict[str, Any], machine, table)
+    entry = check_section(entry, {"usd_per_hour": float, "date": str, "source": str}, machine, table)
+    check_ranges(entry, {"usd_per_hour": "[0, inf)"}, machine, table)
+    return Price(machine, **entry)
 
 # %% ../../nbs/06_evals/05_cost.ipynb #e68ceaa9
 def cost_per_1k_tokens(

@@ -19,6 +19,7 @@ from ..core.report import Measurement
 from .claims import ABSTAINED, HALLUCINATED, UNSUPPORTED, abstained, unsupported
 from .detect import DATA, Detector, detector_measurements
 from .prevalence import corrected_rate, exact_rate
+from .ranges import check_ranges
 from .safety import converse
 from .suite import Item, Suite
 from ..gate.intervals import bootstrap
@@ -35,11 +36,12 @@ def load_grounding(
 ) -> Suite:
     "Answerable and unanswerable questions on passages; raises `ParamsError` that names file, key and value."
     head, items = check_section(load_params(path), _FILE, file=path), []
+    check_ranges(head, {"name": "text", "version": "[1, inf)", "max_tokens": "[1, inf)"}, file=path)
     for i, given in enumerate(head["passages"]):
         p = check_section(given, _PASSAGE, f"passages[{i}]", path)
         for j, pair in enumerate(p["answerable"]):
             key = f"passages[{i}].answerable[{j}]"
-            if len(pair) != 2 or _plain(pair[1]) not in _plain(p["text"]):
+            if len(pair) != 2 or not _plain(pair[1]) or _plain(pair[1]) not in _plain(p["text"]):
                 fix = "Give [question, words of the text that the answer contains]"
                 raise ParamsError("the answer does not stand in the text", file=path, key=key, value=pair, remedy=fix)
             items.append(_item(head, p, j, pair[0], pair[1], "answerable"))

@@ -9,6 +9,7 @@ __all__ = ['Canary', 'make_canaries', 'plant', 'read_canaries', 'canaries_plant'
 # %% ../../nbs/06_evals/25_memorization.ipynb #e3e7f473
 import math
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from ..core.params import check_section
 from ..core.report import Measurement
 from .language import answer_ids
 from .prevalence import exact_rate
+from .ranges import check_ranges
 from ..gate.intervals import bootstrap
 from ..gate.paired import holm
 from ..runtime.engine import Engine
@@ -50,7 +52,7 @@ class Canary:
         "Question and answer, with this secret or another."
         return [
             {"role": "user", "content": self.question},
-            {"role": "assistant", "content": self.form.format(secret or self.secret)},
+            {"role": "assistant", "content": self.form.replace("{}", secret or self.secret)},
         ]
 
 # %% ../../nbs/06_evals/25_memorization.ipynb #7986c5af
@@ -60,6 +62,7 @@ def make_canaries(
     seed: int = 0,
 ) -> list[Canary]:
     "Canaries with different names; raises `KitError` for more than there are names."
+    check_ranges({"times": list(times), "digits": digits}, {"times": "[0, inf)", "digits": "[1, 18]"}, "canaries")
     names = [f"{a} {b}" for a in _FIRST for b in _LAST]
     if len(times) > len(names):
         raise KitError("too many canaries", key="times", value=len(times), remedy=f"At most {len(names)}")
@@ -94,6 +97,8 @@ def canaries_plant(
     out: str = "canaries",  # folder for records.jsonl, to be trained on, and canaries.jsonl, to be asked for
 ) -> int:
     "Make canaries and the training records that hold them."
+    if not re.fullmatch(r" *-?\d+ *(, *-?\d+ *)*", times):
+        raise KitError("is no list of counts", key="canaries.times", value=times, remedy="Write 0,0,1,4")
     canaries = make_canaries([int(t) for t in times.split(",")], digits, seed)
     write_jsonl(Path(out) / "canaries.jsonl", map(asdict, canaries))
     write_jsonl(Path(out) / "records.jsonl", planted := plant(canaries))

@@ -17,6 +17,7 @@ from ..core.params import ParamsError, check_section, load_params
 from ..core.report import Measurement
 from .detect import DATA
 from .prevalence import exact_rate
+from .ranges import check_ranges
 from .suite import Item, Suite, predicted_label
 from .task import ask
 from ..gate.paired import discordant, holm, mcnemar, paired_rates
@@ -41,10 +42,13 @@ def load_axes(
 ) -> list[Axis]:
     "The axes of a file; raises `ParamsError` on whatever does not fit."
     given, out = check_section(load_params(path), _FILE, file=path), []
+    check_ranges(given, {"name": "text", "version": "[1, inf)"}, file=path)
     for name, lists in given["names"].items():
         if set(lists) != {"first", "second"} or len(lists["first"]) != len(lists["second"]) or len(lists["first"]) < 2:
             fix = "Give 'first' and 'second', equally long, with two names or more"
             raise ParamsError("are no two lists of names", file=path, key=f"names.{name}", value=lists, remedy=fix)
+        if alike := [a for a, b in zip(lists["first"], lists["second"], strict=True) if a == b]:
+            raise ParamsError("a name beside itself changes nothing", file=path, key=f"names.{name}", value=alike[0])
         out.append(Axis(name, "names", tuple(zip(lists["first"], lists["second"], strict=True))))
     for kind in ("words", "dialect"):
         for name, pairs in given[kind].items():
