@@ -462,6 +462,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llmkit.evals.energy.rapl': ('06_evals/energy.html#rapl', 'llmkit/evals/energy.py')},
             'llmkit.evals.evaluate': { 'llmkit.evals.evaluate._cell': ('06_evals/evaluate.html#_cell', 'llmkit/evals/evaluate.py'),
                                        'llmkit.evals.evaluate._compiled': ('06_evals/evaluate.html#_compiled', 'llmkit/evals/evaluate.py'),
+                                       'llmkit.evals.evaluate._version': ('06_evals/evaluate.html#_version', 'llmkit/evals/evaluate.py'),
                                        'llmkit.evals.evaluate.evaluate': ('06_evals/evaluate.html#evaluate', 'llmkit/evals/evaluate.py'),
                                        'llmkit.evals.evaluate.evaluate_cached': ( '06_evals/evaluate.html#evaluate_cached',
                                                                                   'llmkit/evals/evaluate.py'),
