@@ -459,6 +459,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'llmkit/evals/energy.py'),
                                      'llmkit.evals.energy.find_meter': ('06_evals/energy.html#find_meter', 'llmkit/evals/energy.py'),
                                      'llmkit.evals.energy.nvml': ('06_evals/energy.html#nvml', 'llmkit/evals/energy.py'),
+                                     'llmkit.evals.energy.open_gpu': ('06_evals/energy.html#open_gpu', 'llmkit/evals/energy.py'),
                                      'llmkit.evals.energy.rapl': ('06_evals/energy.html#rapl', 'llmkit/evals/energy.py')},
             'llmkit.evals.evaluate': { 'llmkit.evals.evaluate._cell': ('06_evals/evaluate.html#_cell', 'llmkit/evals/evaluate.py'),
                                        'llmkit.evals.evaluate._compiled': ('06_evals/evaluate.html#_compiled', 'llmkit/evals/evaluate.py'),

@@ -8,6 +8,7 @@ __all__ = ['time_request', 'closed_loop', 'quantiles', 'speed_measurements', 'ba
 
 # %% ../../nbs/06_evals/04_speed.ipynb #afbdfa6b
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from typing import Any
 from ..core.errors import KitError
 from ..core.files import read_json, write_json
 from ..core.report import Measurement, Report
-from .energy import energy_measurements, find_meter
+from .energy import energy_measurements, find_meter, open_gpu
 from ..gate.intervals import quantile_interval
 from ..runtime.engine import Engine, load_engine
 from ..runtime.sampling import Sampling
@@ -156,12 +157,22 @@ def peak_rss() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
 
 
-def peak_gpu() -> int | None:
-    "The most GPU memory that torch reserved in this process, in bytes; None without torch or a GPU in use."
+def peak_gpu(
+    device: str,  # of the engine
+) -> tuple[int, str] | None:
+    "The most GPU memory of this process, in bytes, and who says so; None for another device, and where nobody tells."
     torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+    if device.startswith("cuda") and torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_reserved()), "reserved by torch"
+    if (found := open_gpu(device)) is None:
         return None
-    return int(torch.cuda.max_memory_reserved())
+    lib, gpu = found
+    try:
+        running = lib.nvmlDeviceGetComputeRunningProcesses(gpu)
+    except lib.NVMLError:
+        return None
+    held = next((p.usedGpuMemory for p in running if p.pid == os.getpid()), None)
+    return (int(held), "held by this process after the work, by NVML; its arenas do not shrink") if held else None
 
 
 def measure(
@@ -181,7 +192,7 @@ def measure(
     loaded = time.perf_counter() - start
     for p in prompts[:warmup]:
         time_request(engine, p, tokens)
-    meter = find_meter(energy)
+    meter = find_meter(energy, engine.info.device)
     before = meter.read()
     table = closed_loop(engine, prompts, tokens, repeats, warmup=0)
     joules = meter.between(before, meter.read())
@@ -194,7 +205,8 @@ def measure(
     out.append(
         Measurement("size_bytes", engine.info.size_bytes, 1, direction="lower", unit="bytes", method="files on disk")
     )
-    for metric, value, how in (("peak_rss_bytes", peak_rss(), "VmHWM of a process of its own"), ("peak_gpu_bytes", peak_gpu(), "reserved by torch")):  # fmt: skip
+    gpu, how_gpu = peak_gpu(engine.info.device) or (None, "")
+    for metric, value, how in (("peak_rss_bytes", peak_rss(), "VmHWM of a process of its own"), ("peak_gpu_bytes", gpu, how_gpu)):  # fmt: skip
         out += [Measurement(metric, value, 1, direction="lower", unit="bytes", method=how)] if value else []
     info = vars(engine.info)
     engine.close()
