@@ -574,6 +574,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'llmkit/evals/memorization.py'),
                                            'llmkit.evals.memorization.Canary.space': ( '06_evals/memorization.html#canary.space',
                                                                                        'llmkit/evals/memorization.py'),
+                                           'llmkit.evals.memorization._cap': ( '06_evals/memorization.html#_cap',
+                                                                               'llmkit/evals/memorization.py'),
                                            'llmkit.evals.memorization._mean_bits': ( '06_evals/memorization.html#_mean_bits',
                                                                                      'llmkit/evals/memorization.py'),
                                            'llmkit.evals.memorization._rank': ( '06_evals/memorization.html#_rank',

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..core.artifact import MANIFEST
 from ..core.digests import digest_file, digest_json, short
@@ -144,11 +144,14 @@ def memorization(
     *,
     records: int = 100,  # of either split; 0 for none
     canaries: str | None = None,  # file of canaries that were planted before training: `llmkit canaries plant`
+    method: Literal[
+        "rank", "skew-normal"
+    ] = "rank",  # of exposure; skew-normal sees beyond a thousand secrets, by a fit
 ) -> Report:
     "Canaries that the engine gives away, and training records that it continues word by word, beside those it never saw."
     planted = read_canaries(canaries) if canaries else ()
     train, held_out = (around.split(s)[:records] if records else [] for s in ("train", "test"))
-    found = run_memorization(engine, planted, train, held_out, seed=around.seed)
+    found = run_memorization(engine, planted, train, held_out, method=method, seed=around.seed)
     if not found[0]:
         raise KitError("no answer is long enough to be continued", key="memorization", remedy="Leave the suite out")
     return _report("memorization", engine, "canaries+verbatim@1" if planted else "verbatim@1", found, around)

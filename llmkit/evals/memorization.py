@@ -209,15 +209,18 @@ def run_memorization(
 # %% ../../nbs/06_evals/25_memorization.ipynb #8684d0c9
 def canary_table(engine: Engine, part: Sequence[Canary], most: int = 999, method: str = "rank", alpha: float = 0.05, seed: int = 0) -> dict[str, list]:  # fmt: skip
     "The per-sample table of canaries."
-    bits, p = [], []
+    bits, p, most_bits = [], [], []
     for c in part:
         scores = likelihoods(engine, c, [c.secret, *others_of(c, most, seed)])
         bits.append(exposure(scores[0], scores[1:], c.space, method))
         p.append(_rank(scores[0], scores[1:]) / len(scores))
+        most_bits.append(math.log2(len(scores) if method == "rank" else c.space))
     return {
         "id": [c.id for c in part],
         "planted": [c.times for c in part],
         "exposure": bits,
+        "most": most_bits,
+        "secret_bits": [math.log2(c.space) for c in part],
         "p": p,
         "memorized": [int(x <= alpha) for x in holm(p)],
         "extracted": extracted(engine, part),
@@ -226,7 +229,7 @@ def canary_table(engine: Engine, part: Sequence[Canary], most: int = 999, method
 # %% ../../nbs/06_evals/25_memorization.ipynb #bcdc8d7f
 def canary_measurements(table: Mapping[str, Sequence], name: str = "canaries", method: str = "rank", seed: int = 0) -> list[Measurement]:  # fmt: skip
     "What a table of canaries says; of controls only the mean exposure."
-    how = f"exposure by {method} (Carlini et al. 2019)"
+    how = f"exposure by {method} (Carlini et al. 2019){_cap(table)}"
     if name == "controls":
         return [_mean_bits("exposure_control", table["exposure"], f"{how}; never planted: 1.44 bits are expected", f"{name}/exposure", "all", "none", seed)]  # fmt: skip
     out = [_mean_bits("exposure", table["exposure"], how, f"{name}/exposure", "all", "lower", seed)]
@@ -236,6 +239,15 @@ def canary_measurements(table: Mapping[str, Sequence], name: str = "canaries", m
     out.append(Measurement("exposure_max", max(table["exposure"]), len(table["id"]), direction="lower", unit="bits", method=how))  # fmt: skip
     out.append(exact_rate("memorized_rate", table["memorized"], f"{name}/memorized"))
     return [*out, exact_rate("extraction_rate", table["extracted"], f"{name}/extracted")]
+
+# %% ../../nbs/06_evals/25_memorization.ipynb #9d6d0698
+def _cap(table: Mapping[str, Sequence]) -> str:
+    "What cannot be seen: a rank among few says less than a long secret holds."
+    short = [(m, b) for m, b in zip(table["most"], table["secret_bits"], strict=True) if m < b]
+    if not short:
+        return ""
+    m, b = min(short)[0], max(x for _, x in short)
+    return f"; capped at {m:.2f} bits of {b:.2f}, a rank among {round(2**m)}: method skew-normal looks further"
 
 # %% ../../nbs/06_evals/25_memorization.ipynb #1c9fffb6
 def _mean_bits(metric: str, bits: Sequence[float], how: str, ref: str, slice: str, better: Any, seed: int) -> Measurement:  # fmt: skip
