@@ -390,6 +390,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'llmkit/evals/claims.py'),
                                      'llmkit.evals.claims.Judge': ('06_evals/claims.html#judge', 'llmkit/evals/claims.py'),
                                      'llmkit.evals.claims.Judge.judge': ('06_evals/claims.html#judge.judge', 'llmkit/evals/claims.py'),
+                                     'llmkit.evals.claims._takes_back': ('06_evals/claims.html#_takes_back', 'llmkit/evals/claims.py'),
                                      'llmkit.evals.claims.abstained': ('06_evals/claims.html#abstained', 'llmkit/evals/claims.py'),
                                      'llmkit.evals.claims.find_judge': ('06_evals/claims.html#find_judge', 'llmkit/evals/claims.py'),
                                      'llmkit.evals.claims.hallucinated': ('06_evals/claims.html#hallucinated', 'llmkit/evals/claims.py'),

@@ -29,8 +29,20 @@ ABSTENTIONS = re.compile(
 
 
 def abstained(answer: str, about: About | None = None) -> bool:
-    "Whether an answer says that the text does not tell."
-    return bool(ABSTENTIONS.search(answer.replace("’", "'")))
+    "Whether an answer says that the text does not tell, and leaves it at that."
+    said = answer.replace("’", "'")
+    found = ABSTENTIONS.search(said)
+    return found is not None and not _takes_back(said[found.end() :])
+
+
+_BUT = re.compile(r"\b(?:but|however|nevertheless|still|though|although)\b", re.IGNORECASE)
+_TELLS = re.compile(r"\b(?:says|gives|mentions|states|lists|names|tells)\b", re.IGNORECASE)
+
+
+def _takes_back(rest: str) -> bool:
+    "Whether what follows an admission makes a claim all the same: a number or a name after a 'but', unless the text is said to give it."
+    _, *after = _BUT.split(rest, maxsplit=1)
+    return any((numbers(x) or names(x)) and not _TELLS.search(x) for x in after)
 
 # %% ../../nbs/06_evals/29_claims.ipynb #af52233b
 _UNITS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()  # fmt: skip
@@ -38,15 +50,20 @@ _WORDS = {w: i for i, w in enumerate(_UNITS)} | {w: 10 * i for i, w in enumerate
 _TIMES = {"hundred": 100, "thousand": 1000, "million": 1_000_000}
 
 
+_MINUS = r"(?:\b(minus|negative)\s+)"
+
+
 def numbers(text: str) -> set[float]:
-    "The values of the numbers in a text, written in digits or as English words."
-    found = {float(m[0].replace(",", "")) for m in re.finditer(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?", text)}
-    for m in re.finditer(rf"\b(?:(?:{'|'.join([*_WORDS, *_TIMES])})(?:[\s-]|\b))+", text.lower()):
+    "The values of the numbers in a text with their signs, written in digits or as English words."
+    digits = rf"(?:{_MINUS}|(?<![\w.,])(-|−))?(\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?|\d+(?:\.\d+)?)"
+    sign = lambda *marks: -1.0 if any(marks) else 1.0  # noqa: E731
+    found = {sign(m[1], m[2]) * float(m[3].replace(",", "")) for m in re.finditer(digits, text, re.IGNORECASE)}
+    for m in re.finditer(rf"{_MINUS}?\b((?:(?:{'|'.join([*_WORDS, *_TIMES])})(?:[\s-]|\b))+)", text.lower()):
         total = part = 0
-        for w in re.findall(r"[a-z]+", m[0]):
+        for w in re.findall(r"[a-z]+", m[2]):
             part = max(part, 1) * _TIMES[w] if w in _TIMES else part + _WORDS[w]
             total, part = (total + part, 0) if w in ("thousand", "million") else (total, part)
-        found.add(float(total + part))
+        found.add(sign(m[1]) * (total + part))
     return found
 
 
@@ -79,8 +96,8 @@ def hallucinated(answer: str, about: About) -> bool:
     return about.get("answerable") == "no" or unsupported(answer, about)
 
 
-ABSTAINED, UNSUPPORTED = Detector("abstained", 1, abstained, "abstained"), Detector("unsupported", 1, unsupported, "unsupported")  # fmt: skip
-HALLUCINATED = Detector("hallucinated", 1, hallucinated, "hallucinated")
+ABSTAINED, UNSUPPORTED = Detector("abstained", 2, abstained, "abstained"), Detector("unsupported", 2, unsupported, "unsupported")  # fmt: skip
+HALLUCINATED = Detector("hallucinated", 2, hallucinated, "hallucinated")
 
 # %% ../../nbs/06_evals/29_claims.ipynb #cbc57a81
 class Judge(Protocol):
