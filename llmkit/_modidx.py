@@ -3118,6 +3118,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'llmkit/serve/upstream.py'),
                                        'llmkit.serve.upstream.UpstreamBackend.__init__': ( '08_serve/upstream.html#upstreambackend.__init__',
                                                                                            'llmkit/serve/upstream.py'),
+                                       'llmkit.serve.upstream.UpstreamBackend.alive': ( '08_serve/upstream.html#upstreambackend.alive',
+                                                                                        'llmkit/serve/upstream.py'),
                                        'llmkit.serve.upstream.UpstreamBackend.check': ( '08_serve/upstream.html#upstreambackend.check',
                                                                                         'llmkit/serve/upstream.py'),
                                        'llmkit.serve.upstream.UpstreamBackend.close': ( '08_serve/upstream.html#upstreambackend.close',

@@ -108,7 +108,7 @@ class UpstreamBackend:
         key = key if key is not None else os.environ.get("LLMKIT_UPSTREAM_KEY", "")
         self.url, self.model, self.name, self.release = url.rstrip("/"), model, f"upstream {model}".strip(), release
         self.max_output, self.connections, self.open, self.failed, self.finished = max_output, connections, 0, 0, 0
-        self.closing = False
+        self.closing, self._probe, self._seen = False, asyncio.Lock(), (-math.inf, False)
         limits, patience = httpx.Limits(max_connections=connections + 2), httpx.Timeout(None, connect=10.0)
         headers = {"authorization": f"Bearer {key}"} if key else {}
         self.client = httpx.AsyncClient(headers=headers, limits=limits, timeout=patience, transport=transport)
@@ -154,6 +154,18 @@ class UpstreamBackend:
         got = await self.client.post(f"{self.url}/completions", json=body, timeout=60)
         if got.status_code != 200:
             raise KitError("does not answer", key=self.url, value=got.status_code, remedy="Look at its log")
+
+    async def alive(self, fresh: float = 1.0, patience: float = 2.0) -> bool:
+        "Whether it lists its models now, or did so within the last second, so that many may ask."
+        async with self._probe:
+            now = asyncio.get_running_loop().time()
+            if now - self._seen[0] >= fresh:
+                try:
+                    got = await self.client.get(f"{self.url}/models", timeout=patience)
+                    self._seen = now, got.status_code < 500
+                except need("httpx", "serve").HTTPError:
+                    self._seen = now, False
+            return self._seen[1]
 
     async def close(self, timeout: float | None = 30.0) -> None:
         "Wait for what runs, then close the connections."

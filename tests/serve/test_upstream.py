@@ -103,3 +103,27 @@ def test_the_self_test_finds_a_wrong_address_or_model(dummy):
     for bad in ((f"{url}/v1", "other"), (f"{url}/nowhere",), ("http://127.0.0.1:9/v1",)):
         with pytest.raises(KitError):
             asyncio.run(check(*bad))
+
+
+def test_ready_says_whether_the_upstream_lives(make_gateway):
+    behind, asked = make_gateway(), []
+    with serving(behind) as url:
+        front = Gateway("bank", {"baseline": UpstreamBackend(f"{url}/v1")})
+        get, client = front.baseline.client.get, front.baseline.client
+
+        async def counted(*args, **more):
+            asked.append(args)
+            return await get(*args, **more)
+
+        client.get = counted
+        with serving(front) as here:
+            assert [httpx.get(f"{here}/ready").status_code for _ in range(5)] == [200] * 5 and len(asked) < 5
+            stopped = serving(make_gateway())
+            with stopped as other:
+                front.baseline.url = f"{other}/v1"
+            until(lambda: httpx.get(f"{here}/ready").status_code == 503, "the refusal")
+            r = httpx.get(f"{here}/ready")
+            assert "upstream" in r.json()["error"]["message"] and int(r.headers["retry-after"]) >= 1
+            assert httpx.get(f"{here}/health").status_code == 200
+            front.baseline.url = f"{url}/v1"
+            until(lambda: httpx.get(f"{here}/ready").status_code == 200, "the recovery")
