@@ -20,6 +20,7 @@ from .adapters import LOAD, UNLOAD, Adapters
 from .call import SCHEMAS, parse
 from .gateway import Gateway
 from .http import answer, careful, checked, error_response, log, read_request, unless_gone
+from .store import patiently
 from .tokens import DETOKENIZE, TOKENIZE, detokenize, tokenize, tokenizer_info
 from .wire import ApiError, busy
 
@@ -232,7 +233,7 @@ def _other_routes(app: Any, gateway: Gateway, state: Mapping[str, Any], max_body
         if gateway.events is None:
             raise ApiError(404, "This server keeps no events", code="not_supported")
         try:
-            event = gateway.events.feedback(**got)
+            event = await patiently(gateway.events.feedback, **got)
         except KitError as e:
             raise ApiError(404 if e.key == "id" else 400, f"{e.problem}. {e.remedy or ''}", param=e.key) from e
         gateway.metrics.heard(event)

@@ -29,6 +29,7 @@ from .limits import Limits, RateLimited, Reservation
 from .metrics import Metrics, best
 from .reply import Piece, Reply
 from .samples import Sampler
+from .store import Later, hurried, patiently
 from .traces import Traces
 from .wire import ApiError, busy
 
@@ -92,6 +93,7 @@ class Gateway:
 
             self.refusal = refused
         self.open, self.draining, self.adapters = 0, False, set()  # names of variants that are asked for as a model
+        self.accounts, self.log = (Later(self.metrics.event_failures.inc) for _ in range(2))  # one database each
         self.meter = self.meter or best()
         self._joules = self.meter[1].read()
         self.metrics.watch(lambda: {n: b.stats() for n, b in list(self.variants.items())})
@@ -122,7 +124,10 @@ class Gateway:
 
     def authenticate(self, header: str | None, scope: str = "inference") -> Key:
         "Whose request it is; raises `ApiError` 401 or 403."
-        return ANYONE if self.keys is None else self.keys.check(header, scope)
+        if self.keys is None:
+            return ANYONE
+        with hurried():
+            return self.keys.check(header, scope)
 
 # %% ../../nbs/08_serve/11_gateway.ipynb #dcb17f4b
 _LABEL = re.compile(r"\s*([\w-]{1,40}):")
@@ -192,7 +197,8 @@ class Exchange:
         self.event = {"kind": "request", "time": self.time, "status": status, "code": code, "reason": reason}
         g.open -= 1
         if self.held is not None:
-            cost = g.limits.settle(self.held, *used, request=ran)
+            cost = g.limits.cost(*used)
+            g.accounts.add(g.limits.settle, self.held, *used, ran)
         self.event |= {"id": self.reply.id if self.reply else "", "variant": self.variant, "release": self.release}
         self.event |= {"unit": self.unit, "key": self.key.prefix, "latency": g.timer() - self.start, "ttft": self.ttft}
         self.event |= {"prompt_tokens": used[0], "completion_tokens": used[1], "fallback": self.fallback, "cost": cost}
@@ -210,7 +216,8 @@ class Exchange:
         seen |= self.confidence.event() if whole else {}
         if whole and g.sampler is not None:
             try:
-                seen |= g.sampler.look(self.reply.id, self.call, text)
+                with hurried():
+                    seen |= g.sampler.look(self.reply.id, self.call, text)
             except (OSError, sqlite3.Error):  # as with the log: seen, and no answer is lost
                 g.metrics.event_failures.inc()
         return seen
@@ -223,11 +230,8 @@ class Exchange:
             self.found.update(guard.found)
         for (guard, entity, action), n in self.found.items():
             g.metrics.guard.labels(guard, entity, action).inc(n)
-        if g.events is not None:
-            try:
-                g.events.append(self.event)
-            except (OSError, sqlite3.Error):  # a full disk must be seen, and must not take the answer away
-                g.metrics.event_failures.inc()
+        if g.events is not None:  # a full disk must be seen, and must not take the answer away
+            g.log.add(g.events.append, self.event)
         g.metrics.count(g.model, self.operation, self.event, getattr(self.answer, "queued", None))
         if g.traces is not None:
             g.traces.record(self)
@@ -313,7 +317,7 @@ async def _start_on(self: Gateway, x: Exchange, name: str) -> None:
         x.work = await _aside(x.call, backend.prepare, x.call)
         x.reply = Reply(x.call, x.call.model, f"llmkit-{short(backend.release)}", self.clock)
         if self.limits is not None and x.held is None:
-            x.held = self.limits.reserve(x.key.account, x.work.prompt_tokens, x.work.most)
+            x.held = await patiently(self.limits.reserve, x.key.account, x.work.prompt_tokens, x.work.most)
         try:
             x.answer = await backend.start(x.work, self.timeout)
             return
@@ -397,6 +401,7 @@ async def close(self: Gateway, timeout: float | None = 30.0) -> None:
     self.draining = True
     self.metrics.ready.set(0)
     await asyncio.gather(*(b.close(timeout) for b in self.variants.values()))
+    await asyncio.gather(self.accounts.close(timeout), self.log.close(timeout))
     if self.traces is not None:
         await asyncio.to_thread(self.traces.close)
 

@@ -17,6 +17,7 @@ from typing import Any
 from ..core.plugins import need
 from .gateway import Exchange
 from .reply import DONE, Piece, sse
+from .store import unlocked
 from .wire import ApiError, fault, read_body
 
 # %% ../../nbs/08_serve/12_http.ipynb #2449ef19
@@ -30,6 +31,7 @@ def error_response(e: ApiError) -> Any:
 
 def told(e: Exception) -> ApiError:
     "What the caller is told; of a failure of the server the log learns where it happened, and nothing else."
+    e = unlocked(e)
     cause = e.__cause__ if isinstance(e, ApiError) else e
     if cause is not None and getattr(e, "status", 500) == 500:
         last = traceback.extract_tb(cause.__traceback__)[-1:]

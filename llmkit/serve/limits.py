@@ -109,6 +109,8 @@ def reserve(
     if account.budget is not None and cost is None:
         told = "This account has a budget, and the server knows no price"
         raise ApiError(403, told, type="permission_error", code="price_unknown")
+    if account.rpm is None and account.tpm is None and account.budget is None and not cost:
+        return Reservation(account, tokens, 0.0, {})  # nothing to take: the database is not asked
     with self.store.write() as db:
         levels = {kind: _level(db, account.name, kind, cap, now) for kind, cap, _ in needs if cap is not None}
         for kind, cap, need in needs:
