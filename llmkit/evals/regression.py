@@ -190,13 +190,14 @@ def regression_report(
         out += [_rate(f"{m}_rate", found[m], f"golden/{m}", better), _rate(f"{m}_rate_noise", noise[m], f"noise/{m}", "none")]  # fmt: skip
         d = paired_rates(noise[m], found[m], alpha=0.025)
         more, less = discordant(noise[m], found[m])
-        how = f"paired score bound, {more} {m} beyond the baseline's own noise, {less} in that noise alone"
+        how = f"paired score bound, {more} prompts beyond the baseline's own noise, {less} in that noise alone"
         out.append(Measurement(f"{m}_rate_excess", d.value, d.n, d.low, d.high, direction=better, method=how))
     context: dict[str, Any] = {"prompts": len(golden)}
     if ranks:
         context |= {"n": len(golden[0]["top"][0]), "positions": max(len(r["top"]) for r in golden), "rbo_p": p}
     else:
-        context |= {"left_out": list(RANKS), "because": "one of the engines tells its answers and no logits"}
+        context["left_out"] = list(RANKS)
+        out = [replace(m, method=f"{m.method}; rankings left out, since one of the engines tells no logits") if m.metric == "flip_rate" else m for m in out]  # fmt: skip
     return Report("regression", digest, suite, tuple(out), {"golden": found, "noise": noise}, context)
 
 

@@ -134,7 +134,10 @@ def swap_measurements(
         col = {c: [table[c][i] for i in rows] for c in ("flipped", "control", "correct", "correct_swapped")}
         out.append(exact_rate("flip_rate", col["flipped"], "swaps/flipped", f"swap={axis}"))
         if None not in col["control"]:
-            out.append(_paired("excess_flip_rate", col["control"], col["flipped"], f"swap={axis}", "lower", alpha))
+            more, less = discordant(col["control"], col["flipped"])
+            how = f"paired score bound, {more} flip by the swap alone, {less} by the control alone"
+            excess = _paired("excess_flip_rate", col["control"], col["flipped"], f"swap={axis}", "lower", alpha)
+            out.append(replace(excess, method=how))
         out.append(_paired("swap_accuracy_difference", col["correct"], col["correct_swapped"], f"swap={axis}", "none", alpha))  # fmt: skip
         p[axis] = mcnemar(*discordant(col["correct"], col["correct_swapped"]))
     adjusted = dict(zip(p, holm(list(p.values())), strict=True))

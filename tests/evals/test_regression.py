@@ -150,7 +150,7 @@ def test_a_server_is_compared_by_its_answers(shared):
     there = EndpointEngine("http://x/v1", transport=httpx.MockTransport(answer))
     r = regression(engine(), there, suite_of(WORDS[:100]), n=5)
     assert r.get("broken_rate").value == 0.02 and r.get("rbo") is None and r.context["left_out"]
-    assert r.get("broken_rate_excess").method == "paired score bound, 2 broken beyond the baseline's own noise, 0 in that noise alone"  # fmt: skip
+    assert r.get("broken_rate_excess").method == "paired score bound, 2 prompts beyond the baseline's own noise, 0 in that noise alone"  # fmt: skip
 
 
 def test_what_cannot_be_compared_is_refused():
