@@ -181,6 +181,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llmkit.data.sources._csv_rows': ('03_data/sources.html#_csv_rows', 'llmkit/data/sources.py'),
                                      'llmkit.data.sources._json_row': ('03_data/sources.html#_json_row', 'llmkit/data/sources.py'),
                                      'llmkit.data.sources._no_constant': ('03_data/sources.html#_no_constant', 'llmkit/data/sources.py'),
+                                     'llmkit.data.sources._noting': ('03_data/sources.html#_noting', 'llmkit/data/sources.py'),
+                                     'llmkit.data.sources._swallows': ('03_data/sources.html#_swallows', 'llmkit/data/sources.py'),
                                      'llmkit.data.sources.check_header': ('03_data/sources.html#check_header', 'llmkit/data/sources.py'),
                                      'llmkit.data.sources.check_splits': ('03_data/sources.html#check_splits', 'llmkit/data/sources.py'),
                                      'llmkit.data.sources.find': ('03_data/sources.html#find', 'llmkit/data/sources.py'),

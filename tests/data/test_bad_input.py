@@ -168,6 +168,16 @@ def test_ragged_and_unclosed_csv_rows(make):
     ]
 
 
+def test_an_unclosed_quote_loses_no_row_from_the_count(make):
+    rows = [f"Question {i} of the customer,c{i % 4}\n" for i in range(400)]
+    rows[200] = '"' + rows[200]
+    content = f"text,category\n{''.join(rows)}".encode()
+    with pytest.raises(KitError, match="200 of 400 rows are quarantined.*rows.csv: line 202: not valid CSV.*a quote"):
+        make(content, "csv", TABLE)
+    data = make(content, "csv", TABLE, max_quarantine_share=0.6)
+    assert read_json(data / "profile.json")["rows"] == {"in": 400, "out": 200, "quarantined": 200, "duplicates": 0}
+
+
 def test_a_contradiction_is_quarantined_and_named(make):
     rows = [*good_rows(), {**good_rows()[0], "label": "order", "completion": "order"}]
     [(line, reason)] = quarantine(make(rows))
