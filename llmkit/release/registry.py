@@ -14,7 +14,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -185,11 +185,15 @@ def _register(client: Any, uri: str, release: Release, source: str, alias: str, 
     aliases = client.get_registered_model(release.name).aliases
     entries = read_ledger(ledger)
     had_it = any((e.model, e.alias, e.after) == (release.name, alias, release.digest) for e in entries)
-    if alias not in aliases or (not had_it and int(aliases[alias]) < number):
+    takes = alias not in aliases or (not had_it and int(aliases[alias]) < number)
+    if takes:
         client.set_registered_model_alias(release.name, alias, str(number))
+    found = next(v for v in versions(uri, release.name, release.digest) if v.version == number)
+    if takes or (alias in found.aliases and not (had_it and found.tags.get("ledger"))):
         entry = append(ledger, release.name, alias, release.digest, release.verdict)
         client.set_model_version_tag(release.name, str(number), TAG + "ledger", entry.digest)
-    return next(v for v in versions(uri, release.name, release.digest) if v.version == number)
+        found = replace(found, tags={**found.tags, "ledger": entry.digest})
+    return found
 
 
 def _tags(release: Release, facts: Mapping[str, str] | None) -> dict[str, str]:

@@ -155,6 +155,32 @@ def test_two_versions_made_at_once_are_reconciled_to_the_lower(tmp_path, monkeyp
     assert [v.version for v in real(uri, "bank")] == [1]
 
 
+@pytest.mark.parametrize("step", ["append", "tag"])
+def test_what_a_try_left_undone_the_next_one_does(tmp_path, monkeypatch, step):
+    "The alias is set, and then the ledger, or the tag that names its entry, cannot be written."
+    import mlflow
+
+    import llmkit.release.registry as registry
+
+    uri, ledger = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "ledger.jsonl"
+    release = Release("bank", "sha256:b", "sha256:v", "sha256:c")
+
+    def full(*args):
+        raise KitError("no space left")
+
+    with monkeypatch.context() as m, pytest.raises(KitError, match="no space left"):
+        place, name = (registry, "append") if step == "append" else (mlflow.MlflowClient, "set_model_version_tag")
+        m.setattr(place, name, full)
+        register(release, uri, "file:///bundle", ledger=ledger)
+    assert versions(uri, "bank")[0].aliases == ("challenger",)
+    v = register(release, uri, "file:///bundle", ledger=ledger)
+    (entry,) = read_ledger(ledger)
+    assert entry.after == release.digest and versions(uri, "bank") == [v] and v.tags["ledger"] == entry.digest
+    before = dump(tmp_path / "mlflow.db")
+    assert register(release, uri, "file:///bundle", ledger=ledger) == v
+    assert len(read_ledger(ledger)) == 1 and dump(tmp_path / "mlflow.db") == before
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
