@@ -810,6 +810,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'llmkit.flow.dag.data_deps': ('12_flow/dag.html#data_deps', 'llmkit/flow/dag.py'),
                                  'llmkit.flow.dag.entry_text': ('12_flow/dag.html#entry_text', 'llmkit/flow/dag.py'),
                                  'llmkit.flow.dag.look_up': ('12_flow/dag.html#look_up', 'llmkit/flow/dag.py'),
+                                 'llmkit.flow.dag.named': ('12_flow/dag.html#named', 'llmkit/flow/dag.py'),
                                  'llmkit.flow.dag.params_check': ('12_flow/dag.html#params_check', 'llmkit/flow/dag.py'),
                                  'llmkit.flow.dag.params_problems': ('12_flow/dag.html#params_problems', 'llmkit/flow/dag.py'),
                                  'llmkit.flow.dag.stage_entry': ('12_flow/dag.html#stage_entry', 'llmkit/flow/dag.py'),

@@ -7,7 +7,6 @@ __all__ = ['Plan', 'plan', 'needs', 'data']
 
 # %% ../../nbs/12_flow/08_plan.ipynb #38f925b5
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from ..core.digests import digest_json, short
 from ..core.errors import KitError
 from ..core.params import load_params
 from .closure import closure, closure_digest
-from .dag import check_entry
+from .dag import check_entry, named
 from .notebook import Stage, find_checkout, read_stage, stage_values
 from .record import digest_path
 
@@ -71,13 +70,7 @@ def needs(stage: Stage, project: Path) -> dict[str, str]:
     return found
 
 
-def data(stage: Stage, params: Mapping[str, Any], project: Path) -> dict[str, str | None]:
+def data(stage: Stage, params: dict[str, Any], project: Path) -> dict[str, str | None]:
     "The digest of each file or folder of data that a parameter names."
-    found = {}
-    for key in stage.data:
-        value: Any = params
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        for path in value if isinstance(value, list) else [value] if value else []:
-            found[f"{key}: {path}"] = digest_path(project / path)
-    return found
+    paths = [(key, path) for key in stage.data for _, path in named(params, key)]
+    return {f"{key}: {path}": digest_path(project / path) for key, path in paths}

@@ -23,7 +23,7 @@ NEEDS = {
     "verdict": "artifacts/gate/verdict",
 }
 MAKES = {"bundle": "artifacts/package/bundle"}
-DATA = {"baseline": "there"}
+DATA = {"baseline": "there", "package.licence_files": "named"}
 
 # %% ../../nbs/pipeline/08_package.ipynb #5cebf378
 def run(*, model_name: str, prompts: int, max_tokens: int, licence_files: list[str], baseline: str) -> Artifact:

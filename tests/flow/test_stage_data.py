@@ -1,0 +1,36 @@
+"Every file that a parameter of the pipeline names is a dependency, and counts in the input digest."
+
+from pathlib import Path
+
+import pytest
+
+from llmkit.evals import battery
+from llmkit.flow.dag import data_deps
+from llmkit.flow.notebook import read_stage
+from llmkit.flow.plan import data
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_option_of_a_suite_that_is_a_path_is_a_dependency():
+    keys = {k.rpartition(".")[2] for k in read_stage("evaluate", ROOT).data if k.startswith("evaluate.suites.*.")}
+    assert keys == {*battery._PATHS}
+
+
+@pytest.mark.parametrize(
+    "stage, section, key",
+    [
+        ("evaluate", {"price_table": "named.yaml"}, "price_table"),
+        ("evaluate", {"suites": {"safety": {"files": ["named.yaml"]}, "swaps": {}}}, "suites.safety.files[0]"),
+        ("evaluate", {"suites": {"bbq": {"file": "named.yaml"}}}, "suites.bbq.file"),
+        ("package", {"licence_files": ["named.yaml"]}, "licence_files[0]"),
+    ],
+)
+def test_an_edit_of_a_named_file_repeats_the_stage(tmp_path, stage, section, key):
+    read, params, file = read_stage(stage, ROOT), {stage: section}, tmp_path / "named.yaml"
+    assert data_deps(read, params, tmp_path) == [f"${{{stage}.{key}}}"]
+    file.write_text("one")
+    before = data(read, params, tmp_path)
+    file.write_text("two")
+    after = data(read, params, tmp_path)
+    assert [*before] == [*after] and before != after and None not in before.values()
