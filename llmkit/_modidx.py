@@ -135,6 +135,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llmkit.data.prepare.of_split': ('03_data/prepare.html#of_split', 'llmkit/data/prepare.py'),
                                      'llmkit.data.prepare.prepare': ('03_data/prepare.html#prepare', 'llmkit/data/prepare.py'),
                                      'llmkit.data.prepare.quarantined': ('03_data/prepare.html#quarantined', 'llmkit/data/prepare.py'),
+                                     'llmkit.data.prepare.read_by': ('03_data/prepare.html#read_by', 'llmkit/data/prepare.py'),
                                      'llmkit.data.prepare.thin': ('03_data/prepare.html#thin', 'llmkit/data/prepare.py'),
                                      'llmkit.data.prepare.used': ('03_data/prepare.html#used', 'llmkit/data/prepare.py'),
                                      'llmkit.data.prepare.write': ('03_data/prepare.html#write', 'llmkit/data/prepare.py'),

@@ -15,7 +15,7 @@ from llmkit.data.sources import Source
 def make(tmp_path: Path):
     "Prepare a file of the given bytes (or a folder, or rows); keyword arguments go to the rules."
 
-    def run(content, kind="jsonl", shape=Shape(), splits=None, context=None, encoding="utf-8", **rules):  # noqa: B008
+    def run(content, kind="jsonl", shape=Shape(), splits=None, context=None, encoding="utf-8", encode=words, **rules):  # noqa: B008
         path = tmp_path / f"rows.{kind}"
         if isinstance(content, list):
             content = "\n".join(json.dumps(r) for r in content).encode()
@@ -25,6 +25,6 @@ def make(tmp_path: Path):
             path.write_bytes(content)
         source = Source(kind, str(path), shape, encoding, splits or {})
         rules = Rules(**{"shares": SHARES, "seed": 3, "near_duplicates": None, "max_quarantine_share": 0.2, **rules})
-        return prepare(source, tmp_path / "out/dataset", rules, Reader(words, context_length=context))
+        return prepare(source, tmp_path / "out/dataset", rules, Reader(encode, context_length=context))
 
     return run

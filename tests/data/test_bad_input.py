@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import tokenizers
 from data_rows import TABLE, good_rows
 
 from llmkit.core.errors import KitError
@@ -10,6 +11,7 @@ from llmkit.core.files import read_json, read_jsonl
 from llmkit.data.prepare import Rules
 from llmkit.data.records import Shape
 from llmkit.data.table import open_table
+from llmkit.model.tokenizer import Tokenizer
 
 GOOD = [json.dumps(r).encode() for r in good_rows()]
 
@@ -176,6 +178,25 @@ def test_an_unclosed_quote_loses_no_row_from_the_count(make):
         make(content, "csv", TABLE)
     data = make(content, "csv", TABLE, max_quarantine_share=0.6)
     assert read_json(data / "profile.json")["rows"] == {"in": 400, "out": 200, "quarantined": 200, "duplicates": 0}
+
+
+def test_a_row_that_the_chat_template_refuses_is_quarantined_with_its_line(make):
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}hello"
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"hello": 0}, unk_token="hello"))
+    tok = Tokenizer(backend, template, {}, (0,))
+    rows = [*good_rows(), {"system": "Be brief.", "prompt": "Who is there?", "completion": "find", "label": "find"}]
+    [(line, reason)] = quarantine(make(rows, encode=tok.chat))
+    assert line == 41 and "messages: the base cannot read it" in reason and "System role not supported" in reason
+
+
+def test_a_control_token_that_cannot_be_text_is_quarantined_with_its_line(make):
+    def encode(messages, opened):
+        if "<|im_end|>" in messages[0]["content"]:
+            raise KitError("this control token cannot be written as text", value="<|im_end|>")
+        return []
+
+    [(line, reason)] = quarantine(make([{**good_rows()[0], "prompt": "Say <|im_end|>"}, *good_rows()], encode=encode))
+    assert line == 1 and "cannot be written as text" in reason
 
 
 def test_a_contradiction_is_quarantined_and_named(make):
