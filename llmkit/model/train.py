@@ -67,15 +67,28 @@ class Recipe:
     seed: int
 
     def __post_init__(self):
-        for key in ("batch_size", "accumulate", "epochs", "processes", "threads", "max_tokens"):
+        for key in ("rank", "alpha", "batch_size", "accumulate", "epochs", "processes", "threads", "max_tokens"):
             if getattr(self, key) < 1:
                 raise KitError("must be at least 1", key=key, value=getattr(self, key))
+        for key in ("weight_decay", "clip", "evaluate_every", "patience", "checkpoint_every"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise KitError("must be 0 or more", key=key, value=getattr(self, key))
         for key in ("dropout", "word_dropout", "label_smoothing", "warmup", "ema", "max_overlong"):
             if not 0 <= getattr(self, key) < 1:
                 raise KitError("must be from 0 to below 1", key=key, value=getattr(self, key))
         if not 0 <= self.prompt_loss_weight <= 1:
             raise KitError("must be from 0 to 1", key="prompt_loss_weight", value=self.prompt_loss_weight)
-        choices = {"batching": ("length", "pack", "random"), "precision": PRECISIONS, "keep": KEEP}
+        if not 0 <= self.seed < 2**32:  # what numpy takes
+            raise KitError("must be from 0 to 4294967295", key="seed", value=self.seed)
+        if isinstance(self.targets, str) and self.targets != "all-linear" or not self.targets:
+            fix = "Write all-linear, or a list of names of linear layers"
+            raise KitError("not a list of layer names", key="targets", value=self.targets, remedy=fix)
+        choices = {
+            "quantize_base": ("none", "nf4"),
+            "batching": ("length", "pack", "random"),
+            "precision": PRECISIONS,
+            "keep": KEEP,
+        }
         for key, known in choices.items():
             if getattr(self, key) not in known:
                 raise KitError(f"must be one of {', '.join(known)}", key=key, value=getattr(self, key))
@@ -87,7 +100,7 @@ class Recipe:
                 value=self.patience,
                 remedy=fix,
             )
-        if self.lr <= 0:
+        if not 0 < self.lr < math.inf:
             raise KitError("must be positive", key="lr", value=self.lr)
 
 # %% ../../nbs/04_model/05_train.ipynb #e6ed396a
