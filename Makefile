@@ -88,6 +88,7 @@ check: env ## style, parameters, stages, records; changes nothing, and takes sec
 	ruff check .
 	ruff format --check .
 	llmkit params check
+	llmkit params check --project examples/banking77
 	llmkit dag check
 	llmkit dag check --project examples/banking77
 	llmkit records check

@@ -10,7 +10,7 @@ __all__ = ['RECEIPTS', 'HEADER', 'stage_entry', 'data_deps', 'named', 'look_up',
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..core.files import write_text
 from ..core.params import did_you_mean, load_params
 from .closure import closure
 from .notebook import Stage, find_checkout, find_stages, read_stage, stage_values
+from .sections import section_problems
 
 # %% ../../nbs/12_flow/07_dag.ipynb #5c497df8
 RECEIPTS = {"register": "artifacts/register/receipt.json"}  # stage → the file that vouches for its side effect
@@ -190,42 +191,20 @@ def check(
 def params_problems(
     project: str | Path = ".",  # the folder of `params.yaml`
 ) -> list[str]:
-    "What is unknown, missing or mistyped in `params.yaml`, one line for each stage, policy, suite and unknown section."
+    "What is unknown, missing, mistyped or out of range in `params.yaml`, one line for each stage, policy, suite and unknown section."
     checkout, file = find_checkout(project), Path(project) / "params.yaml"
     params, bad = load_params(file), []
-    stages = [read_stage(n, checkout) for n in find_stages(checkout)]
+    stages, values = [read_stage(n, checkout) for n in find_stages(checkout)], {}
     for stage in stages:
         try:
-            stage_values(stage, params, file)
+            values[stage.name] = stage_values(stage, params, file)
         except KitError as e:
             bad.append(str(e))
-    for check in _sections(params, file):
-        try:
-            check()
-        except KitError as e:
-            bad.append(str(e))
+    bad += section_problems(params, values, project)
     known = (
         {"rollout", "monitor", "edge"} | {s.name for s in stages} | {n for s in stages for n in s.parameters} | {"seed"}
     )
     return bad + [f"{file}: {k}: belongs to no stage. {did_you_mean(k, known)}" for k in params if k not in known]
-
-
-def _sections(params: dict[str, Any], file: Path) -> Iterator[Callable[[], Any]]:
-    "Checks of what a stage's signature does not tell; their modules are heavy, and only these checks need them."
-    from llmkit.evals.battery import suite_options
-    from llmkit.gate.policy import read_policy
-    from llmkit.monitor.policy import read_monitor
-    from llmkit.rollout.policy import read_rollout
-
-    if "rollout" in params:
-        yield lambda: read_rollout(params["rollout"], file)
-    if "monitor" in params:
-        yield lambda: read_monitor(params["monitor"], file)
-    if "edge" in params:
-        yield lambda: read_policy(params["edge"], str(file), "edge")
-    suites = (params.get("evaluate") or {}).get("suites")
-    for name, given in suites.items() if isinstance(suites, dict) else ():
-        yield lambda name=name, given=given: suite_options(name, given, f"evaluate.suites.{name}", file)
 
 
 def params_check(

@@ -6,7 +6,7 @@
 __all__ = ['NEEDS', 'MAKES', 'DATA', 'SUBJECTS', 'run']
 
 # %% ../../nbs/pipeline/06_evaluate.ipynb #ec3a97d0
-from typing import Any
+from typing import Any, Literal
 
 from ..core.artifact import Artifact, build, open_artifact, require_parent
 from ..core.files import read_jsonl
@@ -50,7 +50,7 @@ def run(
     batch_size: int,  # rows that run together
     noise_items: int,  # items that the engine answers a second time, in other batches
     suites: dict[str, dict[str, Any]],  # behaviour suites and their options: `llmkit.evals.battery`
-    speed_subjects: list[str],  # which of engine, merged and base are timed
+    speed_subjects: list[Literal["engine", "merged", "base"]],  # which of engine, merged and base are timed
     speed_prompts: int,  # different prompts for the timing
     speed_tokens: int,  # tokens generated for each
     speed_repeats: int,  # rounds over the prompts

@@ -66,6 +66,15 @@ def test_actions_are_pinned_by_commit_and_leave_no_credentials(flow):
                 assert s["with"]["persist-credentials"] is False
 
 
+def test_the_parameters_of_every_project_are_checked():
+    "By `make check` and by the hook, which runs for every one of them."
+    hooks = YAML(typ="safe").load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    hook, make = next(h["entry"] for h in hooks if h["id"] == "params"), (ROOT / "Makefile").read_text()
+    for project in ("", *(f" --project examples/{p.parent.name}" for p in ROOT.glob("examples/*/params.yaml"))):
+        assert re.search(rf"llmkit params check{project}(?! --)", hook), project
+        assert re.search(rf"^\tllmkit params check{project}$", make, re.M), project
+
+
 def test_the_hooks_are_local():
     y = YAML(typ="safe").load((ROOT / ".pre-commit-config.yaml").read_text())
     assert {r["repo"] for r in y["repos"]} == {"local"}
