@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PICKLES', 'Dtype', 'PLAIN_TEMPLATE', 'TOKENIZER_FILES', 'inspect', 'onnx_architectures', 'road', 'load_checked',
-           'one_line', 'bring_tokenizer', 'add_turn_end', 'import_folder', 'describe']
+           'one_line', 'bring_tokenizer', 'add_turn_end', 'import_folder', 'licences', 'describe']
 
 # %% ../../nbs/04_model/02b_folder.ipynb #f6c21ce4
 import re
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..core.errors import KitError
-from ..core.files import read_json, write_json, write_text
+from ..core.files import read_json, read_object, write_json, write_text
 from ..core.plugins import need
 from .tiny import quiet
 from .tokenizer import Tokenizer, find_template
@@ -30,9 +30,9 @@ def inspect(
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         fix = "Name the base that it was trained on"
         raise KitError("is a delta, not a base", file=folder, key="adapter_config.json", remedy=fix)
-    config = read_json(folder / "config.json")
-    for name in ("config.json", "tokenizer_config.json"):
-        auto = read_json(folder / name).get("auto_map") if (folder / name).is_file() else None
+    config = read_object(folder / "config.json")
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        auto = read_object(folder / name).get("auto_map") if (folder / name).is_file() else None
         if auto:
             fix = "Take a model that transformers knows by itself; llmkit never runs code that comes with a model"
             raise KitError("wants to run its own code", file=folder / name, key="auto_map", value=auto, remedy=fix)
@@ -116,6 +116,10 @@ def load_checked(
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as e:
         fix = "Fetch the weights again; a file may be cut short"
         raise KitError(f"stage base: cannot load the weights: {one_line(e)}", file=folder, remedy=fix) from e
+    except Exception as e:  # whatever transformers makes of a number or a name that does not fit
+        fix = "Compare it with the model's own config.json; a value is missing, or of another type"
+        told = f"stage base: no model can be built from it: {type(e).__name__}: {one_line(e)}"
+        raise KitError(told, file=Path(folder) / "config.json", remedy=fix) from e
     for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if names := sorted(map(str, found.get(fault) or [])):
             problem = f"{len(names)} {fault.removesuffix('_keys')} weights"
@@ -162,12 +166,12 @@ def bring_tokenizer(
         if template == "require":
             fix = "Take an instruction-tuned base, or set base.template: default"
             raise KitError("the base has no chat template", file=source, key="chat_template.jinja", remedy=fix)
-        if "eos_token" not in read_json(folder / "tokenizer_config.json"):
+        if "eos_token" not in read_object(folder / "tokenizer_config.json"):
             fix = "Name its end token in tokenizer_config.json"
             raise KitError("the tokenizer has no eos_token to end an answer with", file=source, remedy=fix)
         text, origin = PLAIN_TEMPLATE, "default"
     write_text(folder / "chat_template.jinja", text)
-    settings = read_json(folder / "tokenizer_config.json")
+    settings = read_object(folder / "tokenizer_config.json")
     write_json(folder / "tokenizer_config.json", {k: v for k, v in settings.items() if k != "chat_template"})
     add_turn_end(folder)
     return Tokenizer.load(folder), origin
@@ -198,7 +202,7 @@ def add_turn_end(
         fix = "Name an eos_token in tokenizer_config.json"
         raise KitError("no token ends an answer", file=folder / "chat_template.jinja", remedy=fix)
     path = folder / "generation_config.json"
-    known = read_json(path) if path.is_file() else {}
+    known = read_object(path) if path.is_file() else {}
     write_json(path, known | {"eos_token_id": ends if len(ends) > 1 else ends[0]})
 
 # %% ../../nbs/04_model/02b_folder.ipynb #ec443b47
@@ -224,10 +228,19 @@ def import_folder(
         ends = read_json(folder / "config.json").get("eos_token_id")
         write_json(folder / "generation_config.json", {} if ends is None else {"eos_token_id": ends})
     tok, origin = bring_tokenizer(source, folder, template)
-    for name in sorted(p.name for p in source.iterdir() if re.match("(licen[cs]e|notice)", p.name, re.I)):
-        shutil.copyfile(source / name, folder / name)
+    for name, path in licences(source).items():
+        shutil.copyfile(path, folder / name)
     left_out = sorted(p.name for p in source.iterdir() if p.suffix in PICKLES)
     return {**describe(model, tok), "template": origin, "left_out": left_out}
+
+
+def licences(
+    source: Path,  # a model's folder
+) -> dict[str, Path]:  # name in the base → file
+    "The licence texts of a model, those of a folder LICENSES/ among them."
+    found = [p for p in sorted(source.iterdir()) if re.match("(licen[cs]e|notice)", p.name, re.I)]
+    files = [f for p in found for f in ([p] if p.is_file() else sorted(p.rglob("*"))) if f.is_file()]
+    return {"-".join(f.relative_to(source).parts): f for f in files}
 
 
 def describe(model: Any, tok: Tokenizer) -> dict:

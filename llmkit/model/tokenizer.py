@@ -17,7 +17,7 @@ from fastcore.basics import patch
 
 from ..core.digests import digest_bytes, digest_json
 from ..core.errors import KitError
-from ..core.files import read_json
+from ..core.files import read_object
 from ..core.plugins import need
 
 # %% ../../nbs/04_model/01_tokenizer.ipynb #aa0146be
@@ -109,7 +109,7 @@ def find_template(folder: str | Path) -> str | None:
 
 def _optional_json(path: Path) -> dict:
     "A JSON file, or an empty dict where there is none."
-    return read_json(path) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}
 
 
 def _end_tokens(folder: Path) -> list[int]:

@@ -202,3 +202,42 @@ def test_tokenizer_of_the_base_is_what_training_sees(pair):
 
     tok, theirs = Tokenizer.load(pair[0].path), AutoTokenizer.from_pretrained(pair[0].path)
     assert [tok.encode(line) for line in LINES] == [theirs.encode(line, add_special_tokens=False) for line in LINES]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": "64"},
+        {"num_attention_heads": 0},
+        {"hidden_act": "nope"},
+        {"rope_scaling": {"rope_type": "nope", "factor": 2.0}},
+        {"num_hidden_layers": None},
+    ],
+    ids=lambda c: next(iter(c)),
+)
+def test_a_config_that_describes_no_model(pair, tmp_path, change):
+    base, _ = pair
+    copy = shutil.copytree(base.path, tmp_path / "from")
+    write_json(copy / "config.json", {**read_json(copy / "config.json"), "rope_parameters": None, **change})
+    with pytest.raises(KitError, match="from.*: stage base: ") as e:
+        make_base(tmp_path / "base", source="folder", model=str(copy))
+    assert "\n" not in str(e.value) and not (tmp_path / "base").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
+def test_a_list_where_an_object_should_be(pair, tmp_path, name):
+    base, _ = pair
+    copy = shutil.copytree(base.path, tmp_path / "from")
+    write_json(copy / name, [1])
+    with pytest.raises(KitError, match=f"{name}: must be an object"):
+        make_base(tmp_path / "base", source="folder", model=str(copy))
+
+
+def test_a_folder_of_licences_comes_along(pair, tmp_path):
+    base, _ = pair
+    copy = shutil.copytree(base.path, tmp_path / "from")
+    (copy / "LICENSES").mkdir()
+    (copy / "LICENSES/MIT.txt").write_text("MIT")
+    (copy / "NOTICE").write_text("ours")
+    made = make_base(tmp_path / "base", source="folder", model=str(copy))
+    assert {"LICENSES-MIT.txt", "NOTICE"} <= {*made.files}
