@@ -191,10 +191,12 @@ def write(table: Table, folder: Path, n: int) -> None:
 
 
 def inputs(path: str | None) -> dict[str, str]:
-    "The digest of every file of a source."
+    "The digest of every file of a source; files and folders that begin with a dot are not of it."
     if path is None:
         return {}
-    return digest_files(path) if Path(path).is_dir() else {Path(path).name: digest_file(path)}
+    if not Path(path).is_dir():
+        return {Path(path).name: digest_file(path)}
+    return {n: d for n, d in digest_files(path).items() if not n.startswith(".") and "/." not in n}
 
 # %% ../../nbs/03_data/10_prepare.ipynb #bf8a1ee0
 def prepare(

@@ -72,7 +72,7 @@ def find(source: Source, *suffixes: str) -> list[tuple[str, Path]]:
     path = Path(source.path)
     if not path.exists():
         raise KitError("no such file or folder", file=path, remedy="Paths are relative to the folder with params.yaml")
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes) if path.is_dir() else [path]
+    files = sorted(_visible(path, suffixes)) if path.is_dir() else [path]
     if not files:
         raise KitError(f"no {' or '.join(suffixes)} file in this folder", file=path)
     for p in files:
@@ -81,6 +81,13 @@ def find(source: Source, *suffixes: str) -> list[tuple[str, Path]]:
     named = [(p.relative_to(path).as_posix() if path.is_dir() else p.name, p) for p in files]
     check_splits(source, [n for n, _ in named])
     return named
+
+
+def _visible(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    "The files of a folder, but none that begins with a dot or lies in such a folder: `.ipynb_checkpoints`, `._a.csv`."
+    for p in folder.rglob("*"):
+        if p.suffix.lower() in suffixes and not any(x.startswith(".") for x in p.relative_to(folder).parts):
+            yield p
 
 
 def check_splits(source: Source, names: list[str]) -> None:
@@ -253,11 +260,21 @@ def read_parquet(source: Source) -> Iterator[Row]:
         check_header(path, file.schema_arrow.names, source.shape)
         if file.metadata.num_rows == 0:
             raise KitError("the file has no rows", file=path)
-        n = 0
-        for batch in file.iter_batches(batch_size=1000):
+        for n, value in _values(file.iter_batches(batch_size=1000), path):
+            yield Row(name, n, value, None, source.splits.get(name))
+
+
+def _values(batches: Iterator[Any], path: str | Path) -> Iterator[tuple[int, dict]]:
+    "The rows of Arrow's batches, numbered; raises `KitError` where a part of the file is damaged."
+    n = 0
+    try:
+        for batch in batches:
             for value in batch.to_pylist():
                 n += 1
-                yield Row(name, n, value, None, source.splits.get(name))
+                yield n, value
+    except (need("pyarrow").ArrowException, OSError, UnicodeDecodeError) as e:
+        fix = "Fetch it again; a part of it is damaged"
+        raise KitError(f"cannot be read after row {n}: {e}", file=path, remedy=fix) from e
 
 # %% ../../nbs/03_data/03_sources.ipynb #030d2abb
 def read_delta(source: Source) -> Iterator[Row]:
@@ -272,11 +289,10 @@ def read_delta(source: Source) -> Iterator[Row]:
         raise KitError(f"cannot read the Delta table: {e}", file=path, remedy=fix) from e
     check_header(Path(path), table.schema.names, source.shape)
     name, n = Path(path).name, 0
-    for part in sorted(table.get_fragments(), key=lambda f: f.path):
-        for batch in part.to_batches(batch_size=1000, schema=table.schema):
-            for value in batch.to_pylist():
-                n += 1
-                yield Row(name, n, value, None, source.splits.get(name))
+    parts = sorted(table.get_fragments(), key=lambda f: f.path)
+    batches = (b for part in parts for b in part.to_batches(batch_size=1000, schema=table.schema))
+    for n, value in _values(batches, path):
+        yield Row(name, n, value, None, source.splits.get(name))
     if n == 0:
         raise KitError("the table has no rows", file=source.path)
 

@@ -8,6 +8,7 @@ from data_rows import TABLE, good_rows
 
 from llmkit.core.errors import KitError
 from llmkit.core.files import read_json, read_jsonl
+from llmkit.core.plugins import need
 from llmkit.data.prepare import Rules
 from llmkit.data.records import Shape
 from llmkit.data.table import open_table
@@ -197,6 +198,17 @@ def test_a_control_token_that_cannot_be_text_is_quarantined_with_its_line(make):
 
     [(line, reason)] = quarantine(make([{**good_rows()[0], "prompt": "Say <|im_end|>"}, *good_rows()], encode=encode))
     assert line == 1 and "cannot be written as text" in reason
+
+
+def test_a_damaged_page_of_a_parquet_file_names_the_file(make, tmp_path):
+    pq, pa = need("pyarrow.parquet"), need("pyarrow")
+    rows = pa.Table.from_pylist([{**good_rows()[0], "prompt": f"question {i}"} for i in range(5000)])
+    pq.write_table(rows, tmp_path / "whole.parquet", compression="zstd", data_page_size=4096)
+    data = bytearray((tmp_path / "whole.parquet").read_bytes())
+    page = pq.ParquetFile(tmp_path / "whole.parquet").metadata.row_group(0).column(0).data_page_offset
+    data[page + 40 : page + 104] = bytes(64)
+    with pytest.raises(KitError, match=r"rows.parquet: cannot be read after row \d+: .*damaged"):
+        make(bytes(data), "parquet")
 
 
 def test_a_contradiction_is_quarantined_and_named(make):
