@@ -41,9 +41,25 @@ def test_own_questions(project, capsys):
     assert "'mine' →" in capsys.readouterr().out
 
 
+def test_questions_may_be_prompts(project, capsys):
+    write_jsonl("mine.jsonl", [{"prompt": "mine", "completion": "x"}, {"system": "brief", "prompt": "yours"}])
+    assert run_smoke(PLACES["engine"], questions="mine.jsonl") == 0
+    assert "'mine' →" in (out := capsys.readouterr().out) and "'yours' →" in out
+    for row in ({"text": "mine"}, {"messages": []}, {"messages": "mine"}, {"messages": [3]}):
+        write_jsonl("mine.jsonl", [{"prompt": "mine"}, row])
+        with pytest.raises(KitError, match="mine.jsonl: line 2: no question"):
+            run_smoke(PLACES["engine"], questions="mine.jsonl")
+
+
+def test_a_delta_finds_the_base_that_it_was_made_for(project, capsys):
+    assert run_smoke(PLACES["delta"]) == 0
+    assert "FAILED" not in capsys.readouterr().out
+
+
 def test_a_delta_is_refused_without_its_base_and_with_another(project):
+    shutil.copytree(PLACES["delta"], "elsewhere/far/delta")
     with pytest.raises(KitError, match="needs its base"):
-        run_smoke(PLACES["delta"])
+        run_smoke("elsewhere/far/delta")
     with build("other", "base") as folder:
         for p in (project / PLACES["base"]).iterdir():
             if p.name != "manifest.json":
