@@ -27,6 +27,14 @@ class NotebookError(KitError):
     "A stage notebook that cannot be run as it stands."
 
 
+def _literal(node: ast.expr, key: str, file: Any) -> Any:
+    "The value of a literal; raises `NotebookError` on anything else."
+    try:
+        return ast.literal_eval(node)
+    except ValueError as e:
+        raise NotebookError("must be a plain literal", file=file, key=key, value=ast.unparse(node)) from e
+
+
 def annotation(node: ast.expr) -> Any:
     "The type that an annotation's syntax spells; raises `NotebookError` on anything but plain types."
     match node:
@@ -39,7 +47,7 @@ def annotation(node: ast.expr) -> Any:
         case ast.Subscript(value=ast.Name(id="dict"), slice=ast.Tuple(elts=[key, value])):
             return dict[annotation(key), annotation(value)]
         case ast.Subscript(value=ast.Name(id="Literal"), slice=item):
-            value = ast.literal_eval(item)
+            value = _literal(item, "Literal", None)
             return Literal[value if isinstance(value, tuple) else (value,)]
         case ast.BinOp(left=left, op=ast.BitOr(), right=right):
             return annotation(left) | annotation(right)
@@ -53,25 +61,29 @@ def parse_parameters(
 ) -> dict[str, Any]:
     "The names and types of a parameters cell; raises `NotebookError` on anything but `name: type = literal`."
     types = {}
-    for node in ast.parse(source).body:
+    for node in _parse(source, file, "parameters").body:
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
             fix = "Write `name: type = value`"
             raise NotebookError("not a parameter", file=file, key="parameters", value=ast.unparse(node), remedy=fix)
         name = node.target.id
         if name in types:
             raise NotebookError("declared twice", file=file, key=name)
-        types[name] = annotation(node.annotation)
+        try:
+            types[name] = annotation(node.annotation)
+        except NotebookError as e:
+            raise NotebookError(e.problem, file=file, key=name, value=e.value, remedy=e.remedy) from e
         if node.value is not None:
             conform(_literal(node.value, name, file), types[name], name, file)
     return types
 
 
-def _literal(node: ast.expr, key: str, file: Any) -> Any:
-    "The value of a literal; raises `NotebookError` on anything else."
+def _parse(source: str, file: Any, key: str) -> ast.Module:
+    "The syntax of some source; raises `NotebookError` where it is no Python."
     try:
-        return ast.literal_eval(node)
-    except ValueError as e:
-        raise NotebookError("must be a plain literal", file=file, key=key, value=ast.unparse(node)) from e
+        return ast.parse(source)
+    except SyntaxError as e:
+        place = f"{key}, line {e.lineno}"
+        raise NotebookError(f"not Python: {e.msg}", file=file, key=place, value=(e.text or "").strip()) from e
 
 # %% ../../nbs/12_flow/01_notebook.ipynb #efe8f60e
 def read_literals(
@@ -82,7 +94,7 @@ def read_literals(
     if not module.is_file():
         raise NotebookError("the stage's module is missing", file=module, remedy="Run nbdev-export")
     found: dict[str, Any] = {"NEEDS": None, "MAKES": None, "DATA": {}}
-    for node in ast.parse(module.read_text(encoding="utf-8")).body:
+    for node in _parse(module.read_text(encoding="utf-8"), module, "module").body:
         if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
             for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                 if isinstance(target, ast.Name) and target.id in found:

@@ -55,6 +55,8 @@ def plan(
     seed = values.get("seed", params.get("seed", 0))
     if type(seed) is not int:
         raise KitError("must be an int", file=project / "params.yaml", key="seed", value=seed)
+    if not 0 <= seed < 2**32:  # what numpy takes
+        raise KitError("must be from 0 to 4294967295", file=project / "params.yaml", key="seed", value=seed)
     code = closure_digest(closure(stage.module, checkout), checkout)
     inputs = {"needs": needs(stage, project), "data": data(stage, params, project), "code": code}
     return Plan(stage, project, checkout, values, seed, inputs | {"lock": digest_path(checkout / "requirements.lock")})
