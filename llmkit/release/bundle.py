@@ -102,9 +102,13 @@ def find_licences(
     base: str | Path,  # the base's folder, whose own licence goes along
     files: Sequence[str | Path],  # more licence files
 ) -> dict[str, Path]:
-    "Licence files by the name that they get in the bundle; raises `KitError` when one is missing or there is none."
+    "Licence files by the name that they get in the bundle; raises `KitError` when one is missing, two would be one, or there is none."
     own = sorted(p for p in Path(base).iterdir() if p.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE")))
-    found = {Path(f).name: Path(f) for f in files} | {f"base-{p.name}": p for p in own}
+    found: dict[str, Path] = {}
+    for name, path in [*((Path(f).name, Path(f)) for f in files), *((f"base-{p.name}", p) for p in own)]:
+        if found.setdefault(name, path) != path:
+            fix = f"Both would be {name} in the bundle, as {found[name]} is: rename one"
+            raise KitError("two licence files of one name", key="licence_files", value=str(path), remedy=fix)
     lost = [str(p) for p in found.values() if not p.is_file()]
     if lost or not found:
         fix = "Name the licence under which the model may be used"
