@@ -1,5 +1,6 @@
 "The workflows are valid, thin and of least privilege; what they call exists."
 
+import os
 import re
 import subprocess
 import sys
@@ -64,6 +65,46 @@ def test_actions_are_pinned_by_commit_and_leave_no_credentials(flow):
             assert re.fullmatch(r"[\w-]+/[\w/-]+@[0-9a-f]{40}", s["uses"]), "a tag can be moved to other code"
             if s["uses"].startswith("actions/checkout@"):
                 assert s["with"]["persist-credentials"] is False
+
+
+def matches(patterns, path):
+    "Whether one of a workflow's patterns takes in a path; `**` also stands for folders, `*` does not."
+    as_regex = (
+        re.escape(p).replace(r"\*\*/", "(.*/)?").replace(r"\*\*", ".*").replace(r"\*", "[^/]*") for p in patterns
+    )
+    return any(re.fullmatch(r, path) for r in as_regex)
+
+
+def test_the_pipeline_runs_for_whatever_its_stages_depend_on():
+    "Of every project: what a stage reads of the repository, a merged change of it starts the workflow."
+    patterns = YAML(typ="safe").load((ROOT / ".github/workflows/pipeline.yml").read_text())["on"]["push"]["paths"]
+    read = YAML(typ="safe", pure=True)
+    for file in (ROOT / "dvc.yaml", *ROOT.glob("examples/*/dvc.yaml")):
+        params, home = read.load(file.with_name("params.yaml")), file.parent.relative_to(ROOT)
+        assert matches(patterns, (home / "params.yaml").as_posix()) and matches(
+            patterns, (home / "dvc.yaml").as_posix()
+        )
+        deps = {d for s in read.load(file)["stages"].values() for d in s["deps"] if not d.startswith("artifacts/")}
+        for dep in deps:
+            for name, key in named_in(dep, params) or [(dep, "")]:
+                path = os.path.normpath(home / name)
+                inside = f"{path}/x" if (ROOT / path).is_dir() or key == "baseline" else path
+                assert matches(patterns, inside), f"{file}: {dep} is {path}"
+
+
+def named_in(dep, params):
+    "The path behind a template of dvc.yaml, and its key."
+    for key in re.findall(r"\$\{(.+)\}", dep):
+        value = params
+        for part in re.findall(r"[^.\[\]]+", key):
+            value = value[int(part) if isinstance(value, list) else part]
+        return [(value, key)]
+    return []
+
+
+def test_the_cache_is_shared_whether_the_gate_passes_or_not():
+    (push,) = [s for s in steps(ROOT / ".github/workflows/pipeline.yml") if s.get("run") == "make cache-push"]
+    assert push["if"] == "${{ !cancelled() }}"
 
 
 def test_the_parameters_of_every_project_are_checked():
