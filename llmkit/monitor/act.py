@@ -138,7 +138,7 @@ def carry_out(
     said = read_json(folder / "request.json")
     with open(folder / "log.txt", "w") as out:
         try:
-            done = subprocess.run(said["command"], stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=os.environ | {"LLMKIT_RETRAIN": said["id"]})  # fmt: skip
+            done = subprocess.run(said["command"], stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=os.environ | {"LLMKIT_RETRAIN_ID": said["id"]})  # fmt: skip
             code, note = done.returncode, ""
         except OSError as e:
             code, note = 127, f"{said['command'][0]}: {e.strerror}"

@@ -74,15 +74,18 @@ def make_dash(
     app, look = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None), Look(reader)
     static = {name: (files("llmkit.monitor") / "data" / name).read_text(encoding="utf-8") for name in ("dash.css", "dash.js")}  # fmt: skip
 
+    def asked() -> bool:
+        return keys is not None and not (keys.optional and not keys.some())
+
     def allow(request) -> None:
         host = urlsplit(f"//{request.headers.get('host', '')}").hostname
-        if keys is None and host not in LOOPBACK:
-            raise ApiError(403, "Without keys this page is for this machine alone", code="forbidden")
-        if keys is not None:
+        if asked():
             keys.check(request.headers.get("authorization"), "admin")
+        elif host not in LOOPBACK:
+            raise ApiError(403, "Without keys this page is for this machine alone", code="forbidden")
 
     async def page(request):
-        text = await asyncio.to_thread(look.text) if keys is None and not allow(request) else ""
+        text = await asyncio.to_thread(look.text) if not asked() and not allow(request) else ""
         return responses.HTMLResponse(PAGE.replace("{board}", text), headers=HEADERS)
 
     async def board(request):
@@ -113,8 +116,11 @@ def dash(
     if not hours > 0:
         raise KitError("must be positive", key="hours", value=hours)
     uvicorn = need("uvicorn", "serve")
-    asked = open_keys(load_settings(settings).get("serve_db", DATABASE), host, keys)
+    path = load_settings(settings).get("serve_db", DATABASE)
+    asked = open_keys(path, host, keys) or (Keys(path, optional=True) if keys == "auto" else None)
     app = make_dash(Reader(settings, gate, hours), asked)
+
+    said = "off" if asked is None else "off until there is one" if asked.optional else "required"
 
     class Server(uvicorn.Server):
         "Tells the address."
@@ -123,7 +129,7 @@ def dash(
             await super().startup(sockets)
             if self.started:
                 at = self.servers[0].sockets[0].getsockname()[1]
-                print(f"dash on http://{host}:{at}/ (keys {'required' if asked else 'off'})", flush=True)
+                print(f"dash on http://{host}:{at}/ (keys {said})", flush=True)
 
     server = Server(uvicorn.Config(app, host, port, log_level="warning", access_log=False, server_header=False))
     server.run()

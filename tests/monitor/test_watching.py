@@ -345,5 +345,5 @@ def test_what_the_gateway_writes(tmp_path):
     whole = [t["logprob"] for t in said[1]["logprobs"]["content"]]
     assert math.isclose(second["confidence"], math.exp(sum(whole)), rel_tol=1e-9) and "label" not in second
     assert math.isclose(second["surprisal"], -sum(whole) / len(whole), abs_tol=1e-9)
-    assert third["claim"] is True and third["scorer"] == "unsupported@1"
+    assert third["claim"] is True and third["scorer"] == "unsupported@2"
     assert all(e["joules"] >= 0 and e["meter"] for e in (first, second, third))
