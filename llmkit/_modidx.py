@@ -1845,6 +1845,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'llmkit.release.smoke._finite': ('07_release/smoke.html#_finite', 'llmkit/release/smoke.py'),
                                       'llmkit.release.smoke._same': ('07_release/smoke.html#_same', 'llmkit/release/smoke.py'),
                                       'llmkit.release.smoke.ask': ('07_release/smoke.html#ask', 'llmkit/release/smoke.py'),
+                                      'llmkit.release.smoke.await_ready': ('07_release/smoke.html#await_ready', 'llmkit/release/smoke.py'),
                                       'llmkit.release.smoke.base_of': ('07_release/smoke.html#base_of', 'llmkit/release/smoke.py'),
                                       'llmkit.release.smoke.kind_of': ('07_release/smoke.html#kind_of', 'llmkit/release/smoke.py'),
                                       'llmkit.release.smoke.open_any': ('07_release/smoke.html#open_any', 'llmkit/release/smoke.py'),

@@ -1,13 +1,16 @@
 """`llmkit smoke` and `llmkit ask` on the real thing: a base, a delta, a model, an engine and a bundle."""
 
 import shutil
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from llmkit.core.artifact import build, open_artifact, seal
 from llmkit.core.errors import KitError
 from llmkit.core.files import read_json, write_json, write_jsonl
-from llmkit.release.smoke import ask, run_smoke
+from llmkit.release.smoke import ask, await_ready, run_smoke
 
 PLACES = {
     "base": "artifacts/base/base",
@@ -91,3 +94,28 @@ def test_other_answers_than_the_bundle_promised_fail(packaged, capsys):
 def test_too_slow_is_a_failure(project, capsys):
     assert run_smoke(PLACES["engine"], seconds=1e-6) == 1
     assert "FAILED quick" in capsys.readouterr().out
+
+
+def test_a_question_waits_until_the_server_is_ready(capsys):
+    seen = []
+
+    class Late(BaseHTTPRequestHandler):
+        "Not ready at first; then ready."
+
+        def do_GET(self):
+            seen.append(self.path)
+            self.send_response(200 if len(seen) > 2 else 503)
+            self.end_headers()
+
+        def log_message(self, *_):
+            "Says nothing."
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Late) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        await_ready(f"http://127.0.0.1:{server.server_port}/v1", 20)
+        server.shutdown()
+    assert seen == ["/ready"] * 3
+    began = time.monotonic()
+    await_ready("http://127.0.0.1:9/v1", 0.6)
+    assert 0.5 < time.monotonic() - began < 5
+    assert "waiting for http://127.0.0.1:9/ready" in capsys.readouterr().err
