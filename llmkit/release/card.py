@@ -22,7 +22,7 @@ from .evidence import Evidence, check_evidence, literals, look_up, open_source
 from .figures import bars, curves, family, result_figures
 from .lineage import Lineage, mermaid
 from .page import page
-from .template import PROSE, TEMPLATE, Asker, fill, kind_of
+from .template import TEMPLATE, Asker, fill, kind_of
 
 # %% ../../nbs/07_release/08_card.ipynb #e4be67fd
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def card_faults(
     root: str | Path = ".",  # where the folders of its evidence are
 ) -> list[str]:
     "All that is wrong with a card, one line each; empty when every number has its evidence."
-    typed = [f"without evidence: {line}" for line in literals(text, PROSE)]
+    typed = [f"without evidence: {line}" for line in literals(text)]
     return metadata_faults(text, root) + check_evidence(text, root) + typed
 
 
@@ -198,7 +198,7 @@ def write_card(
 ) -> Artifact:
     "Check a card and write it as Markdown and as a page; raises `KitError` that lists what has no evidence."
     if bad := card_faults(text, root):
-        fix = "Name a measurement instead of writing a number"
+        fix = "Name a measurement instead of writing a number, or write it in words"
         raise KitError(f"{len(bad)} faults in the card: {'; '.join(bad[:5])}", file=out, remedy=fix)
     with build(out, "card", parents) as folder:
         write_text(folder / "model_card.md", text)

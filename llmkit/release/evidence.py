@@ -8,8 +8,9 @@ __all__ = ['SCALES', 'HEADING', 'Source', 'open_source', 'measurement', 'fact', 
 
 # %% ../../nbs/07_release/04_evidence.ipynb #479dbbf8
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -248,25 +249,46 @@ def _links(text: str, rows: Mapping[int, Cited]) -> list[str]:
     return bad + [f"evidence {i} is cited nowhere" for i in rows if i not in used]
 
 # %% ../../nbs/07_release/04_evidence.ipynb #a5361b31
-_FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
-_SPAN = re.compile(r"`([^`]*)`")
-_TARGET = re.compile(r"\]\((?!#e\d+\))[^)]*\)|<a [^>]*>|<!--.*?-->|&#?\w+;")
-_NUMBER = re.compile(r"[-+~<>=≤≥ ]*\d[\d.,  eE+-]*\s*(%|s|ms|MB|GB|tokens/s|USD)?\s*")
+_FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.M | re.S)
+_SPAN = re.compile(r"`([^`\n]*)`")
+_TARGET = re.compile(r"\]\((?!#e\d+\))[^)]*\)|<a [^>]*>|<!--.*?-->")
+_COMMAND = re.compile(r"^(llmkit|make|git|dvc|pip|cd) [^#\n]*", re.M)
+_PART = r"\w*[A-Za-z_]\w*"
+_NAME = re.compile(  # f1, data/train.jsonl, a digest, a version, a command
+    rf"{_PART}([./:-]{_PART})*/?|(sha256:)?[0-9a-f]{{12,64}}|v?\d+\.\d+\.\d+\S*|{_COMMAND.pattern[1:]}"
+)
 
 
 def literals(
     text: str,  # a document; its front matter is left out
-    prose: tuple[str, ...] = (),  # headings of sections that measure nothing
 ) -> list[str]:
     "Every line of a section that holds a number without evidence, with the section's name."
-    body = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.S).partition(f"\n{HEADING}\n")[0]
+    body, _, tail = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.S).partition(f"\n{HEADING}\n")
     top, *sections = re.split(r"^## ", body, flags=re.M)
     parts = [("top", re.sub(r"^# .*", "", top, flags=re.M)), *((s.partition("\n")[0], s) for s in sections)]
-    return [f"{title}: {line.strip()}" for title, part in parts if title not in prose for line in _bare(part)]
+    names = {_dotted(m[3].replace("\\|", "|")) for m in _ROW.finditer(tail)}
+    return [f"{title}: {line.strip()}" for title, part in parts for line in _bare(part, names)]
 
 
-def _bare(section: str) -> list[str]:
+def _dotted(ref: str) -> str:
+    "A reference as the tables of a document write its end: `groups.18-30.test`."
+    return ref.replace("/", ".").replace("~1", "/").replace("~0", "~")
+
+
+def _bare(section: str, refs: Collection[str] = ()) -> list[str]:
     "The lines of a section in which a digit is left when evidence, names and links are taken out."
-    rest = _LINK.sub("", _FENCE.sub("", section))
-    rest = _SPAN.sub(lambda m: m[0] if _NUMBER.fullmatch(m[1]) else "", rest)
-    return [line for line in _TARGET.sub("]", rest).splitlines() if re.search(r"\d", line)]
+    rest = _LINK.sub("", _FENCE.sub(_fenced, section))
+    rest = _SPAN.sub(lambda m: "" if _is_name(m[1], refs) else m[0], rest)
+    return [line for line in unescape(_TARGET.sub("]", rest)).splitlines() if re.search(r"\d", line)]
+
+
+def _is_name(span: str, refs: Collection[str]) -> bool:
+    "Whether a code span is a name, by its form or because the evidence knows it."
+    if _NAME.fullmatch(span):
+        return True
+    return bool(re.search("[A-Za-z]", span)) and any(span in r or span.replace("/", ".") in r for r in refs)
+
+
+def _fenced(fence: re.Match) -> str:
+    "What a block of code says beside its commands; a diagram says nothing."
+    return "" if fence[1] == "mermaid" else _COMMAND.sub("", fence[2])

@@ -11,8 +11,8 @@ POLICY = {"rules": [{"metric": "accuracy", "min": 0.8, "bound": "wilson"}, {"met
 WORDS = {
     "summary": "Answers customers of a bank.",
     "intended_use": "Sorting questions before a person answers them.",
-    "out_of_scope": ["Advice to people under 18."],
-    "limits": ["It knows 4 intents."],
+    "out_of_scope": ["Advice to minors."],
+    "limits": ["It knows four intents."],
     "licence": "apache-2.0",
     "language": "en",
     "dataset": "Bank support",
