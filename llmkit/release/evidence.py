@@ -253,6 +253,7 @@ _FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.M | re.S)
 _SPAN = re.compile(r"`([^`\n]*)`")
 _TARGET = re.compile(r"\]\((?!#e\d+\))[^)]*\)|<a [^>]*>|<!--.*?-->")
 _COMMAND = re.compile(r"^(llmkit|make|git|dvc|pip|cd) [^#\n]*", re.M)
+_CALLED = re.compile(r"\b[A-Za-z]+-?\d+(?:\.\d+)*[A-Za-z]*\b(?![.,]?\d)")  # banking77, GPT-2, Qwen2.5
 _PART = r"\w*[A-Za-z_]\w*"
 _NAME = re.compile(  # f1, data/train.jsonl, a digest, a version, a command
     rf"{_PART}([./:-]{_PART})*/?|(sha256:)?[0-9a-f]{{12,64}}|v?\d+\.\d+\.\d+\S*|{_COMMAND.pattern[1:]}"
@@ -279,7 +280,7 @@ def _bare(section: str, refs: Collection[str] = ()) -> list[str]:
     "The lines of a section in which a digit is left when evidence, names and links are taken out."
     rest = _LINK.sub("", _FENCE.sub(_fenced, section))
     rest = _SPAN.sub(lambda m: "" if _is_name(m[1], refs) else m[0], rest)
-    return [line for line in unescape(_TARGET.sub("]", rest)).splitlines() if re.search(r"\d", line)]
+    return [line for line in _CALLED.sub("", unescape(_TARGET.sub("]", rest))).splitlines() if re.search(r"\d", line)]
 
 
 def _is_name(span: str, refs: Collection[str]) -> bool:
