@@ -16,7 +16,7 @@ from llmkit.model.finetune import finetune, workspace
         ({"max_tokens": 6}, r"train.jsonl: max_overlong: .*% of the examples have more than 6 tokens \(got 0.0\)\. Raise max_tokens \(the longest has \d+\)"),
         ({"targets": ["q_proj", "vproj"]}, r"targets: no such linear layer \(got 'vproj'\)\. Did you mean 'v_proj'"),
         ({"save_modules": ["embedding"]}, r"save_modules: no such module"),
-        ({"rank": 0}, r"rank: the rank must be at least 1"),
+        ({"rank": 0}, r"rank: must be at least 1"),
     ],
 )  # fmt: skip
 def test_refused(base, dataset, recipe, tmp_path, change, words):
