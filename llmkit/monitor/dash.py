@@ -19,7 +19,7 @@ from ..core.settings import load_settings
 from .board import Reader, render
 from ..serve.http import careful
 from ..serve.keys import DATABASE, Keys
-from ..serve.server import LOOPBACK, open_keys
+from ..serve.server import LOOPBACK, keys_said, open_keys
 from ..serve.wire import ApiError
 
 # %% ../../nbs/10_monitor/25_dash.ipynb #d5e0b485
@@ -74,18 +74,15 @@ def make_dash(
     app, look = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None), Look(reader)
     static = {name: (files("llmkit.monitor") / "data" / name).read_text(encoding="utf-8") for name in ("dash.css", "dash.js")}  # fmt: skip
 
-    def asked() -> bool:
-        return keys is not None and not (keys.optional and not keys.some())
-
     def allow(request) -> None:
         host = urlsplit(f"//{request.headers.get('host', '')}").hostname
-        if asked():
+        if keys is not None and keys.asked():
             keys.check(request.headers.get("authorization"), "admin")
         elif host not in LOOPBACK:
             raise ApiError(403, "Without keys this page is for this machine alone", code="forbidden")
 
     async def page(request):
-        text = await asyncio.to_thread(look.text) if not asked() and not allow(request) else ""
+        text = await asyncio.to_thread(look.text) if (keys is None or not keys.asked()) and not allow(request) else ""
         return responses.HTMLResponse(PAGE.replace("{board}", text), headers=HEADERS)
 
     async def board(request):
@@ -117,10 +114,8 @@ def dash(
         raise KitError("must be positive", key="hours", value=hours)
     uvicorn = need("uvicorn", "serve")
     path = load_settings(settings).get("serve_db", DATABASE)
-    asked = open_keys(path, host, keys) or (Keys(path, optional=True) if keys == "auto" else None)
+    asked = open_keys(path, host, keys)
     app = make_dash(Reader(settings, gate, hours), asked)
-
-    said = "off" if asked is None else "off until there is one" if asked.optional else "required"
 
     class Server(uvicorn.Server):
         "Tells the address."
@@ -129,7 +124,7 @@ def dash(
             await super().startup(sockets)
             if self.started:
                 at = self.servers[0].sockets[0].getsockname()[1]
-                print(f"dash on http://{host}:{at}/ (keys {said})", flush=True)
+                print(f"dash on http://{host}:{at}/ (keys {keys_said(asked)})", flush=True)
 
     server = Server(uvicorn.Config(app, host, port, log_level="warning", access_log=False, server_header=False))
     server.run()

@@ -76,6 +76,10 @@ class Keys:
         self._some = self._some or bool(self.store.read("SELECT 1 FROM keys LIMIT 1"))
         return self._some
 
+    def asked(self) -> bool:
+        "Whether a request needs a key now."
+        return not self.optional or self.some()
+
     def create(
         self,
         account: str,  # an existing one keeps its limits
@@ -132,7 +136,7 @@ def check(
     scope: str = "inference",
 ) -> Key:
     "The key of a request; raises `ApiError` 401 without a valid one, 403 without the scope."
-    if self.optional and not self.some():
+    if not self.asked():
         return ANYONE
     kind, _, text = (header or "").partition(" ")
     wellformed = kind.lower() == "bearer" and _TEXT.fullmatch(text)

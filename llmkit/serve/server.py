@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOOPBACK', 'TURN', 'OPTIONS', 'Target', 'pick', 'from_registry', 'target_of', 'resolve', 'open_backend', 'open_keys',
-           'run', 'Setup', 'measure', 'check_options', 'port_of', 'set_up', 'run_setup']
+           'keys_said', 'run', 'Setup', 'measure', 'check_options', 'port_of', 'set_up', 'run_setup']
 
 # %% ../../nbs/08_serve/14_server.ipynb #eb00f653
 import math
@@ -139,7 +139,7 @@ def open_keys(
     host: str,  # where the server listens
     mode: str = "auto",  # "required", "off", or "auto": off only on this machine and while no key was ever made
 ) -> Keys | None:
-    "The keys to ask for, or None; raises `KitError` when a server without keys could be reached by others."
+    "The keys to ask for, in mode auto perhaps from the first one on; None where none is ever; raises `KitError` when a server without keys could be reached by others."
     if mode not in ("auto", "required", "off"):
         raise KitError("no such mode", key="keys", value=mode, remedy="One of auto, required, off")
     keys = Keys(path)
@@ -148,10 +148,17 @@ def open_keys(
     if mode == "off" or (mode == "auto" and not some):
         if host not in LOOPBACK:
             raise KitError("a server that others can reach needs keys", key="host", value=host, remedy=fix)
-        return None
+        return None if mode == "off" else Keys(path, optional=True)
     if not some:
         raise KitError("there is no key yet", file=path, remedy=fix)
     return keys
+
+
+def keys_said(
+    keys: Keys | None,  # from `open_keys`
+) -> str:
+    "How a line about a server says it."
+    return "off" if keys is None else "off until there is one" if keys.optional else "required"
 
 # %% ../../nbs/08_serve/14_server.ipynb #6ae12d02
 TURN = 0.0001  # seconds that a thread may compute while another one waits
@@ -308,8 +315,7 @@ def set_up(
         raise KitError("give both prices or none", key="price", value=(price_prompt, price_completion))
     price = None if price_prompt < 0 else Price(price_prompt, price_completion)
     path = conf.get("serve_db", DATABASE)
-    asked = open_keys(path, host, keys) or (Keys(path, optional=True) if keys == "auto" else None)
-    said = "off" if asked is None else "off until there is one" if asked.optional else "required"
+    asked = open_keys(path, host, keys)
     events = Events(events_file(conf))
     shares = read_shares(policy)
     texts = Texts(conf.get("texts_db", ".llmkit/texts.db")) if shares.texts else None
@@ -326,7 +332,7 @@ def set_up(
         sampler=sampler,
     )
     measure(gateway, conf)
-    about = f"{found.note}, release {short(found.release) or 'unknown'}, keys {said}"
+    about = f"{found.note}, release {short(found.release) or 'unknown'}, keys {keys_said(asked)}"
 
     def forget() -> None:
         "Delete what is older than it may get."
