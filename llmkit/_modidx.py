@@ -63,6 +63,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llmkit.core.plugins.Registry.load': ('01_core/plugins.html#registry.load', 'llmkit/core/plugins.py'),
                                      'llmkit.core.plugins.Registry.names': ( '01_core/plugins.html#registry.names',
                                                                              'llmkit/core/plugins.py'),
+                                     'llmkit.core.plugins._spared': ('01_core/plugins.html#_spared', 'llmkit/core/plugins.py'),
                                      'llmkit.core.plugins.need': ('01_core/plugins.html#need', 'llmkit/core/plugins.py')},
             'llmkit.core.project': { 'llmkit.core.project.enter_project': ('01_core/project.html#enter_project', 'llmkit/core/project.py'),
                                      'llmkit.core.project.find_project': ('01_core/project.html#find_project', 'llmkit/core/project.py')},

@@ -7,12 +7,31 @@ __all__ = ['EXTRAS', 'need', 'Registry']
 
 # %% ../../nbs/01_core/08_plugins.ipynb #9c617d51
 import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any
 
 from .errors import KitError
 from .params import did_you_mean
+
+# %% ../../nbs/01_core/08_plugins.ipynb #9a91c359
+_GRAMMARS = "rfc3987_syntax"
+
+
+@contextmanager
+def _spared() -> Iterator[None]:
+    "Spare jsonschema's first import the grammars of international addresses."
+    ours = "jsonschema" not in sys.modules and _GRAMMARS not in sys.modules
+    if ours:
+        sys.modules[_GRAMMARS] = None  # an import of it raises ModuleNotFoundError
+    try:
+        yield
+    finally:
+        if ours:
+            sys.modules.pop(_GRAMMARS, None)
 
 # %% ../../nbs/01_core/08_plugins.ipynb #65d208a4
 EXTRAS = {
@@ -32,7 +51,8 @@ def need(
 ) -> ModuleType:
     "Import a module of an optional extra; raises `KitError` that says how to install it."
     try:
-        return importlib.import_module(module)
+        with _spared():
+            return importlib.import_module(module)
     except ModuleNotFoundError as e:
         extra = extra or EXTRAS.get((e.name or module).split(".")[0])
         if extra is None or (e.name or "").startswith("llmkit"):
