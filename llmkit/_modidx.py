@@ -1396,6 +1396,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'llmkit.model.train.answer_loss': ('04_model/train.html#answer_loss', 'llmkit/model/train.py'),
                                     'llmkit.model.train.last_checkpoint': ('04_model/train.html#last_checkpoint', 'llmkit/model/train.py'),
                                     'llmkit.model.train.learning_rate': ('04_model/train.html#learning_rate', 'llmkit/model/train.py'),
+                                    'llmkit.model.train.narrowed': ('04_model/train.html#narrowed', 'llmkit/model/train.py'),
                                     'llmkit.model.train.save_checkpoint': ('04_model/train.html#save_checkpoint', 'llmkit/model/train.py'),
                                     'llmkit.model.train.watch': ('04_model/train.html#watch', 'llmkit/model/train.py'),
                                     'llmkit.model.train.whole_answers': ('04_model/train.html#whole_answers', 'llmkit/model/train.py'),

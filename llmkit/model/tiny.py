@@ -122,15 +122,18 @@ def steady(seed: int, threads: int) -> Iterator[None]:
     "Seeds, a fixed number of threads, and deterministic algorithms, inside the block."
     import torch
 
-    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    memory = torch.utils.deterministic
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
+    memory.fill_uninitialized_memory = False
     torch.manual_seed(seed)
     try:
         yield
     finally:
         torch.set_num_threads(before[0])
         torch.use_deterministic_algorithms(before[1])
+        memory.fill_uninitialized_memory = before[2]
 
 
 @contextmanager

@@ -52,6 +52,33 @@ def test_loss(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+def test_gradients_without_what_nobody_reads(name):
+    """The last block's feed-forward sees only the tokens that count, and no weight's gradient is another for it."""
+    model, batch = model_of(name), collate([[e] for e in examples()], 0)
+    last, seen = model.get_decoder().children(), []
+    mlp = next(b for b in last if isinstance(b, torch.nn.ModuleList))[-1].mlp
+    for hooked in (False, True):  # accelerate, for one, puts a forward of its own onto a module
+        if hooked:
+            whole = mlp.forward
+            mlp.forward = lambda x, whole=whole: (seen.append(x.shape), whole(x))[1]
+            before = mlp.forward
+        model.zero_grad()
+        answer_loss(model, batch)[0].backward()
+        assert mlp.forward == before if hooked else "forward" not in vars(mlp)
+    assert seen == [(len(batch["targets"]), 32)]
+    got = {n: p.grad for n, p in model.named_parameters()}
+    again = model_of(name)
+    logits = again(
+        input_ids=torch.from_numpy(batch["input_ids"]), attention_mask=torch.from_numpy(batch["attention_mask"])
+    ).logits
+    torch.nn.functional.cross_entropy(
+        logits[torch.from_numpy(batch["keep"])], torch.from_numpy(batch["targets"]), reduction="sum"
+    ).backward()
+    for n, p in again.named_parameters():
+        assert torch.allclose(got[n], p.grad, atol=1e-4, rtol=1e-3), n
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_delta_round_trip(name, tmp_path):
     tuned = attach(model_of(name), rank=2, alpha=4, seed=1)
     with torch.no_grad():
