@@ -28,7 +28,7 @@ def load_params(
     from ruamel.yaml.error import YAMLError
 
     try:
-        data = YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
+        data = YAML(typ="safe").load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as e:
         raise ParamsError("no such file", file=path, remedy="Run from the project's root, or name the file") from e
     except UnicodeDecodeError as e:

@@ -51,7 +51,7 @@ def dvc_reference(
     "The DVC address of a stage's output, or None when `dvc.lock` does not hold these very bytes."
     if not Path(lock).is_file():
         return None
-    stages = need("ruamel.yaml").YAML(typ="safe", pure=True).load(Path(lock)).get("stages", {})
+    stages = need("ruamel.yaml").YAML(typ="safe").load(Path(lock)).get("stages", {})
     outs = {o["path"]: o.get("md5") for s in stages.values() for o in s.get("outs", [])}
     said = outs.get(Path(folder).as_posix())
     return said if said and said == dvc_md5(folder) else None
