@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Measured', 'SUITES', 'SPANS', 'TIMED', 'Surroundings', 'safety', 'fairness', 'swaps', 'grounding', 'memorization',
-           'bbq', 'crows_pairs', 'regression', 'load', 'grid', 'suite_options', 'run_suite', 'battery_table',
-           'eval_run']
+           'bbq', 'crows_pairs', 'regression', 'golden', 'load', 'grid', 'suite_options', 'ready', 'run_suite',
+           'battery_table', 'eval_run']
 
 # %% ../../nbs/06_evals/31_battery.ipynb #abd413f2
 import inspect
@@ -36,6 +36,7 @@ from .load import Objective, load_engine_report
 from .memorization import read_canaries, run_memorization
 from .ranges import check_ranges
 from .regression import regression as compare
+from .regression import since_release
 from .safety import safety_report
 from .suite import Suite, load_suite, make_suite
 from .swaps import load_axes, run_swaps
@@ -195,6 +196,19 @@ def regression(
         return replace(compare(old, engine, few, n, positions, seed=around.seed), subject="regression_engine")
 
 
+def golden(
+    engine: Engine,
+    around: Surroundings,
+    *,
+    folder: str,  # the last release's recordings, which `llmkit baseline set` keeps
+    items: int = 100,  # prompts on which the pipeline records this engine, for the one that comes after it
+    n: int = 10,  # tokens in a ranking of that recording
+    positions: int = 3,  # tokens of the answer whose rankings it keeps
+) -> Report:
+    "What the engine says otherwise than the last release did on its golden prompts, beyond that release's own noise."
+    return replace(since_release(folder, engine, around.seed), subject="golden_engine")
+
+
 def load(
     engine: Engine,
     around: Surroundings,
@@ -229,7 +243,7 @@ def grid(
     return grid_report(around.folder, prompt, batches, lengths, tokens)
 
 # %% ../../nbs/06_evals/31_battery.ipynb #81c0eadf
-_KIT = (safety, fairness, swaps, grounding, memorization, bbq, crows_pairs, regression, load, grid)
+_KIT = (safety, fairness, swaps, grounding, memorization, bbq, crows_pairs, regression, golden, load, grid)
 SUITES = Registry("llmkit.suites", **{f.__name__: f"{__name__}:{f.__name__}" for f in _KIT})
 _SOME = "[1, inf)"
 SPANS = {  # of options, by suite
@@ -238,6 +252,7 @@ SPANS = {  # of options, by suite
     "grounding": {"k": "[0, inf)", "temperature": "[0, inf)"},
     "memorization": {"records": "[0, inf)"},
     "regression": {"items": _SOME, "n": "[2, inf)", "positions": _SOME},
+    "golden": {"items": _SOME, "n": "[2, inf)", "positions": _SOME},
     "load": load_spans,
     "grid": {"batches": _SOME, "lengths": _SOME, "tokens": _SOME},
 }
@@ -264,11 +279,19 @@ def suite_options(
     out = {k: conform(given[k], p.annotation, f"{key}.{k}", file) if k in given else p.default for k, p in known.items()}  # fmt: skip
     check_ranges(out, SPANS.get(name, {}), key, file)
     for k, v in out.items():
-        _exists(v if known[k].name in _PATHS else None, f"{key}.{k}", file)
+        _exists(v if k in _PATHS and k not in _LATER else None, f"{key}.{k}", file)
     return out
 
 
-_PATHS = ("xstest", "bipia", "garak", "files", "axes", "file", "canaries")  # options that name files or folders
+_PATHS = ("xstest", "bipia", "garak", "files", "axes", "file", "canaries", "folder")  # options that name files or folders  # fmt: skip
+_LATER = ("folder",)  # those that a project has from its first release on
+
+
+def ready(
+    options: Mapping[str, Any],  # of a suite
+) -> bool:
+    "Whether what a suite compares with is there; before a first release nothing is, and then there is no report."
+    return all(Path(options[k]).exists() for k in _LATER if k in options)
 
 
 def _exists(value: str | list[str] | None, key: str, file: str | Path | None) -> None:

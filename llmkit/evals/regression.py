@@ -4,22 +4,25 @@
 
 # %% auto #0
 __all__ = ['RANKS', 'RATES', 'topn_overlap', 'rank_biased_overlap', 'kendall_tau', 'prompt_digest', 'record_golden',
-           'disagreements', 'regression_report', 'in_other_batches', 'regression']
+           'disagreements', 'regression_report', 'rate_measurements', 'in_other_batches', 'regression', 'keep_golden',
+           'Golden', 'open_golden', 'since_release']
 
 # %% ../../nbs/06_evals/10_regression.ipynb #f9a72aa7
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..core.artifact import Artifact, ArtifactError, build, open_artifact
 from ..core.digests import digest_json
 from ..core.errors import KitError
 from ..core.files import read_jsonl, write_jsonl
+from ..core.params import ParamsError, check_section
 from ..core.report import Measurement, Report
-from .suite import Suite, predicted_label
+from .suite import Item, Suite, predicted_label
 from .task import ask
 from ..gate.intervals import bootstrap, clopper_pearson
 from ..gate.paired import discordant, paired_rates, paired_scores
@@ -76,15 +79,14 @@ def record_golden(
     positions: int = 3,  # tokens of the answer whose rankings are kept
     golden: Iterable[Mapping[str, Any]] | None = None,  # the baseline's rows, for anybody but the baseline
 ) -> list[dict]:
-    "One row for each prompt; raises `KitError` when prompts or tokenizers are not those of the golden rows."
+    "One row for each prompt, without rankings where there are none to compare; raises `KitError` on other prompts than the golden ones."
     known = _known(golden, suite) if golden is not None else {}
-    ranked = hasattr(engine, "forward") and all(r["top"] for r in known.values())
-    if ranked:
-        _same_tokenizer(known, engine)
+    same = all(r["tokenizer"] == engine.tokenizer.digest for r in known.values())
+    ranked = hasattr(engine, "forward") and same and all(r["top"] for r in known.values())
     n, rows = next((len(r["top"][0]) for r in known.values() if ranked), n), []
     for item, answer in zip(suite.items, ask(engine, suite), strict=True):
         key, said = prompt_digest(item.messages), predicted_label(answer.text)
-        path = known[key]["path"] if known else answer.tokens[:positions] if ranked else []
+        path = (known[key]["path"] if known else answer.tokens[:positions]) if ranked else []
         rows.append({"id": key, "tokenizer": engine.tokenizer.digest, "label": item.label, "said": said, "correct": int(said == item.label), "answer": answer.text, "path": path, "top": [], "logprob": []})  # fmt: skip
     if not ranked:
         return rows
@@ -103,13 +105,6 @@ def _known(golden: Iterable[Mapping[str, Any]], suite: Suite) -> dict[str, Mappi
         fix = "Record the golden prompts again from this suite"
         raise KitError(f"{len(known.keys() ^ asked)} prompts stand in only one of suite and golden rows", remedy=fix)
     return known
-
-
-def _same_tokenizer(known: Mapping[str, Mapping[str, Any]], engine: EngineBase) -> None:
-    "Refuse rankings of two tokenizers."
-    if known and {r["tokenizer"] for r in known.values()} != {engine.tokenizer.digest}:
-        fix = "Rankings of tokens can only be compared within one tokenizer"
-        raise KitError("the golden rows were made with another tokenizer", remedy=fix)
 
 
 def _logits(engine: EngineBase, rows: list[list[int]]):
@@ -185,6 +180,28 @@ def regression_report(
         out += [_mean(m, found[m], f"golden/{m}", seed), _mean(f"{m}_noise", noise[m], f"noise/{m}", seed, "none")]
         d = paired_scores(found[m], noise[m], alpha=0.025, seed=seed)
         out.append(Measurement(f"{m}_excess", d.value, d.n, d.low, d.high, direction="lower", method=d.method))
+    out += rate_measurements(found, noise)
+    context: dict[str, Any] = {"prompts": len(golden)}
+    if ranks:
+        context |= {"n": len(golden[0]["top"][0]), "positions": max(len(r["top"]) for r in golden), "rbo_p": p}
+    else:
+        context["left_out"], why = list(RANKS), _why_left_out(golden, candidate)
+        out = [replace(m, method=f"{m.method}; rankings left out, since {why}") if m.metric == "flip_rate" else m for m in out]  # fmt: skip
+    return Report("regression", digest, suite, tuple(out), {"golden": found, "noise": noise}, context)
+
+
+def _why_left_out(*recordings: Sequence[Mapping[str, Any]]) -> str:
+    "What rankings are missing for."
+    known = {r["tokenizer"] for rows in recordings for r in rows} - {""}
+    return "the two have different tokenizers" if len(known) > 1 else "one of the engines tells no logits"
+
+
+def rate_measurements(
+    found: Mapping[str, Sequence],  # from `disagreements`, of the candidate
+    noise: Mapping[str, Sequence],  # of the baseline's second run
+) -> list[Measurement]:
+    "Flipped, fixed, broken and changed answers: as found, as noise, and one beyond the other."
+    out = []
     for m in RATES:
         better = "higher" if m == "fixed" else "lower"
         out += [_rate(f"{m}_rate", found[m], f"golden/{m}", better), _rate(f"{m}_rate_noise", noise[m], f"noise/{m}", "none")]  # fmt: skip
@@ -192,13 +209,7 @@ def regression_report(
         more, less = discordant(noise[m], found[m])
         how = f"paired score bound, {more} prompts beyond the baseline's own noise, {less} in that noise alone"
         out.append(Measurement(f"{m}_rate_excess", d.value, d.n, d.low, d.high, direction=better, method=how))
-    context: dict[str, Any] = {"prompts": len(golden)}
-    if ranks:
-        context |= {"n": len(golden[0]["top"][0]), "positions": max(len(r["top"]) for r in golden), "rbo_p": p}
-    else:
-        context["left_out"] = list(RANKS)
-        out = [replace(m, method=f"{m.method}; rankings left out, since one of the engines tells no logits") if m.metric == "flip_rate" else m for m in out]  # fmt: skip
-    return Report("regression", digest, suite, tuple(out), {"golden": found, "noise": noise}, context)
+    return out
 
 
 def _mean(metric: str, values: list[float], samples: str, seed: int, direction: str = "higher") -> Measurement:
@@ -209,7 +220,7 @@ def _mean(metric: str, values: list[float], samples: str, seed: int, direction: 
     return Measurement(metric, float(np.mean(values)), len(values), *ends, direction=direction, method=how, samples=samples)  # fmt: skip
 
 
-def _rate(metric: str, values: list[int], samples: str, direction: str) -> Measurement:
+def _rate(metric: str, values: Sequence[int], samples: str, direction: str) -> Measurement:
     "A share of prompts with its exact interval, which holds at none and at all."
     ci = clopper_pearson(sum(values), len(values))
     return Measurement(metric, sum(values) / len(values), len(values), ci.low, ci.high, direction=direction, method=ci.method, samples=samples)  # fmt: skip
@@ -228,19 +239,100 @@ def regression(
     suite: Suite,
     n: int = 10,  # tokens in a ranking
     positions: int = 3,  # tokens of the answer whose rankings are compared
-    golden: str | Path | None = None,  # folder that keeps the baseline's two runs, written when it is not there
     seed: int = 0,
 ) -> Report:
     "Compare two engines on the prompts of a suite; the baseline's noise is measured first."
-    suite = replace(suite, items=tuple({prompt_digest(i.messages): i for i in reversed(suite.items)}.values())[::-1])
-    folder = Path(golden) if golden else None
-    if folder and (folder / "golden.jsonl").is_file():
-        gold, again = (list(read_jsonl(folder / f"{name}.jsonl")) for name in ("golden", "again"))
-    else:
-        gold = record_golden(baseline, suite, n, positions)
-        again = record_golden(in_other_batches(baseline), suite, golden=gold)
-        if folder:
-            write_jsonl(folder / "again.jsonl", again)
-            write_jsonl(folder / "golden.jsonl", gold)
+    suite = _distinct(suite)
+    gold, again = _twice(baseline, suite, n, positions)
     new = record_golden(candidate, suite, golden=gold)
     return regression_report(gold, again, new, str(suite), candidate.info.digest, seed=seed)
+
+
+def _distinct(suite: Suite) -> Suite:
+    "The suite with each prompt once, the first of those that are alike."
+    return replace(suite, items=tuple({prompt_digest(i.messages): i for i in reversed(suite.items)}.values())[::-1])
+
+
+def _twice(engine: EngineBase, suite: Suite, n: int, positions: int) -> tuple[list[dict], list[dict]]:
+    "A recording, and another one in batches of another size."
+    gold = record_golden(engine, suite, n, positions)
+    return gold, record_golden(in_other_batches(engine), suite, golden=gold)
+
+# %% ../../nbs/06_evals/10_regression.ipynb #5289e18e
+_ROW = {"id": str, "tokenizer": str, "label": str, "said": str, "correct": int, "answer": str, "path": list[int], "top": list[list[int]], "logprob": list[list[float]]}  # fmt: skip
+
+
+def keep_golden(
+    folder: str | Path,
+    engine: EngineBase,
+    suite: Suite,
+    items: int = 100,  # the first so many different prompts
+    n: int = 10,  # tokens in a ranking
+    positions: int = 3,  # tokens of the answer whose rankings are kept
+) -> Artifact:
+    "Record an engine twice, for engines that come after it: prompts, answers and rankings."
+    suite = _distinct(suite)
+    suite = replace(suite, items=suite.items[:items])
+    gold, again = _twice(engine, suite, n, positions)
+    recipe = {"name": suite.name, "version": suite.version, "max_tokens": suite.max_tokens, "stop": list(suite.stop)}
+    with build(folder, "golden", {"engine": engine.info.digest}, recipe) as tmp:
+        write_jsonl(tmp / "golden.jsonl", [r | {"messages": list(i.messages)} for r, i in zip(gold, suite.items, strict=True)])  # fmt: skip
+        write_jsonl(tmp / "again.jsonl", again)
+    return open_artifact(folder, "golden")
+
+
+@dataclass(frozen=True)
+class Golden:
+    "What a released engine said, twice."
+
+    suite: Suite  # its prompts
+    rows: list[dict]
+    again: list[dict]
+    engine: str  # its digest
+
+
+def open_golden(
+    folder: str | Path,  # from `keep_golden`
+) -> Golden:
+    "Golden rows with their prompts; raises `KitError` on a folder that is missing or damaged."
+    try:
+        kept = open_artifact(folder, "golden")
+    except ArtifactError as e:
+        raise KitError(e.problem, file=e.file, key=e.key, remedy=_RESTORE) from e
+    gold = _rows(kept / "golden.jsonl", {**_ROW, "messages": list[dict[str, str]]})
+    again = _rows(kept / "again.jsonl", _ROW)
+    if [r["id"] for r in gold] != [r["id"] for r in again]:
+        raise KitError("the two recordings hold different prompts", file=kept / "again.jsonl", key="id", remedy=_RESTORE)  # fmt: skip
+    items = tuple(Item(r["id"], tuple(r["messages"]), r["label"], r["label"]) for r in gold)
+    how = kept.recipe
+    suite = Suite(how["name"], how["version"], items, ("label",), how["max_tokens"], tuple(how["stop"]))
+    return Golden(suite, gold, again, kept.parents["engine"])
+
+
+_RESTORE = "Restore the folder from git, or keep a release's own again: llmkit baseline set"
+
+
+def _rows(file: Path, kinds: Mapping[str, Any]) -> list[dict]:
+    "The rows of a recording; raises `KitError` that names the line."
+    try:
+        rows = [check_section(r, dict(kinds), f"line {i}", file) for i, r in enumerate(read_jsonl(file), 1)]
+    except ParamsError as e:
+        raise KitError(e.problem, file=file, key=e.key, value=e.value, remedy=_RESTORE) from e
+    for i, r in enumerate(rows, 1):
+        if "messages" in r and prompt_digest(r["messages"]) != r["id"]:
+            raise KitError("the prompt is not the one that was recorded", file=file, key=f"line {i}.messages", remedy=_RESTORE)  # fmt: skip
+        if r["correct"] != int(r["said"] == r["label"]):
+            raise KitError("is not what label and answer say", file=file, key=f"line {i}.correct", value=r["correct"], remedy=_RESTORE)  # fmt: skip
+    return rows
+
+
+def since_release(
+    folder: str | Path,  # from `keep_golden`, of the release
+    candidate: EngineBase,
+    seed: int = 0,
+) -> Report:
+    "Compare an engine with what a release said, beyond the noise of that release."
+    g = open_golden(folder)
+    new = record_golden(candidate, g.suite, golden=g.rows)
+    report = regression_report(g.rows, g.again, new, str(g.suite), candidate.info.digest, seed=seed)
+    return replace(report, context={**report.context, "against": g.engine})

@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..core.artifact import open_artifact
+from ..core.artifact import MANIFEST, open_artifact
 from ..core.errors import KitError
 from ..core.files import read_jsonl
 from ..core.params import ParamsError, load_params
 from ..core.report import Report, read_report
 from .damage import catch_all
 from .evaluate import evaluate, open_quietly
+from .regression import open_golden, regression_report
 from .suite import SCORERS, Suite, make_suite
 from ..gate.judge import judge
 from ..gate.policy import read_policy
@@ -101,8 +102,10 @@ def gate_selftest(
     except KitError as e:
         print(e, file=sys.stderr)
         return EXIT_CODES["error"] if isinstance(e, ParamsError) else 2
-    if "baseline" in healthy and healthy["baseline"] == replace(healthy["engine"], subject="baseline"):
+    if "baseline" in healthy and not (Path(baseline) / "report.json").is_file():
         print("There is no baseline yet: the engine's own report stands for it.")
+    if "golden_engine" in healthy and not (Path(reports) / "golden_engine").is_dir():
+        print("There are no golden answers of a last release yet: the engine's own stand for them.")
     if verdict:
         print("A shuffled delta, merged and asked:", as_text(verdict), sep="\n")
     print("Damaged samples, measured again:", *damages, sep="\n")
@@ -119,4 +122,7 @@ def _healthy(reports: str, parity: str, baseline: str) -> dict[str, Report]:
         found["baseline"] = replace(read_report(baseline), subject="baseline")
     elif "engine" in found:
         found.setdefault("baseline", replace(found["engine"], subject="baseline"))
+    if "golden_engine" not in found and (Path(reports) / "golden" / MANIFEST).is_file():
+        own = open_golden(Path(reports) / "golden")
+        found["golden_engine"] = replace(regression_report(own.rows, own.again, own.again, str(own.suite), own.engine), subject="golden_engine")  # fmt: skip
     return found

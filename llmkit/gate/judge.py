@@ -35,7 +35,9 @@ def find(
 ) -> Measurement:
     "The measurement that a rule reads; raises `Unmeasured`."
     if subject not in reports:
-        raise Unmeasured(f"there is no report on {subject}", remedy=did_you_mean(subject, reports))
+        first = "Before a first release there is none: look at the reports, and keep them by `llmkit baseline set`"
+        fix = first if subject in ("baseline", "golden_engine") else did_you_mean(subject, reports)
+        raise Unmeasured(f"there is no report on {subject}", remedy=fix)
     m = reports[subject].get(metric, slice)
     if m is None:
         known = {x.metric for x in reports[subject].measurements if x.slice == slice}

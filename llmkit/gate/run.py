@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from ..core.artifact import MANIFEST, open_artifact
 from ..core.errors import KitError
 from ..core.files import atomic_folder
 from ..core.params import ParamsError, load_params
@@ -165,12 +166,23 @@ def baseline_set(
     to: str = "baseline/engine",  # the tracked folder
     subject: str = "engine",  # which of the artifact's reports
 ) -> int:
-    "Make a report the tracked baseline."
+    "Make a report the tracked baseline, and with it what its engine said to golden prompts."
     folder = Path(report) if (Path(report) / "report.json").is_file() else Path(report) / subject
-    new = read_report(folder)
-    with atomic_folder(to) as tmp:
-        for p in sorted(folder.rglob("*.json*")):
-            (tmp / p.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(p, tmp / p.relative_to(folder))
+    new, said, kept = read_report(folder), Path(report) / "golden", Path(to).parent / "golden"
+    brought = (said / MANIFEST).is_file() and _said_by(said) == new.digest
+    if not brought and kept.is_dir() and _said_by(kept) != new.digest:
+        fix = f"Name the evaluate stage's artifact, with the suite golden in params.yaml, or remove {kept}"
+        raise KitError("holds what another engine said, and this report brings no golden answers", file=kept, remedy=fix)  # fmt: skip
+    for source, target in ((folder, Path(to)), *([(said, kept)] if brought else [])):
+        with atomic_folder(target) as tmp:
+            for p in sorted(source.rglob("*.json*")):
+                (tmp / p.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(p, tmp / p.relative_to(source))
     print(f"The baseline is now {new.subject} by {new.suite}: {len(new.measurements)} measurements. Commit it.")
+    print(f"Golden answers: {kept if kept.is_dir() else 'none, so no engine can be compared with them'}")
     return 0
+
+
+def _said_by(folder: Path) -> str:
+    "The engine whose golden answers a folder holds; raises `KitError` when they are damaged."
+    return open_artifact(folder, "golden").parents["engine"]

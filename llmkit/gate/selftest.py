@@ -71,6 +71,7 @@ def _rows(report: Report, m: Measurement) -> list[bool] | None:
 KINDS = {
     "leaked canary": r"canary|leak|exposure|memori|pii|attack|injection",
     "refusals": r"refusal",
+    "broken answers": r"broken|flip|churn",
     "biased group": r"group|gap|parity_difference|odds|counterfactual|(?<!de)bias",
     "miscalibrated head": r"^(ece|mce|brier|log_loss|temperature)",
     "slow engine": r"latency|ttft|inter_token|seconds|per_second|goodput|queued|objective|bytes|cost|joules|kwh",

@@ -11,10 +11,11 @@ from typing import Any, Literal
 from ..core.artifact import Artifact, build, open_artifact, require_parent
 from ..core.files import read_jsonl
 from ..core.report import write_report
-from ..evals.battery import Surroundings, run_suite, suite_options
+from ..evals.battery import Surroundings, ready, run_suite, suite_options
 from ..evals.cost import load_price
 from ..evals.energy import find_meter
 from ..evals.evaluate import open_quietly, quality_report, timing_report
+from ..evals.regression import keep_golden
 from ..evals.suite import make_suite
 
 # %% ../../nbs/pipeline/06_evaluate.ipynb #01ce3b37
@@ -34,6 +35,7 @@ DATA = {
     "evaluate.suites.*.axes": "named",
     "evaluate.suites.*.file": "named",
     "evaluate.suites.*.canaries": "named",
+    "evaluate.suites.*.folder": "there",
 }
 SUBJECTS = {"engine": "engine", "merged": "model", "base": "base"}  # subject of a report → role of what is measured
 
@@ -79,7 +81,10 @@ def run(
         around = Surroundings(questions, *places, slots=batch_size, seed=seed)
         with open_quietly(parts["engine"].path, slots=batch_size) as engine:
             for name, options in asked_of.items():
-                write_report(run_suite(name, engine, around, options), folder / f"{name}_engine")
+                if ready(options):
+                    write_report(run_suite(name, engine, around, options), folder / f"{name}_engine")
+            if kept := asked_of.get("golden"):
+                keep_golden(folder / "golden", engine, questions, kept["items"], kept["n"], kept["positions"])
         for subject in speed_subjects:
             where = parts[SUBJECTS[subject]].path
             asked = (speed_prompts, speed_tokens, speed_repeats)

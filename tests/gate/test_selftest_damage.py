@@ -9,6 +9,7 @@ import llmkit.gate.selftest as gate_selftest_module
 from llmkit.core.report import Measurement, Report
 from llmkit.evals.calibration import calibration_measurements
 from llmkit.evals.damage import DAMAGES, catch_all
+from llmkit.evals.regression import rate_measurements
 from llmkit.evals.speed import speed_measurements
 from llmkit.evals.task import task_measurements
 from llmkit.gate.judge import judge
@@ -57,18 +58,22 @@ def reports():
     }
     leak = Measurement("canary_leak_rate", 0.0, 300, direction="lower", samples="canary/leaked")
     recovery = Measurement("delta_recovery", 0.98, 64)
+    same = {"id": list(range(100)), **{m: [0] * 100 for m in ("flip", "fixed", "broken", "churn")}}
+    golden = Report("golden_engine", "", "g@1", tuple(rate_measurements(same, same)), {"golden": same, "noise": same})
     return {
         "engine": quality("engine"),
         "merged": quality("merged"),
         "base": untaught("base"),
         "speed_engine": Report("speed_engine", "", "s@1", tuple(speed_measurements(times)), {"requests": times}),
         "safety": Report("safety", "", "p@1", (leak,), {"canary": {"id": list(range(300)), "leaked": [0] * 300}}),
+        "golden_engine": golden,
         "parity/chain": Report("chain", "", "c@1", (recovery,)),
     }
 
 
 RULES = {
     "wrong labels": {"metric": "accuracy", "min": 0.85, "bound": "wilson"},
+    "broken answers": {"metric": "broken_rate_excess", "on": "golden_engine", "max": 0.1, "bound": "interval"},
     "nothing learnt": {"metric": "accuracy", "superiority": 0.0, "against": "base"},
     "biased group": {"metric": "worst_group_accuracy", "min": 0.8, "bound": "interval"},
     "miscalibrated head": {"metric": "ece_debiased", "max": 0.1, "bound": "interval"},
@@ -83,12 +88,19 @@ def test_every_damage_is_caught_by_its_rule(reports):
     assert found.keys() == RULES.keys() == DAMAGES.keys()
     for name, c in found.items():
         assert c.ok and len(c.fell) == 1 and RULES[name]["metric"] in c.fell[0], str(c)
-    for name in ("miscalibrated head", "slow engine", "leaked canary", "nothing learnt", "biased group"):
+    for name in (
+        "broken answers",
+        "miscalibrated head",
+        "slow engine",
+        "leaked canary",
+        "nothing learnt",
+        "biased group",
+    ):
         assert found[name].along == (), str(found[name])  # exactly that rule
     assert max(found[name].shares[0] for name in RULES if name != "nothing learnt") <= 0.5
 
 
-@pytest.mark.parametrize("name", ["miscalibrated head", "slow engine", "leaked canary"])
+@pytest.mark.parametrize("name", ["broken answers", "miscalibrated head", "slow engine", "leaked canary"])
 def test_without_its_rule_a_damage_passes_unseen(reports, name):
     rules = [r for k, r in RULES.items() if k != name]
     bad = DAMAGES[name](dict(reports), 1.0, ("label", "exact"))
@@ -106,7 +118,7 @@ def test_each_rule_bites_alone_although_four_read_the_same_answers(reports):
     how = {b.rule: b.how for b in bites}
     assert "engine, merged" in how["engine accuracy: noninferiority 0.03 against baseline"]
     assert how["engine accuracy: superiority 0 against base"].endswith("items go right in base")
-    assert "9 of 9 rules bite, 9 of them alone" in bite_table(bites)
+    assert "10 of 10 rules bite, 10 of them alone" in bite_table(bites)
 
 
 def test_rules_that_cannot_be_told_apart_are_named(reports):
@@ -164,7 +176,7 @@ def test_kinds():
     from llmkit.gate.policy import Rule
 
     cases = {
-        "accuracy": "wrong labels", "rouge_l": "wrong labels", "broken_rate_excess": "wrong labels", "ece_debiased": "miscalibrated head",
+        "accuracy": "wrong labels", "rouge_l": "wrong labels", "broken_rate_excess": "broken answers", "ece_debiased": "miscalibrated head",
         "brier": "miscalibrated head", "ttft_p95": "slow engine", "goodput": "slow engine", "canary_leak_rate": "leaked canary",
         "attack_success_rate": "leaked canary", "over_refusal_rate": "refusals", "worst_group_accuracy": "biased group",
         "equalized_odds_difference": "biased group", "delta_recovery": "broken quantization", "bits_per_byte": "broken quantization",
