@@ -29,9 +29,8 @@ add_module_names = False
 python_maximum_signature_line_length = 72
 python_display_short_literal_types = True
 toc_object_entries_show_parents = "hide"
-# the card in a record has a diagram in a fence and anchors of its own; headings may skip a level; two modules may each have a class of one name, and its annotations then link nowhere
+# the card in a record has anchors of its own; headings may skip a level; two modules may each have a class of one name, and its annotations then link nowhere
 suppress_warnings = [
-    "misc.highlighting_failure",
     "myst.xref_missing",
     "myst.header",
     "mystnb.unknown_mime_type",
@@ -41,10 +40,7 @@ suppress_warnings = [
 html_theme = "furo"
 html_static_path = [str(HERE / "_static")]
 html_css_files = ["llmkit.css"]
-EXTRA = HERE.parent / "build/docs/_extra"
-html_extra_path = [str(EXTRA)]
-# only where there is a local copy; it draws every <pre class="mermaid"> by itself
-html_js_files = ["mermaid.js"] if (EXTRA / "_static/mermaid.js").is_file() else []
+html_extra_path = [str(HERE.parent / "build/docs/_extra")]
 html_show_sphinx = False
 html_copy_source = False
 html_theme_options = {

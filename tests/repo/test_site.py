@@ -1,8 +1,10 @@
 "The site is built from the notebooks without warnings, asks no other host for anything, and has no dead link."
 
+import itertools
 import re
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 from html import unescape
 from urllib.parse import unquote, urlsplit
 
@@ -43,6 +45,89 @@ def test_dead_links_are_seen(tmp_path):
     ]
 
 
+@pytest.fixture
+def diagrams(root, monkeypatch):
+    monkeypatch.syspath_prepend(str(root / "tools/website"))
+    import diagrams
+
+    return diagrams
+
+
+STATES = """stateDiagram-v2
+    [*] --> On: start
+    On --> Off: a rather long label that takes more than one line
+    Off --> On: back & forth
+    On --> Gone
+    Off --> Gone: stop
+    Gone --> On: retry"""
+
+
+def test_a_diagram_becomes_an_image(diagrams):
+    html = diagrams.drawn(STATES)
+    assert "\n" not in html, "an empty line would end the HTML in Markdown"
+    svg = ET.fromstring(html).find("{*}svg")
+    said = [" ".join(s.text for s in t) for t in svg.findall(".//{*}text")]
+    names, labels = said[:3], said[3:]
+    assert names == ["On", "Off", "Gone"]
+    assert sorted(labels) == [
+        "a rather long label that takes more than one line",
+        "back & forth",
+        "retry",
+        "start",
+        "stop",
+    ]
+    assert len(svg.findall("{*}path")) == 6, "an arrow for each line"
+    assert len(svg.findall("{*}circle")) == 1, "where it starts"
+
+
+@pytest.mark.parametrize("way", ["TB", "LR"])
+def test_the_words_of_a_diagram_do_not_overlap(diagrams, way):
+    pairs = itertools.combinations(["base", "dataset", "delta", "model", "engine", "report"], 2)
+    lines = [f"  {a} -->|{a} for {b}| {b}" for a, b in pairs]
+    graph = diagrams.read_graph("\n".join([f"graph {way}", *lines]))
+    boxes, paths, (wide, high) = diagrams.placed(graph)
+    points = [*boxes.values(), *(p for path in paths for p in path if not p.box)]
+    assert len(paths) == 15 and len([p for p in points if p.words]) == 21
+    for p in points:
+        assert p.size[0] / 2 <= p.x <= wide - p.size[0] / 2 and p.size[1] / 2 <= p.y <= high - p.size[1] / 2, p.words
+    for p, q in itertools.combinations([p for p in points if p.words], 2):
+        apart = abs(p.x - q.x) >= (p.size[0] + q.size[0]) / 2 or abs(p.y - q.y) >= (p.size[1] + q.size[1]) / 2
+        assert apart, (p.words, q.words)
+    along = [
+        (b.x - a.x) if way == "LR" else (b.y - a.y) for path in paths for a, b in zip(path, path[1:], strict=False)
+    ]
+    assert min(along) > 0, "every arrow points on"
+
+
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ("sequenceDiagram\n  A->>B: hello", "sequenceDiagram"),
+        ("graph RL\n  a --> b", "graph RL"),
+        ("graph LR\n  a --> b\n  subgraph c", "subgraph c"),
+        ("graph LR\n  a --> a", "from a box to itself"),
+    ],
+)
+def test_a_diagram_that_cannot_be_drawn_is_refused(diagrams, text, why):
+    with pytest.raises(ValueError, match=why):
+        diagrams.drawn(text)
+
+
+def test_the_diagrams_of_a_page_and_of_its_outputs_are_drawn(diagrams):
+    import pages
+
+    fence = "before\n\n```mermaid\ngraph LR\n  a --> b\n```\n\nafter `a`\n"
+    for text in (
+        pages.prose(fence, {}, pages.Path("x/y.md")),
+        pages.shown({"data": {"text/markdown": [fence], "text/plain": "a"}}, pages.Path("x/y.md"))["data"][
+            "text/markdown"
+        ],
+    ):
+        assert text.startswith('before\n\n<figure class="diagram"><svg') and text.endswith("</figure>\n\nafter `a`\n")
+    with pytest.raises(SystemExit, match="a diagram in x/y.md: 'pie'"):
+        pages.prose("```mermaid\npie\n```\n", {}, pages.Path("x/y.md"))
+
+
 @pytest.mark.slow
 def test_the_site(tree):
     p = subprocess.run([sys.executable, "tools/website", "site"], cwd=tree, capture_output=True, text=True)
@@ -55,6 +140,14 @@ def test_the_site(tree):
         r"<(?:script|img|iframe)[^>]+src=.https?:|<link[^>]+(?:stylesheet|preload)[^>]+href=.https?:|@import"
     )
     assert [f.name for f in site.rglob("*.html") if "data_docs" not in f.parts and foreign.search(f.read_text())] == []
+
+    drawings = re.findall(r'<figure class="diagram">(.*?)</figure>', (site / "pipeline/index.html").read_text())
+    assert len(drawings) == 1
+    said = re.findall(r'class="name"><tspan[^>]*>([^<]*)<', drawings[0])
+    assert set(said) == {b.stem.partition("_")[2] for b in tree.glob("nbs/pipeline/[0-9]*.ipynb")}, (
+        "every stage has a box"
+    )
+    assert ">Degraded<" in (site / "09_rollout/03_state.html").read_text(), "the states of a rollout are drawn"
 
     page = (site / "02_gate/01_intervals.html").read_text()
     assert 'id="llmkit.gate.intervals.wilson"' in page, "a signature"

@@ -4,20 +4,15 @@
 
 The pages are written to build/docs, laid out as nbs/ is, and Sphinx (docs/conf.py) makes them HTML. An exported cell
 becomes the signatures of what it defines, with the comments on their parameters, and its source folded below; a name in
-backticks links to what it names. No network is needed: formulas become MathML, and diagrams are drawn by a copy of
-Mermaid that the first build with network keeps in the environment. Without that copy they stay text.
+backticks links to what it names. Neither the build nor a page asks another host for anything, and no page needs a script
+for what it shows: formulas become MathML, and diagrams become SVG (diagrams.py says how, and why not by Mermaid itself).
 """
 
-import base64
-import hashlib
-import io
 import json
 import re
 import shutil
 import subprocess
 import sys
-import tarfile
-import tempfile
 from pathlib import Path
 
 from pages import NBS, ROOT, SRC, listing, page, prose, read, toctree, write
@@ -33,7 +28,11 @@ def graph() -> str:
         return [p if isinstance(p, str) else next(iter(p)) for p in entries or []]
 
     makes = {o: s for s, v in stages.items() for o in paths(v.get("outs"))}
-    needs = {s: {makes[d]: d for d in paths(v.get("deps")) if d in makes} for s, v in stages.items()}
+    needs: dict[str, dict[str, str]] = {s: {} for s in stages}
+    for s, v in stages.items():
+        for d in paths(v.get("deps")):
+            if d in makes:  # what an arrow carries is the artifact, which is listed before the record of its making
+                needs[s].setdefault(makes[d], d)
 
     def reaches(a: str, b: str) -> bool:
         return any(n == a or reaches(a, n) for n in needs[b])
@@ -44,12 +43,12 @@ def graph() -> str:
     return "\n".join(["```mermaid", "flowchart TB", *(f"  {a} -->|{d}| {b}" for a, d, b in edges), "```", ""])
 
 
-def pipeline(names: dict[str, str], mermaid: bool) -> None:
+def pipeline(names: dict[str, str]) -> None:
     "The section on the pipeline: its graph, its stages, the latest records, and what the last run left."
     stages = sorted((NBS / "pipeline").glob("[0-9]*.ipynb"))
     records = sorted((ROOT / "records").glob("*.ipynb"))
     text = ["# The pipeline\n", "From records to a registered version, by `llmkit repro`.\n"]
-    text += [prose(graph(), names, Path("pipeline/index.md"), mermaid)] if (ROOT / "dvc.yaml").exists() else []
+    text += [prose(graph(), names, Path("pipeline/index.md"))] if (ROOT / "dvc.yaml").exists() else []
     text += ["## Stages\n", listing(stages, NBS / "pipeline"), "## Latest records\n"]
     if records:
         text += ["The executed notebooks of the last successful run, as they are tracked by git.\n"]
@@ -72,7 +71,7 @@ def pipeline(names: dict[str, str], mermaid: bool) -> None:
     ]
     write("pipeline/index.md", "\n".join(text))
     for r in records:
-        page(r, Path("records") / r.name, names, mermaid, record=True)
+        page(r, Path("records") / r.name, names, record=True)
 
 
 def package(folder: Path, promises: dict[str, str]) -> None:
@@ -100,44 +99,21 @@ def landing(packages: list[Path], guides: list[Path]) -> None:
     write("index.ipynb", json.dumps(nb))
 
 
-def mermaid_script() -> Path | None:
-    "The local copy of Mermaid, fetched once and checked against the digest in docs/mermaid.json; None without network."
-    pin = json.loads((ROOT / "docs/mermaid.json").read_text())
-    copy = Path(sys.prefix) / "share/llmkit" / f"mermaid-{pin['version']}.js"
-    if not copy.exists():
-        with tempfile.TemporaryDirectory() as d:
-            wanted = f"{pin['package']}@{pin['version']}"
-            cmd = ["npm", "pack", "--silent", wanted]
-            if not shutil.which("npm") or subprocess.run(cmd, cwd=d, stdout=subprocess.DEVNULL).returncode:
-                print("docs: no local copy of Mermaid, and npm cannot fetch one: diagrams stay text", file=sys.stderr)
-                return None
-            archive = next(Path(d).glob("*.tgz")).read_bytes()
-        if (digest := "sha512-" + base64.b64encode(hashlib.sha512(archive).digest()).decode()) != pin["integrity"]:
-            raise SystemExit(f"docs: {pin['package']} is {digest}, not what docs/mermaid.json pins")
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(fileobj=io.BytesIO(archive)) as t:
-            copy.write_bytes(t.extractfile(pin["member"]).read())
-    return copy
-
-
 def build(out: Path) -> None:
     "Write the pages and run Sphinx; a warning is an error."
     sys.path.insert(0, str(ROOT))
     shutil.rmtree(SRC, ignore_errors=True)
-    names, script = symbols(), mermaid_script()
+    names = symbols()
     (SRC / "_extra").mkdir(parents=True)
-    if script:
-        (SRC / "_extra/_static").mkdir()
-        shutil.copy(script, SRC / "_extra/_static/mermaid.js")
     for book in [NBS / "index.ipynb", *sorted(NBS.glob("*/[0-9]*.ipynb"))]:
-        page(book, book.relative_to(NBS), names, bool(script))
+        page(book, book.relative_to(NBS), names)
     packages = [p for p in sorted(NBS.glob("[0-9]*_*")) if any(p.glob("[0-9]*.ipynb"))]
     promises = dict(
         re.findall(r"^\| `(\w+)` \| (.+?) \|$", "\n".join(c["source"] for c in read(NBS / "index.ipynb")), re.M)
     )
     for p in packages:
         package(p, promises)
-    pipeline(names, bool(script))
+    pipeline(names)
     landing(packages, sorted((NBS / "guides").glob("[0-9]*.ipynb")))
     html, trees = SRC.parent / "html", SRC.parent / "doctrees"
     shutil.rmtree(html, ignore_errors=True)

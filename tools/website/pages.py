@@ -6,11 +6,13 @@ import os
 import re
 from pathlib import Path
 
+from diagrams import drawn
 from signatures import api, parsed
 
 ROOT = Path(__file__).parents[2]
 NBS, SRC = ROOT / "nbs", ROOT / "build/docs"
 DIRECTIVE = re.compile(r"^#[ \t]*\|[ \t]*([\w-]+):?[ \t]*(.*)$\n?", re.M)
+MERMAID = re.compile(r"^```mermaid\n(.*?)^```$", re.M | re.S)
 FENCED = re.compile(r"(^```.*?^```|^#+ .*?$)", re.M | re.S)
 
 
@@ -59,8 +61,24 @@ def named(text: str, names: dict[str, str], module: str | None) -> str:
     return re.sub(r"(?<![`}])(?<!^\| )`([A-Za-z_][\w.]*)`(?!`)", link, text, flags=re.M)
 
 
-def prose(text: str, names: dict[str, str], at: Path, mermaid: bool, module: str | None = None) -> str:
-    "Markdown with names linked, links that leave nbs/ turned to the site's root, and diagrams ready to be drawn."
+def diagrams(text: str, at: Path) -> str:
+    "Markdown with every diagram drawn; one that cannot be drawn stops the build."
+    try:
+        return MERMAID.sub(lambda m: drawn(m[1]), text)
+    except ValueError as e:
+        raise SystemExit(f"docs: a diagram in {at}: {e}") from e
+
+
+def shown(output: dict, at: Path) -> dict:
+    "The output of a cell, with the diagrams in its Markdown drawn."
+    data = output.get("data", {})
+    if "text/markdown" not in data:
+        return output
+    return output | {"data": data | {"text/markdown": diagrams("".join(data["text/markdown"]), at)}}
+
+
+def prose(text: str, names: dict[str, str], at: Path, module: str | None = None) -> str:
+    "Markdown with names linked, links that leave nbs/ turned to the site's root, and diagrams drawn."
 
     def outside(m: re.Match) -> str:
         target = os.path.normpath(at.parent / m[1])
@@ -69,22 +87,19 @@ def prose(text: str, names: dict[str, str], at: Path, mermaid: bool, module: str
     parts = FENCED.split(text)
     for i, p in enumerate(parts):
         if p.startswith("```mermaid"):
-            body = p.split("\n", 1)[1].removesuffix("```")
-            parts[i] = (
-                f'```{{raw}} html\n<pre class="mermaid">\n{body}</pre>\n```' if mermaid else "```text\n" + body + "```"
-            )
+            parts[i] = diagrams(p, at)
         elif not FENCED.fullmatch(p):
             parts[i] = named(re.sub(r"\]\((\.\.[^)#]*)", outside, p), names, module)
     return "".join(parts)
 
 
-def page(path: Path, to: Path, names: dict[str, str], mermaid: bool, record: bool = False) -> None:
+def page(path: Path, to: Path, names: dict[str, str], record: bool = False) -> None:
     "Write a notebook in the form that Sphinx reads; a record is shown as it ran, without signatures."
     cells = read(path)
     module, out = next((c["marks"]["default_exp"] for c in cells if "default_exp" in c["marks"]), None), []
     for i, c in enumerate(visible(cells)):
         if c["cell_type"] == "markdown":
-            text = prose(c["source"], names, to, mermaid, module)
+            text = prose(c["source"], names, to, module)
             text = re.sub(r"^>", "{.promise}\n>", text, count=1, flags=re.M) if i == 0 else text
             out.append({"cell_type": "markdown", "source": text, "metadata": {}})
         elif c["cell_type"] == "code":
@@ -97,8 +112,8 @@ def page(path: Path, to: Path, names: dict[str, str], mermaid: bool, record: boo
             defines = any(isinstance(n, (ast.FunctionDef, ast.ClassDef)) for n in nodes)
             tags = ["hide-input"] if exported and (defines or record) else []
             out.append(
-                {k: c[k] for k in ("cell_type", "source", "outputs")}
-                | {"execution_count": None, "metadata": {"tags": tags}}
+                {k: c[k] for k in ("cell_type", "source")}
+                | {"outputs": [shown(o, to) for o in c["outputs"]], "execution_count": None, "metadata": {"tags": tags}}
             )
     for n, c in enumerate(out):
         c["id"] = f"c{n}"
