@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fetch or share the results of stages through a DVC remote, run cache included where the remote can hold one.
 #
-#   DVC_REMOTE=/mnt/cache tools/cache.sh pull|push              a folder that machines share
+#   DVC_REMOTE=/path/to/folder tools/cache.sh pull|push         a folder that machines share
 #   DVC_REMOTE=https://host/path tools/cache.sh pull|push       a server that takes PUT; DVC_REMOTE_USER and
 #                                                               DVC_REMOTE_PASSWORD for basic authentication
 #
