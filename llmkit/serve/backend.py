@@ -145,12 +145,8 @@ async def start(self: EngineBackend, work: Work, timeout: float | None = None) -
     tickets = self.scheduler.submit(rows, how, loop, timeout)
     scored: list[Any] = [None] * len(work.ids)
     if call.echo and call.logprobs is not None:
-        try:
-            futures = self.scheduler.compute(*(lambda ids=ids: self._seen(ids, call.logprobs) for ids in work.ids))
-        except ApiError:
-            for t in tickets:
-                t.cancel()
-            raise
+        looks = [lambda ids=ids: self._seen(ids, call.logprobs) for ids in work.ids]
+        futures = self.scheduler.compute(*looks, of=tickets[:: call.n])
         scored = [asyncio.wrap_future(f) for f in futures]
     return EngineAnswer(self, work, tickets, scored)
 

@@ -37,7 +37,7 @@ class Scheduler:
         self.slots, self.queue, self.timeout, self.clock = slots, queue, timeout, clock
         self.length = min(length or engine.info.context_length, engine.info.context_length)
         self.waiting: deque[Ticket] = deque()
-        self.jobs: deque[tuple[Future, Callable[[], Any]]] = deque()
+        self.jobs: deque[tuple[Future, Callable[[], Any], Ticket | None]] = deque()
         self.running: dict[int, Ticket] = {}  # only the worker writes it
         self.counts = dict.fromkeys(("finished", "cancelled", "expired", "rejected", "failed", "failed_steps"), 0)
         self.mean = 1.0  # seconds a request takes, a moving mean
@@ -81,19 +81,30 @@ def _admissible(self: Scheduler, n: int) -> None:
         raise busy("The server is shutting down", code="shutting_down")
     if n > self.queue:
         raise ApiError(400, f"One request may ask for at most {self.queue} answers in all", param="n", code="too_many")
-    if len(self.waiting) + len(self.jobs) + n > self.queue + max(0, self.slots - len(self.running)):
+    if self._places() + n > self.queue + max(0, self.slots - len(self.running)):
         self.counts["rejected"] += n
         raise busy("The queue is full", self.mean * (1 + len(self.waiting) / self.slots), "queue_full")
 
 
-def compute(self: Scheduler, *works: Callable[[], Any]) -> list[Future]:
+def _places(self: Scheduler) -> int:
+    "How many wait; a computation takes the place of its own request, as long as that waits too."
+    return len(self.waiting) + sum(t is None or not t.pending for *_, t in self.jobs)
+
+
+def compute(
+    self: Scheduler,
+    *works: Callable[[], Any],
+    of: Sequence[Ticket] = (),  # the accepted request that each belongs to: it has its place already; empty: nobody's
+) -> list[Future]:
     "Queue computations on the engine, one between two steps, all or none; raises `ApiError` 503 like `submit`."
-    jobs: list[tuple[Future, Callable]] = [(Future(), w) for w in works]
+    owners = of or [None] * len(works)
+    jobs = [(Future(), w, t) for w, t in zip(works, owners, strict=True)]
     with self._wake:
-        self._admissible(len(jobs))
+        if not of:
+            self._admissible(len(jobs))
         self.jobs.extend(jobs)
         self._wake.notify_all()
-    return [done for done, _ in jobs]
+    return [done for done, *_ in jobs]
 
 
 def _poke(self: Scheduler) -> None:
@@ -102,7 +113,8 @@ def _poke(self: Scheduler) -> None:
         self._wake.notify_all()
 
 
-Scheduler.submit, Scheduler.compute, Scheduler._poke, Scheduler._admissible = submit, compute, _poke, _admissible
+Scheduler.submit, Scheduler.compute, Scheduler._poke = submit, compute, _poke
+Scheduler._admissible, Scheduler._places = _admissible, _places
 
 # %% ../../nbs/08_serve/03_scheduler.ipynb #24444687
 def _work(self: Scheduler) -> None:
@@ -281,7 +293,9 @@ def close(self: Scheduler, timeout: float | None = 30.0) -> None:
 
 def stats(self: Scheduler) -> dict[str, int]:
     "How many wait and run, and how many ended how."
-    return {"waiting": len(self.waiting) + len(self.jobs), "running": len(self.running), **self.counts}
+    with self._wake:
+        waiting = self._places()
+    return {"waiting": waiting, "running": len(self.running), **self.counts}
 
 
 Scheduler.drain, Scheduler.close, Scheduler.stats = drain, close, stats

@@ -71,6 +71,11 @@ class Ticket:
         self.steps: Any = SimpleQueue() if self.loop is None else asyncio.Queue()
         self.wake: Callable[[], None] = lambda: None
 
+    @property
+    def pending(self) -> bool:
+        "Whether it still waits for its first turn."
+        return "joined" not in self.times and "done" not in self.times
+
     def cancel(self) -> None:
         "Give up; the slot is free at the next step."
         self.cancelled = True
