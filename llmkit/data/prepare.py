@@ -21,7 +21,7 @@ from .duplicates import drop_repeated, drop_similar
 from .privacy import Policy, masked, treat
 from .profile import Encode, measure, profile
 from .records import SPLITS, RowError, Shape, normalise
-from .sources import Row, Source
+from .sources import Row, Source, hidden
 from .split import assign, check_shares
 from .table import Table, open_table
 from .validate import validate
@@ -191,12 +191,12 @@ def write(table: Table, folder: Path, n: int) -> None:
 
 
 def inputs(path: str | None) -> dict[str, str]:
-    "The digest of every file of a source; files and folders that begin with a dot are not of it."
+    "The digest of every file of a source, without those that are hidden."
     if path is None:
         return {}
     if not Path(path).is_dir():
         return {Path(path).name: digest_file(path)}
-    return {n: d for n, d in digest_files(path).items() if not n.startswith(".") and "/." not in n}
+    return {n: d for n, d in digest_files(path).items() if not hidden(n)}
 
 # %% ../../nbs/03_data/10_prepare.ipynb #bf8a1ee0
 def prepare(

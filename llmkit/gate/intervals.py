@@ -73,15 +73,17 @@ def wilson(
     return Interval(low, high, level, "Wilson")
 
 # %% ../../nbs/02_gate/01_intervals.ipynb #3739c516
-def cluster_numbers(n: int, clusters: Sequence) -> np.ndarray:
-    "The number of each item's cluster, from 0."
+def cluster_numbers(n: int, clusters: Sequence | None) -> np.ndarray:
+    "The number of each item's cluster, from 0; every item is its own cluster when none are given."
+    if clusters is None:
+        return np.arange(n)
     if len(clusters) != n:
         raise KitError("one cluster label for each item", value=(len(clusters), n))
     return np.unique(np.asarray(clusters), return_inverse=True)[1]
 
 
 def _groups(n: int, clusters: Sequence | None) -> list[np.ndarray]:
-    "Item numbers by cluster; every item is its own cluster when none are given."
+    "Item numbers by cluster."
     if clusters is None:
         return [np.array([i]) for i in range(n)]
     inv = cluster_numbers(n, clusters)
@@ -247,7 +249,7 @@ def resample_mean(
 ) -> Resampled:
     "A mean on resamples of whole clusters; raises `KitError` on a sample without spread."
     x = np.asarray(values, float)
-    inv = np.arange(len(x)) if clusters is None else cluster_numbers(len(x), clusters)
+    inv = cluster_numbers(len(x), clusters)
     k, scale = int(inv.max()) + 1 if len(x) else 0, float(np.abs(x).max(initial=0)) or 1.0
     _refuse_degenerate(x, k)
     m, n = float(np.mean(x / scale)), np.bincount(inv).astype(float)

@@ -71,9 +71,16 @@ def _evidence(report: Report, m: Measurement) -> None:
     values = report.column(m.samples)
     if key in table:
         values = [v for v, k in zip(values, table[key], strict=True) if str(k) == want]
-    if len(values) == m.n and not np.isclose(np.mean(np.asarray(values, float)), m.value, rtol=1e-6, atol=1e-9):
-        found = float(np.mean(np.asarray(values, float)))
-        raise KitError(f"the values behind {report.subject} {m.metric} average to {found:.6g}, not {m.value:.6g}", remedy="Measure again: one of the two was changed")  # fmt: skip
+    if len(values) == m.n:
+        _agree(report, m, values)
+
+
+def _agree(report: Report, m: Measurement, values: Sequence[float]) -> None:
+    "Refuse values whose mean is not what was measured."
+    found = float(np.mean(np.asarray(values, float))) if len(values) else np.nan
+    if not np.isclose(found, m.value, rtol=1e-6, atol=1e-9):
+        fix = "Measure again: one of the two was changed"
+        raise KitError(f"the values behind {report.subject} {m.metric} average to {found:.6g}, not {m.value:.6g}", remedy=fix)  # fmt: skip
 
 
 def _limit_needs(r: Rule, m: Measurement) -> int | None:
@@ -183,9 +190,7 @@ def paired_values(
             raise KitError(f"{report.subject} has no column {col} beside {m.samples}", remedy=did_you_mean(col, table))
     rows = zip(table["id"], report.column(m.samples), table[key], table[extra or "id"], strict=True)
     values = {i: (float(v), x) for i, v, k, x in rows if want is None or str(k) == want}
-    mean = np.mean([v for v, _ in values.values()]) if values else np.nan
-    if not np.isclose(mean, m.value, rtol=1e-6, atol=1e-9):
-        raise KitError(f"the values behind {report.subject} {m.metric} average to {mean:.6g}, not {m.value:.6g}")
+    _agree(report, m, [v for v, _ in values.values()])
     return values
 
 

@@ -152,7 +152,7 @@ def paired_scores(
     if x.shape != y.shape or x.ndim != 1 or not len(x):
         raise KitError("needs two equally long, non-empty columns", value=(x.shape, y.shape))
     d, n, whole = y - x, len(x), float(max(np.abs(x).max(), np.abs(y).max()))
-    inv = np.arange(n) if clusters is None else cluster_numbers(n, clusters)
+    inv = cluster_numbers(n, clusters)
     units, differ = int(inv.max()) + 1, len(set(inv[d != 0]))
     asked, share = skew_alpha(alpha, max(differ, 1)), float((d != 0).mean())
     low, high, p_fail, how = (
