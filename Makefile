@@ -12,10 +12,10 @@ unexport GIT_DIR GIT_INDEX_FILE GIT_WORK_TREE
 # Where this is set, every process compiles all that it imports: 8 s for torch alone, 40 s with transformers.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help env system lock repro smoke bench cache-pull cache-push report-pr test quick lint check format sync readme hooks lab docs dist clean
+.PHONY: help env system lock repro smoke banking77 bench cache-pull cache-push report-pr test quick lint check format sync readme hooks lab docs dist clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # -- environment ------------------------------------------------------------------------------------------------
 

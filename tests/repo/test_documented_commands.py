@@ -24,13 +24,14 @@ def text(path):
 def named(source):
     "The llmkit commands (in backticks, or at the start of a line) and make targets in a text."
     kit = re.findall(r"(?:`|^\s*|entry: \S+ )llmkit ([a-z][a-z ]*[a-z])(?=[\s`<$])", source, re.M)
-    return kit, re.findall(r"(?:`|^|\bci: |&& )make ([a-z-]+)", source, re.M)
+    return kit, re.findall(r"(?:`|^|\bci: |&& )make ([a-z0-9-]+)", source, re.M)
 
 
 @pytest.fixture(scope="module")
 def sources(root, files):
     return {
-        f: text(root / f) for f in [*map(root.__class__, DOCS), *files("nbs/guides/*.ipynb", ".github/workflows/*")]
+        f: text(root / f)
+        for f in [*map(root.__class__, DOCS), *files("nbs/guides/*.ipynb", "examples/*.md", ".github/workflows/*")]
     }
 
 
@@ -68,13 +69,13 @@ def test_every_command_line_is_understood(sources):
 
 
 def test_every_make_target_exists(root, sources):
-    targets = set(re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(), re.M))
+    targets = set(re.findall(r"^([a-z0-9-]+):", (root / "Makefile").read_text(), re.M))
     assert {(str(f), t) for f, s in sources.items() for t in named(s)[1] if t not in targets} == set()
 
 
 def test_make_help_lists_every_target(root):
     lines = (root / "Makefile").read_text().splitlines()
-    assert [s for s in lines if re.match(r"[a-z-]+:", s) and " ## " not in s] == []
+    assert [s for s in lines if re.match(r"[a-z0-9-]+:", s) and " ## " not in s] == []
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
