@@ -15,8 +15,10 @@ import numpy as np
 
 from ..core.report import Report
 from .calibration import calibration_measurements
+from .detect import DETECTORS
 from .language import language_measurements
 from .regression import rate_measurements
+from .safety import corrected_families
 from .speed import speed_measurements
 from .task import task_measurements
 from ..gate.judge import judge_rule
@@ -143,7 +145,18 @@ def leaked_canary(reports: dict[str, Report], share: float, scorers: Sequence[st
                 values = out[subject].column(m.samples)
                 bad = [1 if h else v for v, h in zip(values, _some(len(values), share), strict=True)]
                 out[subject], found = rewrite_samples(out[subject], m.samples, bad), True
+        out[subject] = _corrected(out[subject])
     return out if found else None
+
+
+def _corrected(report: Report) -> Report:
+    "The report with attack rates corrected anew by the errors of the detectors that its table names."
+    table = report.samples.get("attacks", {})
+    if not {"family", "detector", "success"} <= table.keys():
+        return report
+    known = {d: DETECTORS.load(d) for d in set(table["detector"])}
+    new = {(m.metric, m.slice): m for m in corrected_families(table, known)}
+    return replace(report, measurements=tuple(new.get((m.metric, m.slice), m) for m in report.measurements))
 
 
 def broken_quantization(reports: dict[str, Report], share: float, scorers: Sequence[str]) -> dict[str, Report] | None:

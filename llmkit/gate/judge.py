@@ -60,6 +60,8 @@ def _judge_limit(r: Rule, reports: Mapping[str, Report]) -> RuleResult:
     text = f"{r.on} {r.metric}{_where(r)} is {_num(m.value, m.unit)}{how}: {asked}"
     bounds = (low, high) if r.bound else (None, None)
     needs = _limit_needs(r, m) if outcome == "inconclusive" else None
+    if outcome == "inconclusive" and r.metric.endswith("_corrected"):
+        text += ". Its interval holds the detector's errors too, which only more labelled sentences narrow; the number of items is that of a detector without errors"
     return _result(r, outcome, text, m.value, *bounds, r.limit, m.n, needs)
 
 
@@ -85,8 +87,8 @@ def _agree(report: Report, m: Measurement, values: Sequence[float]) -> None:
 
 def _limit_needs(r: Rule, m: Measurement) -> int | None:
     "Items that would probably decide: exactly for a rate, and for another interval as its width shrinks with the root of n."
-    if r.bound != "interval":
-        return rate_needed(r.limit, m.value, r.alpha, bound=r.bound)
+    if r.bound != "interval" or r.metric.endswith("_corrected"):
+        return rate_needed(r.limit, m.value, r.alpha, bound=r.bound if r.bound == "wilson" else "clopper_pearson")
     end = m.low if m.value > r.limit else m.high
     if m.value == r.limit or end is None:
         return None

@@ -98,8 +98,12 @@ def plan_rule(
         return None, "a ratio of two measurements is not planned"
     value = r.limit + lead if r.test == "min" else r.limit - lead
     if r.bound == "interval":
-        return _spread_needed(r, lead, power, reports or {}), f"a true value of {value:.4g}"
+        if not r.metric.endswith("_corrected"):
+            return _spread_needed(r, lead, power, reports or {}), f"a true value of {value:.4g}"
     value = min(1.0, max(0.0, value))
+    if r.metric.endswith("_corrected"):
+        need = rate_needed(r.limit, value, r.alpha, power)
+        return need, f"a true rate of {value:.4g}, by a detector without errors; one that errs needs more"
     return rate_needed(r.limit, value, r.alpha, power, r.bound), f"a true rate of {value:.4g}"
 
 
