@@ -2240,6 +2240,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llmkit.rollout.view.View._repr_markdown_': ( '09_rollout/view.html#view._repr_markdown_',
                                                                                    'llmkit/rollout/view.py'),
                                      'llmkit.rollout.view.View._rows': ('09_rollout/view.html#view._rows', 'llmkit/rollout/view.py'),
+                                     'llmkit.rollout.view._rows_of': ('09_rollout/view.html#_rows_of', 'llmkit/rollout/view.py'),
                                      'llmkit.rollout.view.duration': ('09_rollout/view.html#duration', 'llmkit/rollout/view.py'),
                                      'llmkit.rollout.view.status_line': ('09_rollout/view.html#status_line', 'llmkit/rollout/view.py'),
                                      'llmkit.rollout.view.step_text': ('09_rollout/view.html#step_text', 'llmkit/rollout/view.py'),

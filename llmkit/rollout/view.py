@@ -6,6 +6,7 @@
 __all__ = ['duration', 'step_text', 'status_line', 'View', 'view', 'timeline', 'watch']
 
 # %% ../../nbs/09_rollout/11_view.ipynb #b5d39afd
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -118,8 +119,8 @@ def watch(
     clock: Callable[[], float] = time.time,  # seconds since the epoch
     out: Any = None,  # a stream; default: the notebook's output, or standard output
 ) -> View:
-    "Show a rollout until it has ended, in place where the output allows it."
-    fold, handle, lines = store.load(id), None, 0
+    "Show a rollout until it has ended: in place where the output allows it, else once for each change of its state."
+    fold, handle, rows, told = store.load(id), None, 0, None
     while True:
         store.catch_up(id, fold)
         seen = view(fold, clock())
@@ -127,10 +128,19 @@ def watch(
             display = need("IPython.display").display
             handle = handle.update(seen) or handle if handle else display(seen, display_id=True)
         else:
-            stream = out or sys.stdout
-            up = f"\x1b[{lines}F\x1b[J" if lines and stream.isatty() else ""
-            lines = str(seen).count("\n") + 1
-            print(f"{up}{seen}", file=stream, flush=True)
+            stream, standing = out or sys.stdout, seen.state and (seen.state.step, seen.state.phase, seen.state.reason)
+            if stream.isatty():
+                up = f"\x1b[{rows}F\x1b[J" if rows else ""
+                rows = _rows_of(str(seen), *shutil.get_terminal_size())
+                print(f"{up}{seen}", file=stream, flush=True)
+            elif standing != told or told is None:
+                print(seen, file=stream, flush=True)
+            told = standing
         if seen.state is not None and seen.state.finished:
             return seen
         time.sleep(every)
+
+
+def _rows_of(text: str, columns: int, height: int) -> int:
+    "How many rows a terminal gives to a text, as far as the cursor can go back."
+    return min(sum(max(1, -(-len(line) // columns)) for line in text.splitlines()), height - 1)
