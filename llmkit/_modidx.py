@@ -451,6 +451,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llmkit.evals.detect.Detector.sentences': ( '06_evals/detect.html#detector.sentences',
                                                                                  'llmkit/evals/detect.py'),
                                      'llmkit.evals.detect._decoded': ('06_evals/detect.html#_decoded', 'llmkit/evals/detect.py'),
+                                     'llmkit.evals.detect._kept': ('06_evals/detect.html#_kept', 'llmkit/evals/detect.py'),
                                      'llmkit.evals.detect._plain': ('06_evals/detect.html#_plain', 'llmkit/evals/detect.py'),
                                      'llmkit.evals.detect._sentence': ('06_evals/detect.html#_sentence', 'llmkit/evals/detect.py'),
                                      'llmkit.evals.detect.complied': ('06_evals/detect.html#complied', 'llmkit/evals/detect.py'),

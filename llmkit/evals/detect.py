@@ -14,7 +14,7 @@ import codecs
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,12 @@ def load_labelled(
     return {label: [_sentence(x, f"{key}[{i}]", path) for i, x in enumerate(given[key])] for key, label in (("positive", True), ("negative", False))}  # fmt: skip
 
 # %% ../../nbs/06_evals/21_detect.ipynb #9f61a780
+@lru_cache(maxsize=32)
+def _kept(path: Path, written: int) -> dict[bool, list[dict[str, str]]]:
+    "The labelled sentences of a file as it was written then: a suite asks for them at every family."
+    return load_labelled(path)
+
+
 def _sentence(entry: Any, key: str, file: str | Path) -> dict[str, str]:
     "One sentence with what stands beside it."
     entry = {"text": entry} if isinstance(entry, str) else entry
@@ -153,7 +159,8 @@ class Detector:
     def sentences(self) -> dict[bool, list[dict[str, str]]]:
         "The labelled sentences."
         path = Path(self.labelled)
-        found = load_labelled(path if path.suffix else DATA / "detectors" / f"{path}.yaml")
+        path = path if path.suffix else DATA / "detectors" / f"{path}.yaml"
+        found = _kept(path, path.stat().st_mtime_ns if path.is_file() else 0)
         return {label: found[label is not self.inverted] for label in (True, False)}
 
     @property
