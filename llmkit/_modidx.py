@@ -1265,6 +1265,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llmkit.model.folder.add_turn_end': ('04_model/folder.html#add_turn_end', 'llmkit/model/folder.py'),
                                      'llmkit.model.folder.bring_tokenizer': ( '04_model/folder.html#bring_tokenizer',
                                                                               'llmkit/model/folder.py'),
+                                     'llmkit.model.folder.buildable': ('04_model/folder.html#buildable', 'llmkit/model/folder.py'),
                                      'llmkit.model.folder.describe': ('04_model/folder.html#describe', 'llmkit/model/folder.py'),
                                      'llmkit.model.folder.import_folder': ('04_model/folder.html#import_folder', 'llmkit/model/folder.py'),
                                      'llmkit.model.folder.inspect': ('04_model/folder.html#inspect', 'llmkit/model/folder.py'),

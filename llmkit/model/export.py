@@ -11,7 +11,6 @@ __all__ = ['WEIGHTS', 'EPSILONS', 'TEXT_FILES', 'builder_folder', 'known_archite
 import contextlib
 import io
 import logging
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from ..core.errors import KitError
 from ..core.files import read_json, write_json
 from ..core.params import did_you_mean
 from ..core.plugins import need
+from .folder import buildable
 
 # %% ../../nbs/04_model/08_export.ipynb #113b59b7
 def builder_folder() -> Path:
@@ -30,8 +30,7 @@ def builder_folder() -> Path:
 
 def known_architectures() -> list[str]:
     "The architectures that the installed builder can export, sorted."
-    source = (builder_folder() / "builder.py").read_text(encoding="utf-8")
-    return sorted(set(re.findall(r'architectures\[0\] == "(\w+)"', source)))
+    return sorted(buildable(builder_folder() / "builder.py"))
 
 
 def check_exportable(
