@@ -29,7 +29,7 @@ from .claims import HALLUCINATED, find_judge
 from .detect import DETECTORS
 from .evaluate import CACHE, evaluate_cached, evaluation_digest, open_quietly
 from .fairness import run_fairness
-from .grid import grid_report
+from .grid import grid_lines, grid_report
 from .grounding import load_grounding, run_grounding
 from .load import SPANS as load_spans
 from .load import Objective, load_engine_report
@@ -232,15 +232,16 @@ def grid(
     batches: list[int] = [1, 4, 16],  # noqa: B006 - rows that run together
     lengths: list[int] = [32, 128, 384],  # noqa: B006 - tokens of a prompt
     tokens: int = 16,  # to generate for each
+    requests: int = 40,  # at least so many are timed in each cell, in full batches
 ) -> Report:
-    "Speed and peak memory against batch size and prompt length; measures the machine, and is never kept."
+    "Waiting times, speed and peak memory against batch size and prompt length; measures the machine, and is never kept."
     if around.folder is None or is_address(around.folder):
         raise KitError("the memory of a server is not ours to measure", key="grid", remedy="Name a model's folder")
     long = [n for n in lengths if n + tokens > engine.info.context_length]
     if long:
         raise KitError("longer than the model's context", key="grid.lengths", value=long)
     prompt = engine.tokenizer.chat(list(around.task().items[0].messages))
-    return grid_report(around.folder, prompt, batches, lengths, tokens)
+    return grid_report(around.folder, prompt, batches, lengths, tokens, requests=requests)
 
 # %% ../../nbs/06_evals/31_battery.ipynb #81c0eadf
 _KIT = (safety, fairness, swaps, grounding, memorization, bbq, crows_pairs, regression, golden, load, grid)
@@ -254,7 +255,7 @@ SPANS = {  # of options, by suite
     "regression": {"items": _SOME, "n": "[2, inf)", "positions": _SOME},
     "golden": {"items": _SOME, "n": "[2, inf)", "positions": _SOME},
     "load": load_spans,
-    "grid": {"batches": _SOME, "lengths": _SOME, "tokens": _SOME},
+    "grid": {"batches": _SOME, "lengths": _SOME, "tokens": _SOME, "requests": _SOME},
 }
 TIMED = {"load", "grid"}  # suites whose figures belong to the machine and the moment
 
@@ -369,7 +370,7 @@ def eval_run(
         else:
             report = run_suite(suite, opened, replace(_around(dataset, beside), folder=engine), options)
             report = replace(report, subject=subject or report.subject)
-    print(report._repr_markdown_())
+    print(grid_lines(report) if suite == "grid" else report._repr_markdown_())
     if out:
         write_report(report, out)
     return 0
