@@ -2592,6 +2592,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'llmkit.serve.app': { 'llmkit.serve.app._adapter_routes': ('08_serve/app.html#_adapter_routes', 'llmkit/serve/app.py'),
                                   'llmkit.serve.app._every_hour': ('08_serve/app.html#_every_hour', 'llmkit/serve/app.py'),
                                   'llmkit.serve.app._inference_routes': ('08_serve/app.html#_inference_routes', 'llmkit/serve/app.py'),
+                                  'llmkit.serve.app._no_such_route': ('08_serve/app.html#_no_such_route', 'llmkit/serve/app.py'),
                                   'llmkit.serve.app._other_routes': ('08_serve/app.html#_other_routes', 'llmkit/serve/app.py'),
                                   'llmkit.serve.app._page': ('08_serve/app.html#_page', 'llmkit/serve/app.py'),
                                   'llmkit.serve.app._route': ('08_serve/app.html#_route', 'llmkit/serve/app.py'),

@@ -110,11 +110,15 @@ def make_app(
     _adapter_routes(app, gateway, adapters, max_body)
     _other_routes(app, gateway, state, max_body)
     _page(app)
-    http_error = need("starlette.exceptions", "serve").HTTPException
-    app.add_exception_handler(
-        http_error, lambda _, e: error_response(ApiError(e.status_code, str(e.detail), headers=e.headers))
-    )
+    app.add_exception_handler(need("starlette.exceptions", "serve").HTTPException, _no_such_route)
     return app
+
+
+async def _no_such_route(request: Any, e: Any) -> Any:
+    "A path or a method that is not there, told in the shape of every other error."
+    known = {404: f"There is nothing at {request.url.path[:200]}: the API is under /v1, and /docs lists it",
+             405: f"{request.method} is not what {request.url.path[:200]} takes: /docs lists what is"}  # fmt: skip
+    return error_response(ApiError(e.status_code, known.get(e.status_code, str(e.detail)), headers=e.headers))
 
 
 async def _self_test(gateway: Gateway, state: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from ..core.digests import short
 from ..core.errors import KitError
+from ..core.params import did_you_mean
 from ..evals.energy import Meter
 from .backend import Answer, Backend, Work
 from .call import Call
@@ -106,7 +107,7 @@ class Gateway:
     def require(self, model: str) -> None:
         "Raise `ApiError` 404 unless this is what is served, or an adapter beside it."
         if model != self.model and model not in self.adapters:
-            told = "The model does not exist here, or this key may not use it"
+            told = f"The model '{model}' does not exist here. {did_you_mean(model, [self.model, *self.adapters])}"
             raise ApiError(404, told, code="model_not_found", param="model")
 
     def joules(self) -> float:
