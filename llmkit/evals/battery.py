@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Measured', 'SUITES', 'SPANS', 'TIMED', 'Surroundings', 'safety', 'fairness', 'swaps', 'grounding', 'memorization',
            'bbq', 'crows_pairs', 'regression', 'golden', 'load', 'grid', 'suite_options', 'ready', 'run_suite',
-           'battery_table', 'eval_run']
+           'battery_table', 'file_kind', 'asked', 'eval_run']
 
 # %% ../../nbs/06_evals/31_battery.ipynb #abd413f2
 import inspect
@@ -19,7 +19,7 @@ from ..core.artifact import MANIFEST
 from ..core.digests import digest_file, digest_json, short
 from ..core.errors import KitError
 from ..core.files import atomic_folder, read_jsonl
-from ..core.params import ParamsError, conform, did_you_mean
+from ..core.params import ParamsError, conform, did_you_mean, load_params
 from ..core.plugins import Registry
 from ..core.report import Measurement, Report, read_report, write_report
 from .adapters import read_attacks, read_bipia, read_garak, read_xstest
@@ -350,8 +350,53 @@ def battery_table(
     return "\n".join(rows)
 
 # %% ../../nbs/06_evals/31_battery.ipynb #645c7b21
+_KINDS = {"records": "questions", "cases": "safety family", "passages": "grounding passages"}  # key → what it tells
+
+
+def file_kind(
+    path: str | Path,  # YAML, or the JSON Lines of a family
+) -> str:
+    "The key by which a file is recognised: records, cases or passages; raises `ParamsError` that names the kinds."
+    if Path(path).suffix == ".jsonl":
+        return "cases"
+    given = load_params(path)
+    found = [k for k in _KINDS if k in given]
+    if len(found) == 1:
+        return found[0]
+    known = "; ".join(f"{what} by {key}" for key, what in _KINDS.items())
+    raise ParamsError(
+        "is not one kind of suite",
+        file=path,
+        value=sorted(map(str, given)),
+        remedy=f"Kinds are told by their keys: {known}",
+    )
+
+
+def asked(
+    suite: str,  # a suite's name, or a file
+    given: str = "",  # options of a suite, as YAML
+) -> tuple[str, dict[str, Any] | None]:
+    "The suite to run and its options, None for a file of questions; raises `KitError`."
+    if suite in SUITES.names():
+        return suite, suite_options(suite, _options(given, suite))
+    if not Path(suite).is_file():
+        raise KitError("is neither a suite nor a file", value=suite, remedy=f"Suites: {', '.join(SUITES.names())}")
+    kind = file_kind(suite)
+    if kind == "records":
+        if given:
+            fix = "Write scorers, limit and lengths into the file"
+            raise KitError("a file of questions takes no options", file=suite, key="--set", value=given, remedy=fix)
+        return "", None
+    name, key, own = ("safety", "files", [suite]) if kind == "cases" else ("grounding", "file", suite)
+    options = _options(given, name)
+    if key in options:
+        raise KitError("the file is named already", file=suite, key=f"--set {key}", value=options[key], remedy=f"Run the suite by its name: llmkit eval {name}")  # fmt: skip
+    alone = {"families": []} if kind == "cases" else {}
+    return name, suite_options(name, {**alone, **options, key: own})
+
+# %% ../../nbs/06_evals/31_battery.ipynb #0da254cd
 def eval_run(
-    suite: str,  # a YAML file of questions, or a suite's name, such as safety
+    suite: str,  # a suite's name, such as safety, or a file of questions, of a safety family or of passages
     engine: str = "artifacts/quantize/engine",  # an engine, model or base folder, or the address of a server up to /v1
     kind: str = "",  # "onnx", "torch"; empty: as the folder says
     dataset: str = "artifacts/prepare/dataset",  # whose test split the suites on the task ask
@@ -361,16 +406,14 @@ def eval_run(
     subject: str = "",  # how a policy calls it; default: engine, or the suite's name with _engine
 ) -> int:
     "Hold a suite against a model and print its report."
-    options = suite_options(suite, _options(set, suite)) if suite in SUITES.names() else None
-    if options is None and not Path(suite).is_file():
-        raise KitError("is neither a suite nor a file", value=suite, remedy=f"Suites: {', '.join(SUITES.names())}")
+    name, options = asked(suite, set)
     with open_quietly(engine, kind=kind or None) as opened:
         if options is None:
             report = evaluate_cached(opened, load_suite(suite), subject or "engine")
         else:
-            report = run_suite(suite, opened, replace(_around(dataset, beside), folder=engine), options)
+            report = run_suite(name, opened, replace(_around(dataset, beside), folder=engine), options)
             report = replace(report, subject=subject or report.subject)
-    print(grid_lines(report) if suite == "grid" else report._repr_markdown_())
+    print(grid_lines(report) if name == "grid" else report._repr_markdown_())
     if out:
         write_report(report, out)
     return 0
@@ -390,6 +433,6 @@ def _options(text: str, suite: str) -> dict[str, Any]:
 def _around(dataset: str, beside: str) -> Surroundings:
     "What there is of a dataset and of another model."
     test = Path(dataset) / "test.jsonl"
-    asked = make_suite("task", 1, read_jsonl(test), max_tokens=32) if test.is_file() else None
+    questions = make_suite("task", 1, read_jsonl(test), max_tokens=32) if test.is_file() else None
     there = Path(dataset) if test.is_file() else None
-    return Surroundings(asked, Path(beside) if Path(beside).is_dir() else None, there)
+    return Surroundings(questions, Path(beside) if Path(beside).is_dir() else None, there)
