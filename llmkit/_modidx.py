@@ -583,6 +583,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                              'llmkit/evals/load.py'),
                                    'llmkit.evals.load.load_report': ('06_evals/load.html#load_report', 'llmkit/evals/load.py'),
                                    'llmkit.evals.load.load_run': ('06_evals/load.html#load_run', 'llmkit/evals/load.py'),
+                                   'llmkit.evals.load.load_server_report': ( '06_evals/load.html#load_server_report',
+                                                                             'llmkit/evals/load.py'),
                                    'llmkit.evals.load.quantiles_with_failures': ( '06_evals/load.html#quantiles_with_failures',
                                                                                   'llmkit/evals/load.py'),
                                    'llmkit.evals.load.read_event': ('06_evals/load.html#read_event', 'llmkit/evals/load.py'),

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from ..core.errors import KitError
 from ..core.plugins import Registry
 from .bias import choose
-from .detect import About, Detector
+from .detect import About, Detector, refused
 from ..runtime.engine import Engine, is_address, load_engine
 
 # %% ../../nbs/06_evals/29_claims.ipynb #e8338bce
@@ -91,13 +91,13 @@ def unsupported(answer: str, about: About) -> bool:
 # %% ../../nbs/06_evals/29_claims.ipynb #56d7d68f
 def hallucinated(answer: str, about: About) -> bool:
     "Whether an answer asserts what the text does not give; `answerable` is yes or no."
-    if not answer.strip() or abstained(answer):
+    if not answer.strip() or abstained(answer) or (refused(answer) and not unsupported(answer, about)):
         return False
     return about.get("answerable") == "no" or unsupported(answer, about)
 
 
 ABSTAINED, UNSUPPORTED = Detector("abstained", 2, abstained, "abstained"), Detector("unsupported", 2, unsupported, "unsupported")  # fmt: skip
-HALLUCINATED = Detector("hallucinated", 2, hallucinated, "hallucinated")
+HALLUCINATED = Detector("hallucinated", 3, hallucinated, "hallucinated")
 
 # %% ../../nbs/06_evals/29_claims.ipynb #cbc57a81
 class Judge(Protocol):

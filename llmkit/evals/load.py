@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPANS', 'arrivals', 'Clock', 'FakeClock', 'Trace', 'drive_engine', 'read_event', 'text_of', 'drive_url',
-           'quantiles_with_failures', 'counted', 'Objective', 'load_report', 'load_engine_report', 'load_run']
+           'quantiles_with_failures', 'counted', 'Objective', 'load_report', 'load_engine_report', 'load_server_report',
+           'load_run']
 
 # %% ../../nbs/06_evals/12_load.ipynb #02ad50d1
 import asyncio
@@ -172,7 +173,7 @@ async def _ask(client: Any, path: str, body: dict, trace: Trace, start: float, t
 async def drive_url(
     url: str,  # up to and with /v1
     model: str,  # its name there
-    prompts: Sequence[str],  # taken in turn, as a user's message
+    prompts: Sequence[str | Sequence[Mapping[str, str]]],  # taken in turn: a user's message, or the messages of a chat
     schedule: Sequence[float],  # (n,) seconds from the start
     tokens: int = 32,  # most tokens of an answer
     key: str = "",  # API key
@@ -187,7 +188,8 @@ async def drive_url(
     traces = [Trace(i, float(t)) for i, t in enumerate(schedule)]
     async with httpx.AsyncClient(base_url=url.rstrip("/"), headers=head, limits=limits, timeout=None) as client:
         start = time.perf_counter()
-        bodies = [common | {"user": f"load-{t.id}", "messages": [{"role": "user", "content": prompts[t.id % len(prompts)]}]} for t in traces]  # fmt: skip
+        chats = [[{"role": "user", "content": p}] if isinstance(p, str) else [dict(m) for m in p] for p in prompts]
+        bodies = [common | {"user": f"load-{t.id}", "messages": chats[t.id % len(chats)]} for t in traces]
         jobs = [_ask(client, "/chat/completions", b, t, start, timeout) for b, t in zip(bodies, traces, strict=True)]
         await asyncio.gather(*jobs)
     return [t.row() for t in traces]
@@ -261,7 +263,9 @@ def load_report(
     met, n = [objective.met(r) for r in rows], len(rows)
     for metric, value, unit in (("requests_per_second", len(good) / span, "1/s"), ("tokens_per_second", sum(r["tokens"] for r in good) / span, "tokens/s"), ("goodput", sum(met) / span, "1/s")):  # fmt: skip
         out.append(Measurement(metric, value, n, unit=unit, method=how + (f"; {objective}" if metric == "goodput" else "")))  # fmt: skip
-    out.append(Measurement("offered_per_second", per_second, n, direction="none", unit="1/s", method=how))
+    came = max(r["scheduled"] for r in rows) - min(r["scheduled"] for r in rows)
+    how = f"{n} arrivals in {came:.3g} s of a Poisson process that was asked for {per_second:g}/s"
+    out.append(Measurement("offered_per_second", n / came if came else per_second, n, direction="none", unit="1/s", method=how))  # fmt: skip
     out.append(rate("objective_rate", met, "requests/met"))
     out.append(rate("error_rate", table["failed"], "requests/failed", direction="lower"))
     requests = {k: [r[k] for r in rows] for k in rows[0]} | {"met": met, "failed": table["failed"]}
@@ -289,6 +293,24 @@ def load_engine_report(
     return load_report(rows, subject, per_second, objective, warmup, engine.info.digest, facts)
 
 
+def load_server_report(
+    url: str,  # up to and with /v1
+    model: str,  # its name there
+    prompts: Sequence[str | Sequence[Mapping[str, str]]],
+    per_second: float,
+    n: int = 200,  # requests that count
+    tokens: int = 32,  # most tokens of an answer
+    objective: Objective = Objective(),
+    warmup: int = 8,  # requests before them
+    seed: int = 0,
+    key: str = "",  # API key
+    subject: str = "load_server",
+) -> Report:
+    "A server under load as a report."
+    rows = asyncio.run(drive_url(url, model, prompts, arrivals(per_second, n + warmup, seed), tokens, key))
+    return load_report(rows, subject, per_second, objective, warmup, context={"seed": seed, "url": url, "tokens": tokens})  # fmt: skip
+
+
 SPANS = {"per_second": "(0, inf)", "requests": "[1, inf)", "tokens": "[1, inf)", "slots": "[1, inf)", "latency": "(0, inf)", "ttft": "(0, inf)"}  # fmt: skip
 
 
@@ -312,9 +334,7 @@ def load_run(
     try:
         check_ranges(given, SPANS, "load")
         if target.startswith(("http://", "https://")):
-            schedule = arrivals(per_second, requests + warmup, seed)
-            rows = asyncio.run(drive_url(target, model, [prompt], schedule, tokens, key))
-            report = load_report(rows, "load_server", per_second, objective, warmup, context={"seed": seed, "url": target})  # fmt: skip
+            report = load_server_report(target, model, [prompt], per_second, requests, tokens, objective, warmup, seed, key)  # fmt: skip
         else:
             with load_engine(target) as engine:
                 ids = [engine.tokenizer.chat([{"role": "user", "content": prompt}])]
