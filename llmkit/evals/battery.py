@@ -154,7 +154,8 @@ def memorization(
     train, held_out = (around.split(s)[:records] if records else [] for s in ("train", "test"))
     found = run_memorization(engine, planted, train, held_out, method=method, seed=around.seed)
     if not found[0]:
-        raise KitError("no answer is long enough to be continued", key="memorization", remedy="Leave the suite out")
+        fix = "Give a number of records, or a file of canaries"
+        raise KitError("nothing to look for", key="memorization", value={"records": records, "canaries": canaries}, remedy=fix)  # fmt: skip
     return _report("memorization", engine, "canaries+verbatim@1" if planted else "verbatim@1", found, around)
 
 

@@ -200,7 +200,11 @@ def run_memorization(
             tables[name] = canary_table(engine, part, most, method, alpha, seed)
             out += canary_measurements(tables[name], name, method, seed)
     for split, records in (("train", train), ("held_out", held_out)):
-        if records and (t := verbatim(engine, records))["id"]:
+        t = verbatim(engine, records) if records else {"id": []}
+        if records:
+            how = "answers too short to be continued, or longer than the context"
+            out.append(Measurement("verbatim_left_out_rate", 1 - len(t["id"]) / len(records), len(records), direction="none", slice=f"split={split}", method=how))  # fmt: skip
+        if t["id"]:
             tables[f"verbatim_{split}"] = t | {"split": [split] * len(t["id"])}
             better = "lower" if split == "train" else "none"
             out.append(exact_rate("verbatim_rate", t["verbatim"], f"verbatim_{split}/verbatim", f"split={split}", better))  # fmt: skip
