@@ -22,7 +22,7 @@ from ..core.errors import KitError
 from ..core.settings import load_settings
 from ..gate.verdict import Verdict, read_verdict
 from .state import Action, Overview, Seen, overview
-from ..rollout.store import Fold, Store
+from ..rollout.store import Fold, Store, rollouts_file
 from ..rollout.view import View, status_line, view
 from ..serve.events import Events, events_file
 
@@ -100,7 +100,7 @@ class Reader:
     ):
         self.settings, self.gate, self.hours = settings, Path(gate), hours
         conf = load_settings(settings)
-        self.rollouts = Path(conf.get("rollouts", "rollouts.db"))
+        self.rollouts = rollouts_file(conf)
         self.events = events_file(conf)
         self.store: Store | None = None
         self.id, self.fold = "", None

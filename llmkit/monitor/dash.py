@@ -15,10 +15,9 @@ from urllib.parse import urlsplit
 
 from ..core.errors import KitError
 from ..core.plugins import need
-from ..core.settings import load_settings
 from .board import Reader, render
 from ..serve.http import careful
-from ..serve.keys import DATABASE, Keys
+from ..serve.keys import Keys, database_path
 from ..serve.server import LOOPBACK, keys_said, open_keys
 from ..serve.wire import ApiError
 
@@ -113,7 +112,7 @@ def dash(
     if not hours > 0:
         raise KitError("must be positive", key="hours", value=hours)
     uvicorn = need("uvicorn", "serve")
-    path = load_settings(settings).get("serve_db", DATABASE)
+    path = database_path(settings)
     asked = open_keys(path, host, keys)
     app = make_dash(Reader(settings, gate, hours), asked)
 

@@ -17,6 +17,7 @@ from ..core.report import Measurement, Report
 from ..core.settings import load_settings
 from ..gate.verdict import RuleResult, Verdict
 from ..rollout.commands import open_store
+from ..rollout.store import rollouts_file
 from ..serve.store import Store
 
 # %% ../../nbs/10_monitor/05_state.ipynb #e6ce53e4
@@ -193,7 +194,7 @@ def phases(
     settings: str = "settings.ini",
 ) -> dict[str, str]:
     "Model → phase of its newest rollout: Progressing, Paused, Healthy or Degraded; empty where none was begun."
-    if not Path(load_settings(settings).get("rollouts", "rollouts.db")).is_file():
+    if not rollouts_file(load_settings(settings)).is_file():
         return {}
     store, out = open_store(settings), {}
     for (id,) in store.rows("select id from rollouts order by rowid desc"):

@@ -27,11 +27,10 @@ from .decide import decide
 from .policy import MonitorPolicy, read_monitor
 from .state import Action, Memory, Overview, Seen, database, overview
 from .window import Window, next_window, waiting, watched
-from ..release.registry import registry_uri
-from ..rollout.commands import open_store
-from ..rollout.controller import MlflowRegistry, Registry
+from ..rollout.commands import open_registry, open_store
+from ..rollout.controller import Registry
 from ..serve.events import Events, events_file
-from ..serve.samples import Texts
+from ..serve.samples import Texts, texts_file
 
 # %% ../../nbs/10_monitor/09_watch.ipynb #1b608963
 @dataclass
@@ -61,7 +60,7 @@ def open_monitor(
     log = events_file(conf)
     if not log.is_file():
         raise KitError("no log of requests", file=log, remedy="llmkit serve writes it: start the server, or name the file in settings.ini: events_db")  # fmt: skip
-    texts = Texts(conf.get("texts_db", ".llmkit/texts.db")) if said.shares.texts else None
+    texts = Texts(texts_file(conf)) if said.shares.texts else None
     folder, latest = Path(conf.get("retrain", ".llmkit/retrain")), Path(conf.get("monitor", ".llmkit/monitor"))
     return Monitor(said, Events(log), Memory(database(settings)), texts, settings, folder, latest, clock=clock)
 
@@ -127,7 +126,7 @@ def _settle(m: Monitor, a: Action) -> Action:
     "Carry one action on."
     if a.kind == "rollback":
         conf = load_settings(m.settings)
-        registry = m.registry or MlflowRegistry(registry_uri(conf), conf.get("ledger", "ledger.jsonl"))
+        registry = m.registry or open_registry(conf)
         return rollback(m.memory, a, m.policy, open_store(m.settings), registry, m.clock)
     home = m.folder / a.id
     if a.state == "requested":

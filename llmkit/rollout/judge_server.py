@@ -20,9 +20,9 @@ from ..core.plugins import need
 from ..core.settings import load_settings
 from .controller import SNAPSHOT
 from .state import to_json
-from .store import Fold, Receipt, Store
+from .store import Fold, Receipt, Store, rollouts_file
 from ..serve.http import careful, checked, read_request
-from ..serve.keys import DATABASE, Keys
+from ..serve.keys import Keys, keys_file
 from ..serve.wire import ApiError
 
 # %% ../../nbs/09_rollout/10_judge_server.ipynb #74b4b5fe
@@ -184,7 +184,7 @@ def judge_serve(
     from llmkit.serve.server import LOOPBACK
 
     conf = load_settings(settings)
-    logs, keys = Store(store or conf.get("rollouts", "rollouts.db")), Keys(conf.get("serve_db", DATABASE))
+    logs, keys = Store(store or rollouts_file(conf)), Keys(keys_file(conf))
 
     def check(header: str | None) -> None:
         "Raise unless who sends events may."

@@ -22,8 +22,8 @@ from ..core.plugins import need
 from ..core.settings import Settings
 from ..evals.suite import predicted_label
 from ..release.registry import registry_uri, versions
-from .commands import open_store
-from .controller import Controller, MlflowRegistry, Registry
+from .commands import open_registry, open_store
+from .controller import Controller, Registry
 from .shadow import Mirror
 from .state import Phase, RolloutState
 from .store import Store
@@ -418,8 +418,13 @@ def serve(
     aside = _pushing(s, judge)
     if target or alias:
         return run_setup(s, drain, *aside)
-    registry = MlflowRegistry(registry_uri(s.settings), s.settings.get("ledger", "ledger.jsonl"))
-    live = Live(s.gateway, open_store(settings), registry, opener(s.settings, s.target.model, s.options), drill=drill)
+    live = Live(
+        s.gateway,
+        open_store(settings),
+        open_registry(s.settings),
+        opener(s.settings, s.target.model, s.options),
+        drill=drill,
+    )
     s.about += f", a drill: {drill:.0%} of a candidate's answers fail" if drill else ""
     forget = s.expire
 

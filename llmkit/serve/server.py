@@ -33,10 +33,10 @@ from .app import make_app
 from .backend import Backend, EngineBackend
 from .events import Events, events_file
 from .gateway import Gateway
-from .keys import DATABASE, Keys
+from .keys import Keys, keys_file
 from .limits import Limits, Price
 from .measured import LIVE, Measured
-from .samples import Sampler, Texts, read_shares
+from .samples import Sampler, Texts, read_shares, texts_file
 from .traces import open_traces
 from .upstream import UpstreamBackend
 
@@ -314,11 +314,11 @@ def set_up(
     if (price_prompt < 0) != (price_completion < 0):
         raise KitError("give both prices or none", key="price", value=(price_prompt, price_completion))
     price = None if price_prompt < 0 else Price(price_prompt, price_completion)
-    path = conf.get("serve_db", DATABASE)
+    path = keys_file(conf)
     asked = open_keys(path, host, keys)
     events = Events(events_file(conf))
     shares = read_shares(policy)
-    texts = Texts(conf.get("texts_db", ".llmkit/texts.db")) if shares.texts else None
+    texts = Texts(texts_file(conf)) if shares.texts else None
     sampler = Sampler(shares, texts) if shares.texts or shares.claims else None
     gateway = Gateway(
         found.model,
