@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..core.artifact import MANIFEST
-from ..core.digests import digest_file, digest_json, short
+from ..core.digests import digest_file, digest_files, digest_json, short
 from ..core.errors import KitError
 from ..core.files import atomic_folder, read_jsonl
 from ..core.params import ParamsError, conform, did_you_mean, load_params
@@ -32,7 +32,7 @@ from .fairness import run_fairness
 from .grid import grid_lines, grid_report
 from .grounding import load_grounding, run_grounding
 from .load import SPANS as load_spans
-from .load import Objective, load_engine_report
+from .load import Objective, load_engine_report, load_server_report
 from .memorization import read_canaries, run_memorization
 from .ranges import check_ranges
 from .regression import regression as compare
@@ -40,6 +40,7 @@ from .regression import since_release
 from .safety import safety_report
 from .suite import Suite, load_suite, make_suite
 from .swaps import load_axes, run_swaps
+from ..runtime.endpoint import EndpointEngine
 from ..runtime.engine import Engine, is_address
 
 # %% ../../nbs/06_evals/31_battery.ipynb #b7a8bcda
@@ -68,9 +69,11 @@ class Surroundings:
 
     def digest(self) -> str:
         "What reports that are kept depend on."
-        beside = Path(self.beside) / MANIFEST if self.beside else None
-        files = [beside, *(Path(self.dataset) / f"{s}.jsonl" for s in ("train", "test"))] if self.dataset else [beside]
-        return digest_json([self.questions.digest if self.questions else "", [digest_file(f) for f in files if f and f.is_file()], self.slots, self.seed])  # fmt: skip
+        made = Path(self.beside) / MANIFEST if self.beside else None
+        beside = (digest_file(made) if made.is_file() else digest_files(self.beside)) if made else ""
+        rows = [Path(self.dataset) / f"{s}.jsonl" for s in ("train", "test")] if self.dataset else []
+        asked = self.questions.digest if self.questions else ""
+        return digest_json([asked, beside, [digest_file(f) for f in rows if f.is_file()], self.slots, self.seed])
 
 # %% ../../nbs/06_evals/31_battery.ipynb #439bea8a
 Measured = tuple[list[Measurement], dict[str, dict[str, list]]]
@@ -119,9 +122,11 @@ def swaps(
     *,
     axes: str | None = None,  # YAML file; null for the kit's
     alpha: float = 0.05,  # over all axes, by Holm
+    items: int | None = None,  # the first so many of the task's questions; null for all
 ) -> Report:
     "The task's questions, asked by somebody of another name, gender or dialect."
-    found = run_swaps(engine, around.task(), load_axes(axes) if axes else None, alpha)
+    asked = replace(around.task(), items=around.task().items[:items])
+    found = run_swaps(engine, asked, load_axes(axes) if axes else None, alpha)
     return _report("swaps", engine, f"swaps({around.task()})", found, around)
 
 
@@ -221,7 +226,10 @@ def load(
     ttft: float = 0.5,  # objective: seconds to the first token
     slots: int = 8,  # requests that run together
 ) -> Report:
-    "The engine under open-loop load; the one suite that measures the machine, and is never kept."
+    "The engine or the server under open-loop load; measures the machine, and is never kept."
+    if isinstance(engine, EndpointEngine):  # it batches by itself, and `slots` is its own affair
+        chats, at = [list(i.messages) for i in around.task().items[:256]], engine.address
+        return load_server_report(at.url, engine.model, chats, per_second, requests, tokens, Objective(latency, ttft), seed=around.seed, key=at.key, subject="load_engine")  # fmt: skip
     ids = [engine.tokenizer.chat(list(i.messages)) for i in around.task().items[:256]]
     return load_engine_report(engine, ids, per_second, requests, tokens, slots, Objective(latency, ttft), seed=around.seed)  # fmt: skip
 
@@ -250,7 +258,7 @@ SUITES = Registry("llmkit.suites", **{f.__name__: f"{__name__}:{f.__name__}" for
 _SOME = "[1, inf)"
 SPANS = {  # of options, by suite
     "fairness": {"min_n": _SOME},
-    "swaps": {"alpha": "(0, 1)"},
+    "swaps": {"alpha": "(0, 1)", "items": _SOME},
     "grounding": {"k": "[0, inf)", "temperature": "[0, inf)"},
     "memorization": {"records": "[0, inf)"},
     "regression": {"items": _SOME, "n": "[2, inf)", "positions": _SOME},

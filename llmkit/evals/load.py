@@ -15,6 +15,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -307,7 +308,9 @@ def load_server_report(
     subject: str = "load_server",
 ) -> Report:
     "A server under load as a report."
-    rows = asyncio.run(drive_url(url, model, prompts, arrivals(per_second, n + warmup, seed), tokens, key))
+    work = drive_url(url, model, prompts, arrivals(per_second, n + warmup, seed), tokens, key)
+    with ThreadPoolExecutor(1) as apart:  # a notebook runs an event loop of its own
+        rows = apart.submit(asyncio.run, work).result()
     return load_report(rows, subject, per_second, objective, warmup, context={"seed": seed, "url": url, "tokens": tokens})  # fmt: skip
 
 

@@ -37,7 +37,7 @@ class Address:
     ):
         httpx = need("httpx", "serve")
         key = os.environ.get(KEY, "") if key is None else key
-        self.url, self.attempts, self.broken = url.rstrip("/"), attempts, httpx.HTTPError
+        self.url, self.key, self.attempts, self.broken = url.rstrip("/"), key, attempts, httpx.HTTPError
         limits = httpx.Limits(max_connections=connections)
         headers = {"authorization": f"Bearer {key}"} if key else {}
         self.client = httpx.Client(headers=headers, timeout=timeout, limits=limits, transport=transport)

@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from llmkit.core.report import read_report, write_report
+from llmkit.evals.battery import Surroundings, run_suite
 from llmkit.evals.load import (
     Clock,
     FakeClock,
@@ -22,8 +23,10 @@ from llmkit.evals.load import (
     load_report,
     load_run,
 )
+from llmkit.evals.suite import make_suite
 from llmkit.gate.judge import judge
 from llmkit.runtime.dummy import DummyEngine
+from llmkit.runtime.engine import load_engine
 
 pytestmark = pytest.mark.alone
 
@@ -116,7 +119,7 @@ class Server:
     def __init__(self, stall_at=None, bad=(), silent=(), stall=1.0):
         self.stall_at, self.bad, self.silent, self.stall = stall_at, set(bad), set(silent), stall
         self.count, self.most, self.open, self.blocked = 0, 0, 0, None
-        self.ready = threading.Event()
+        self.ready, self.asked = threading.Event(), []
 
     async def app(self, scope, receive, send):
         "One request."
@@ -128,7 +131,13 @@ class Server:
             body += m.get("body", b"")
             if not m.get("more_body"):
                 break
+        if scope["method"] == "GET" or scope["path"] == "/tokenize":  # the list of models; it tells no tokens
+            said = {"data": [{"id": "m"}]} if scope["path"] == "/v1/models" else {"error": "no such page"}
+            head = [(b"content-type", b"application/json")]
+            await send({"type": "http.response.start", "status": 200 if "data" in said else 404, "headers": head})
+            return await send({"type": "http.response.body", "body": json.dumps(said).encode()})
         asked, me = json.loads(body), self.count
+        self.asked.append(asked)
         self.count, self.open = self.count + 1, self.open + 1
         self.most = max(self.most, self.open)
         try:
@@ -207,6 +216,30 @@ def test_requests_that_hang_are_in_the_quantiles():
     assert "50 failures" in report.get("latency_p50").method
     rule = {"rules": [{"metric": "latency_p95", "on": "load_server", "max": 600.0}]}
     assert judge(rule, {"load_server": report}).outcome == "fail"
+
+
+def test_the_suite_loads_a_server_as_it_loads_an_engine():
+    records = [{"id": f"q{i}", "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Question {i}"}, {"role": "assistant", "content": "card: yes"}]} for i in range(4)]  # fmt: skip
+    around = Surroundings(make_suite("bank", 1, records), seed=3)
+    with Server() as (server, url), load_engine(url) as engine:
+        report = run_suite("load", engine, around, {"requests": 40, "per_second": 80.0, "tokens": 2})
+    assert report.subject == "load_engine" and report.get("error_rate").value == 0 and report.get("latency_p50").n == 40
+    assert [b["messages"] for b in server.asked[:4]] == [r["messages"][:2] for r in records]
+    assert {b["model"] for b in server.asked} == {"m"} and {b["max_tokens"] for b in server.asked} == {2}
+    # what came is what was offered, not what was asked for, so nothing can be done more often than it was offered
+    assert 0 < report.get("goodput").value <= report.get("requests_per_second").value <= report.get("offered_per_second").value  # fmt: skip
+    assert report.get("offered_per_second").value != 80
+
+
+def test_another_model_beside_is_another_measurement(tmp_path):
+    """Kept reports depend on the model that is compared with, sealed or not."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text(name)
+    one, other = (Surroundings(beside=tmp_path / n).digest() for n in ("a", "b"))
+    assert one != other and one == Surroundings(beside=tmp_path / "a").digest()
+    (tmp_path / "a" / "model.safetensors").write_text("b")
+    assert Surroundings(beside=tmp_path / "a").digest() == other
 
 
 def test_the_command_against_a_server_and_against_nothing(tmp_path, capsys):
