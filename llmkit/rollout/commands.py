@@ -161,6 +161,8 @@ def _order(kind: str, id: str, because: str, settings: str, **more) -> int:
     print(view(c.fold, c.clock()))
     if c.trouble:
         print(f"still to be done: {c.trouble}")
+    elif kind in ("abort", "undo"):
+        print(f"done: release {short(c.state.releases['baseline'])} answers everybody again")
     return 4 if c.trouble else 0
 
 # %% ../../nbs/09_rollout/12_commands.ipynb #44edb54c
