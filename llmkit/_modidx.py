@@ -1066,6 +1066,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'llmkit.gate.judge._agree': ('02_gate/judge.html#_agree', 'llmkit/gate/judge.py'),
                                    'llmkit.gate.judge._bounds': ('02_gate/judge.html#_bounds', 'llmkit/gate/judge.py'),
                                    'llmkit.gate.judge._diff': ('02_gate/judge.html#_diff', 'llmkit/gate/judge.py'),
+                                   'llmkit.gate.judge._enlarge': ('02_gate/judge.html#_enlarge', 'llmkit/gate/judge.py'),
                                    'llmkit.gate.judge._evidence': ('02_gate/judge.html#_evidence', 'llmkit/gate/judge.py'),
                                    'llmkit.gate.judge._judge_limit': ('02_gate/judge.html#_judge_limit', 'llmkit/gate/judge.py'),
                                    'llmkit.gate.judge._judge_one': ('02_gate/judge.html#_judge_one', 'llmkit/gate/judge.py'),
