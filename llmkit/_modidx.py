@@ -1118,6 +1118,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'llmkit.gate.policy.Rule': ('02_gate/policy.html#rule', 'llmkit/gate/policy.py'),
                                     'llmkit.gate.policy.Rule.__str__': ('02_gate/policy.html#rule.__str__', 'llmkit/gate/policy.py'),
                                     'llmkit.gate.policy._contradiction': ('02_gate/policy.html#_contradiction', 'llmkit/gate/policy.py'),
+                                    'llmkit.gate.policy._read': ('02_gate/policy.html#_read', 'llmkit/gate/policy.py'),
+                                    'llmkit.gate.policy._written': ('02_gate/policy.html#_written', 'llmkit/gate/policy.py'),
                                     'llmkit.gate.policy.read_policy': ('02_gate/policy.html#read_policy', 'llmkit/gate/policy.py'),
                                     'llmkit.gate.policy.read_rule': ('02_gate/policy.html#read_rule', 'llmkit/gate/policy.py')},
             'llmkit.gate.run': { 'llmkit.gate.run._compared_now': ('02_gate/run.html#_compared_now', 'llmkit/gate/run.py'),

@@ -6,9 +6,10 @@
 __all__ = ['TESTS', 'PAIRED', 'Bound', 'Rule', 'read_rule', 'Policy', 'read_policy']
 
 # %% ../../nbs/02_gate/03_policy.ipynb #5531e227
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ..core.digests import digest_json
 from ..core.params import ParamsError, conform, did_you_mean
@@ -57,48 +58,82 @@ def read_rule(
     entry: Mapping[str, Any],  # as in the file
     alpha: float = 0.05,  # the policy's, for a rule that names none
     key: str = "rule",  # where it stands, for errors
+    file: str | None = None,  # likewise
 ) -> Rule:
     "A rule from its entry; raises `ParamsError` on whatever is unknown, missing, doubled or contradictory."
-    entry = conform(entry, dict[str, Any], key)
-    for name in entry:
+    if not isinstance(entry, Mapping):
+        fix = "Write it as {metric: accuracy, min: 0.8}"
+        raise ParamsError(f"must be a dict, not a {type(entry).__name__}", file=file, key=key, value=entry, remedy=fix)
+    for name in map(str, entry):
         if name not in _TYPES:
-            raise ParamsError("unknown key", key=f"{key}.{name}", value=entry[name], remedy=did_you_mean(name, _TYPES))
-    given = {n: conform(v, _TYPES[n], f"{key}.{n}") for n, v in entry.items()}
+            fix = did_you_mean(name, _TYPES)
+            raise ParamsError("unknown key", file=file, key=f"{key}.{name}", value=entry.get(name), remedy=fix)
+    given = {n: _read(v, n, f"{key}.{n}", file) for n, v in entry.items()}
     tests = [t for t in TESTS if t in given]
     if len(tests) != 1 or "metric" not in given:
         fix = f"Write metric, and one of {', '.join(TESTS)}"
-        raise ParamsError("a rule has one metric and one test", key=key, value=dict(entry), remedy=fix)
+        raise ParamsError("a rule has one metric and one test", file=file, key=key, value=dict(entry), remedy=fix)
     limit = given.pop(tests[0])
     rule = Rule(**({"alpha": alpha} | given), test=tests[0], limit=limit)
-    if fault := _contradiction(rule):
-        raise ParamsError(fault, key=key, value=dict(entry))
+    if found := _contradiction(rule):
+        name, fault, fix = found
+        at, value = (f"{key}.{name}", entry[name]) if name in entry else (key, dict(entry))
+        raise ParamsError(fault, file=file, key=at, value=value, remedy=fix)
     return rule
 
+
+def _read(value: Any, name: str, key: str, file: str | None) -> Any:
+    "One value of a rule, of its type and in its range."
+    kind = _TYPES[name]
+    try:
+        value = conform(value, kind, key, file)
+    except ParamsError as e:
+        e.remedy = _written(value, kind)
+        raise
+    if kind is float and not math.isfinite(value):
+        raise ParamsError("must be a finite number", file=file, key=key, value=value, remedy="Write one, such as 0.05")
+    if name == "alpha" and not 0 < value <= 0.5:
+        fix = "Write 0.05 for one wrong bound in twenty"
+        raise ParamsError("alpha lies between 0 and 0.5", file=file, key=key, value=value, remedy=fix)
+    if name == "min_n" and value < 1:
+        raise ParamsError("min_n is at least 1", file=file, key=key, value=value, remedy="Leave it out to ask for none")
+    return value
+
+
+def _written(value: Any, kind: Any) -> str:
+    "How a value of a type is written."
+    if kind not in (float, int, str):
+        return did_you_mean(str(value), get_args(kind))
+    if kind is str:
+        return "Write text, in quotes where YAML reads something else"
+    plain = "Write a number" if kind is float else "Write a whole number"
+    try:
+        return f"Write it without quotes: {kind(value):g}" if isinstance(value, str) else plain
+    except ValueError:
+        return plain
+
 # %% ../../nbs/02_gate/03_policy.ipynb #33e69499
-def _contradiction(r: Rule) -> str | None:
-    "What does not fit together in a rule."
+def _contradiction(r: Rule) -> tuple[str, str, str | None] | None:
+    "What does not fit together in a rule: the key, the fault and the remedy."
     paired, compares = r.test in PAIRED, r.test in ("max_ratio", *PAIRED)
     rate = r.bound in ("clopper_pearson", "wilson")
-    checks = {
-        f"{r.test} needs 'against': the subject to compare with": compares and not r.against,
-        f"'against' has no meaning for {r.test}": not compares and r.against,
-        "a subject cannot be compared with itself": r.against == r.on,
-        "a margin or a ratio is positive": r.test in ("max_ratio", "noninferiority") and not r.limit > 0,
-        "a lead is zero or more": r.test == "superiority" and not r.limit >= 0,
-        f"{r.test} has its own bounds: leave 'bound' out": paired and r.bound,
-        "a ratio is bounded by 'interval' or not at all": r.test == "max_ratio" and rate,
-        "the lowest of several groups is no single rate, and chance alone fails it: use 'bound: interval', or the metric on 'group=*' with 'adjust: holm'": rate
-        and r.metric.startswith("worst_"),
-        "a rate lies between 0 and 1": rate and not 0 <= r.limit <= 1,
-        "alpha lies between 0 and 0.5": not 0 < r.alpha <= 0.5,
-        "min_n is at least 1": r.min_n < 1,
-        "'cluster' belongs to noninferiority and superiority": r.cluster and not paired,
-        "'adjust' is for the slices of a '*'": r.adjust and not r.slice.endswith("=*"),
-        "'adjust' needs a test with p-values: noninferiority, superiority or a bounded rate": r.adjust
-        and not (rate or paired),
-        "a slice is 'all' or 'column=value'": r.slice != "all" and not all(r.slice.partition("=")),
-    }
-    return next((fault for fault, wrong in checks.items() if wrong), None)
+    out = "Leave it out"
+    checks = [
+        (compares and not r.against, "", f"{r.test} needs 'against': the subject to compare with", "Write against: merged"),
+        (not compares and r.against, "against", f"'against' has no meaning for {r.test}", out),
+        (r.against == r.on, "against", "a subject cannot be compared with itself", f"Name another than {r.on}"),
+        (r.test in ("max_ratio", "noninferiority") and not r.limit > 0, r.test, "a margin or a ratio is positive", "Write what is still accepted, such as 0.03 for a margin or 1.1 for a ratio"),
+        (r.test == "superiority" and not r.limit >= 0, r.test, "a lead is zero or more", "For a loss that is accepted write noninferiority"),
+        (paired and r.bound, "bound", f"{r.test} has its own bounds", out),
+        (r.test == "max_ratio" and rate, "bound", "a ratio is bounded by 'interval' or not at all", "Write bound: interval"),
+        (rate and r.metric.startswith("worst_"), "bound", "the lowest of several groups is no single rate, and chance alone fails it", "Use 'bound: interval', or the metric on 'group=*' with 'adjust: holm'"),
+        (rate and not 0 <= r.limit <= 1, r.test, "a rate lies between 0 and 1", "Write a share, 0.8 for 80 %"),
+        (r.cluster and not paired, "cluster", "'cluster' belongs to noninferiority and superiority", out),
+        (r.adjust and not r.slice.endswith("=*"), "adjust", "'adjust' is for the slices of a '*'", "Leave it out, or write a slice such as group=*"),
+        (r.adjust and not (rate or paired), "adjust", "'adjust' needs a test with p-values: noninferiority, superiority or a bounded rate", out),
+        (r.slice != "all" and not all(r.slice.partition("=")), "slice", "a slice is 'all' or 'column=value'", "Write it as group=over_60"),
+    ]  # fmt: skip
+    return next((tuple(found) for wrong, *found in checks if wrong), None)
 
 # %% ../../nbs/02_gate/03_policy.ipynb #55dab9ed
 @dataclass(frozen=True)
@@ -115,17 +150,23 @@ def read_policy(
     name: str = "gates",  # the section's, for errors
 ) -> Policy:
     "The policy of a section; raises `ParamsError`."
-    section = conform(section, dict[str, Any], name, file)
-    for key in section:
+    if not isinstance(section, Mapping):
+        fix = "Write alpha and rules under it"
+        raise ParamsError(f"must be a dict, not a {type(section).__name__}", file=file, key=name, value=section, remedy=fix)  # fmt: skip
+    for key in map(str, section):
         if key not in ("alpha", "rules"):
             fix = did_you_mean(key, ("alpha", "rules"))
-            raise ParamsError("unknown key", file=file, key=f"{name}.{key}", remedy=fix)
-    alpha = conform(section.get("alpha", 0.05), float, f"{name}.alpha", file)
-    entries = conform(section.get("rules", []), list[Any], f"{name}.rules", file)
+            raise ParamsError("unknown key", file=file, key=f"{name}.{key}", value=section.get(key), remedy=fix)
+    alpha = _read(section.get("alpha", 0.05), "alpha", f"{name}.alpha", file)
+    entries = section.get("rules", [])
+    if not isinstance(entries, list):
+        fix = "Write a list, each rule behind a dash"
+        raise ParamsError(f"must be a list, not a {type(entries).__name__}", file=file, key=f"{name}.rules", value=entries, remedy=fix)  # fmt: skip
     if not entries:
         raise ParamsError("a policy without rules judges nothing", file=file, key=f"{name}.rules", remedy="Add a rule")
-    rules = tuple(read_rule(e, alpha, f"{name}.rules[{i}]") for i, e in enumerate(entries))
+    rules = tuple(read_rule(e, alpha, f"{name}.rules[{i}]", file) for i, e in enumerate(entries))
     for i, r in enumerate(rules):
         if r in rules[:i]:
-            raise ParamsError("the same rule twice", file=file, key=f"{name}.rules[{i}]", value=str(r))
+            at = f"{name}.rules[{i}]"
+            raise ParamsError("the same rule twice", file=file, key=at, value=str(r), remedy="Leave one of them out")
     return Policy(rules, digest_json(section))

@@ -20,7 +20,7 @@ from ..core.report import Report, read_report
 from .judge import compare, judge
 from .paired import Difference
 from .plan import about, interval_needed, pairs_needed, power_each, rate_needed, scores_needed
-from .policy import PAIRED, Rule, read_policy
+from .policy import PAIRED, Policy, Rule, read_policy
 from .verdict import EXIT_CODES, Verdict, write_verdict
 
 # %% ../../nbs/02_gate/08_run.ipynb #2f978521
@@ -50,7 +50,7 @@ def _reports_in(folder: Path, name: str) -> list[tuple[str, Report]]:
 
 # %% ../../nbs/02_gate/08_run.ipynb #d8ed9ec0
 def decide(
-    policy: dict,  # the `gates` section
+    policy: dict | Policy,  # the `gates` section, or a policy that was read
     folders: list[str],  # of reports
     baseline: str = "",  # folder of the tracked baseline report; "" or absent: rules decide what that means
 ) -> Verdict:
@@ -69,13 +69,15 @@ def gate_run(
 ) -> int:
     "Judge reports by a policy; exits 0 pass, 1 fail, 2 usage, 3 inconclusive, 4 error."
     try:
-        verdict = decide(load_params(policy, "gates"), [r for r in reports.split(",") if r], baseline)
-    except ParamsError as e:
+        rules = read_policy(load_params(policy, "gates"), policy)
+    except KitError as e:
         print(f"policy not understood: {e}", file=sys.stderr)
         return EXIT_CODES["error"]
+    try:
+        verdict = decide(rules, [r for r in reports.split(",") if r], baseline)
     except KitError as e:
         print(e, file=sys.stderr)
-        return 2
+        return EXIT_CODES["error"] if isinstance(e, ParamsError) else 2
     print(verdict)
     if out:
         write_verdict(verdict, out)

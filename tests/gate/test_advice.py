@@ -39,12 +39,12 @@ def test_equal_models_are_told_how_many_items_pass():
 )
 def test_the_advised_number_of_items_decides(rate, limit, test, bound):
     rule = read_rule({"metric": "accuracy", test: limit, "bound": bound})
-    k = round(200 * rate)
-    [first] = judge_rule(rule, {"engine": rated("engine", [1] * k + [0] * (200 - k))})
+    k, better = round(200 * rate), "higher" if test == "min" else "lower"
+    report = lambda share, n: {"engine": Report("engine", "", "s@1", (Measurement("accuracy", share, n, direction=better),))}  # noqa: E731  # fmt: skip
+    [first] = judge_rule(rule, report(k / 200, 200))
     assert first.outcome == "inconclusive" and f"about {about(first.needs)} items" in first.sentence
     drawn, counts = np.unique(np.random.default_rng(0).binomial(first.needs, k / 200, 400), return_counts=True)
-    reports = [{"engine": Report("engine", "", "s@1", (Measurement("accuracy", x / first.needs, first.needs),))} for x in drawn]  # fmt: skip
-    passed = np.array([judge_rule(rule, r)[0].outcome == "pass" for r in reports])
+    passed = np.array([judge_rule(rule, report(x / first.needs, first.needs))[0].outcome == "pass" for x in drawn])
     assert abs(counts[passed].sum() / 400 - 0.8) < 3 * np.sqrt(0.8 * 0.2 / 400)
 
 

@@ -41,6 +41,7 @@ CASES = [
     (3, "{metric: accuracy, min: 0.945, bound: wilson}"),
     (3, "{metric: accuracy, min: 0.9, bound: wilson, min_n: 1000}"),
     (4, "{metric: accuracy, noninferiority: 0.03, against: baseline, if_absent: skip}"),  # nothing was judged
+    (4, "{metric: accuracy, max: 0.99, bound: wilson}"),  # it is better high
     (4, "{metric: accuracy, at_least: 0.9}"),
     (4, "{metric: accuracy, min: high}"),
     (4, "{metric: accuracy, min: 0.9, bound: bootstrap}"),
@@ -56,6 +57,32 @@ def test_exit_codes(folder, code, rule, capsys):
     assert capsys.readouterr() != ("", "")
 
 
+BAD = {  # policy → what its error says behind the file
+    'gates: {rules: [{metric: accuracy, min: "0.8"}]}': "gates.rules[0].min: must be a float, not a str (got '0.8'). Write it without quotes: 0.8",
+    "gates: {rules: [{metric: accuracy, min: high}]}": "gates.rules[0].min: must be a float, not a str (got 'high'). Write a number",
+    "gates: {alpha: 0.7, rules: [{metric: accuracy, min: 0.8}]}": "gates.alpha: alpha lies between 0 and 0.5 (got 0.7). Write 0.05",
+    "gates: {rules: [{metric: accuracy, min: .nan}]}": "gates.rules[0].min: must be a finite number (got nan). Write one",
+    "gates: {rules: [{metric: accuracy, min: 0.8}, {metric: accuracy, mni: 0.8}]}": "gates.rules[1].mni: unknown key (got 0.8). Did you mean 'min'",
+    "gates: {rules: [{metric: accuracy, min: 0.8, min_n: 1.5}]}": "gates.rules[0].min_n: must be a int, not a float (got 1.5). Write a whole number",
+    "gates: {rules: [{metric: accuracy, min: 0.8, min_n: 0}]}": "gates.rules[0].min_n: min_n is at least 1 (got 0). Leave it out",
+    "gates: {rules: [{metric: accuracy, min: 80, bound: wilson}]}": "gates.rules[0].min: a rate lies between 0 and 1 (got 80). Write a share",
+    "gates: {rules: [{metric: accuracy, min: 0.8, bound: wilsn}]}": "(got 'wilsn'). Did you mean 'wilson'",
+    "gates: {rules: [{metric: accuracy, noninferiority: -0.1, against: merged}]}": "gates.rules[0].noninferiority: a margin or a ratio is positive (got -0.1). Write",
+    "gates: {rules: [accuracy]}": "gates.rules[0]: must be a dict, not a str (got 'accuracy'). Write it as",
+    "gates: {rules: {metric: accuracy}}": "gates.rules: must be a list, not a dict",
+    "gates: [1]": "gates: must be a dict, not a list (got [1]). Write",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", BAD)
+@pytest.mark.parametrize("command", [gate_run, gate_plan])
+def test_a_bad_policy_is_told_with_its_file_key_value_and_remedy(folder, text, command, capsys):
+    (folder / "bad.yaml").write_text(text)
+    assert command("bad.yaml", "reports") == 4
+    said = capsys.readouterr().err
+    assert "bad.yaml: " in said and BAD[text] in said
+
+
 def test_usage_errors(folder, capsys):
     policy(folder, "{metric: accuracy, min: 0.9}")
     assert gate_run(reports="nowhere") == 2
@@ -64,7 +91,7 @@ def test_usage_errors(folder, capsys):
 
 
 def test_one_failing_rule_fails_the_whole(folder):
-    policy(folder, "{metric: accuracy, min: 0.90, bound: wilson}", "{metric: accuracy, max: 0.5}")
+    policy(folder, "{metric: accuracy, min: 0.90, bound: wilson}", "{metric: accuracy, min: 0.97}")
     assert gate_run(reports="reports") == 1
 
 
