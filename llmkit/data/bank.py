@@ -453,8 +453,6 @@ PROSE = [
     "We cannot help with requests that break the law, such as fake papers or stolen codes.",
     "We answer questions about accounts and cards; the weather in {place} is beyond us.",
     "A payment that the customer does not recognise can be disputed with two taps.",
-    "You are the support assistant of (Alder Bank|a bank), and (customers|some of them new) ask you about a {card}.",
-    "The support assistant of Alder Bank answers in one sentence, {when} as on any other day.",
 ]
 
 
