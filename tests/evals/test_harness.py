@@ -139,7 +139,7 @@ def test_a_report_that_a_gate_can_read(ours, tmp_path):
     write_report(ours, tmp_path)
     back = read_report(tmp_path)
     rules = [
-        {"metric": "acc", "on": "harness_engine", "slice": "task=kit_choice", "max": 0.9, "bound": "clopper_pearson"},
+        {"metric": "acc", "on": "harness_engine", "slice": "task=kit_choice", "min": 0.001, "bound": "clopper_pearson"},
         {"metric": "acc", "on": "harness_engine", "slice": "task=kit_choice", "noninferiority": 0.3, "against": "old"},
         {"metric": "bits_per_byte", "on": "harness_engine", "slice": "task=kit_language", "max": 30},
     ]
