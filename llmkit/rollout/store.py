@@ -316,6 +316,8 @@ def _known(state: RolloutState, event: Any) -> Mapping[str, Any] | None:
         return None
     if event["kind"] != "request":
         return event
+    if event["fallback"] and event["variant"] in state.releases:  # answered by another's release: its own could not
+        return event
     mine = [v for v, release in state.releases.items() if release == event["release"]]
     variant = event["variant"] if event["variant"] in mine else mine[0] if len(mine) == 1 else None
     return {**event, "variant": variant} if variant else None
