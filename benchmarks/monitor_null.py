@@ -135,7 +135,7 @@ def measured(a) -> dict:
         "edge_windows": a.edge_windows, "edge_releases": a.releases,
         "edge": edge(policy, np.random.default_rng([a.seed + 2]), a.releases, a.edge_windows),
         "edge_bound": {f: min(1.0, (a.edge_windows if by_window else labels / (a.windows + 3) * a.edge_windows) / runs[f]) for f in runs},
-        "planted": {}, "params": Path(a.params).name,
+        "planted_releases": a.planted, "planted": {}, "params": Path(a.params).name,
     }  # fmt: skip
     for name, (family, change) in PLANTED.items():
         delays, other = [], 0
@@ -178,10 +178,10 @@ def tables(now: dict, then: dict | None) -> None:
     for f in ("calibration", "fairness"):
         print(f"| releases with a false alarm of {f} | {now['releases_with_false_alarm'][f]:.4f} | {now['bound'][f]:.4f} |{was(lambda b, f=f: format(b['releases_with_false_alarm'][f], '.4f'))}")  # fmt: skip
     for f in ("calibration", "fairness"):
-        print(f"| the same in {now['edge_windows']} windows as bad as is accepted | {now['edge'][f]:.4f} | {now['edge_bound'][f]:.4f} |{was(lambda b, f=f: format(b['edge'][f], '.4f'))}")  # fmt: skip
+        print(f"| {f}: the same in {now['edge_windows']} windows as bad as is accepted | {now['edge'][f]:.4f} | {now['edge_bound'][f]:.4f} |{was(lambda b, f=f: format(b['edge'][f], '.4f'))}")  # fmt: skip
     late = lambda p: "over 10" if p["delay"] is None else f"{p['delay']:g}"  # noqa: E731
     more = (" before | median before |", "--:|--:|") if then else ("", "")
-    print(f"\nPlanted after 3 quiet windows, up to 10 windows\n| change | family | found | median delay |{more[0]} by another family |\n|---|---|--:|--:|{more[1]}--:|")  # fmt: skip
+    print(f"\nPlanted after 3 quiet windows, {now['planted_releases']} releases each, up to 10 windows\n| change | family | found | median delay |{more[0]} by another family |\n|---|---|--:|--:|{more[1]}--:|")  # fmt: skip
     for name, p in now["planted"].items():
         q = then and then["planted"][name]
         old = f" {q['found']:.2f} | {late(q)} |" if q else ""
