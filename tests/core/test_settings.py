@@ -18,7 +18,7 @@ def test_the_environment_overrides_what_the_file_does_not_mention(tmp_path, monk
     monkeypatch.setenv("LLMKIT_STAGE", "gate")
     conf = load_settings(tmp_path / "settings.ini")
     assert dict(conf.values) == {key: f"/data/{key}" for key in KEYS}
-    assert database_path(tmp_path / "settings.ini") == "/data/serve_db"
+    assert database_path(tmp_path / "settings.ini") == Path("/data/serve_db")
     assert events_file(conf) == Path("/data/events_db")
 
 
@@ -28,5 +28,6 @@ def test_every_setting_that_is_read_is_named():
         text = path.read_text()
         if "load_settings" in text or "core.settings" in text:
             read |= set(re.findall(READ, text))
+        read |= set(re.findall(r"Path\(settings\.get\(\"([a-z_]+)\"", text))  # where a default is said once, for all
     assert {"serve_db", "monitor", "retrain", "ledger", "tracking_uri"} <= read
     assert not read - set(KEYS) and not (set(KEYS) - read - {"events_db", "host", "otlp_endpoint"})

@@ -21,7 +21,6 @@ def test_a_report_with_every_promised_metric(tmp_path):
     costs = {c.metric: c for c in cost_measurements(report, load_price("m7g.large"))}
     whole, read, written = (costs[f"cost_per_1k_tokens{end}"] for end in ("", "_in", "_out"))
     assert all(c.method.startswith("estimated") and c.value > 0 for c in costs.values())
-    assert written.value < whole.value  # what is generated costs less than with the reading of the prompt in it
     task = {"id": ["a", "b"], "tokens": [10, 10], "correct": [1, 1]}
     quality = Report("engine", "", "q@1", (Measurement("accuracy", 1.0, 2, 0.5, 1.0),), {"task": task})
     once = cost_per_success(list(costs.values()), quality, 3)

@@ -1,5 +1,7 @@
 "A served model judged through its address, held against the engine behind it."
 
+from dataclasses import replace
+
 import httpx
 import numpy as np
 import pytest
@@ -59,8 +61,10 @@ def test_suites_run_against_an_address(make_gateway, suite):
         around = Surroundings(suite)
         got = run_suite("safety", there, around, {"families": ["leak", "harmful"]})
         assert {m.metric for m in got.measurements} >= {"attack_success_rate", "refusal_rate", "unasked_rate"}
-        with pytest.raises(KitError, match="llmkit load"):
-            run_suite("load", there, around)
+        loaded = run_suite("load", there, around, {"requests": 8, "per_second": 50.0, "tokens": 2})
+        assert loaded.get("error_rate").value == 0 and loaded.get("latency_p50").n == 8
+        with pytest.raises(KitError, match="the memory of a server is not ours to measure"):
+            run_suite("grid", there, replace(around, folder=f"{url}/v1"))
 
 
 def test_an_address_that_is_none():
