@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from word_engine import engine
 
 from llmkit.core.artifact import seal
 from llmkit.core.errors import KitError
@@ -19,7 +20,6 @@ from llmkit.flow.dag import data_deps
 from llmkit.flow.notebook import read_stage
 from llmkit.gate.judge import judge
 from llmkit.gate.run import baseline_set, decide
-from llmkit.runtime.dummy import DummyEngine
 
 ROOT = Path(__file__).parents[2]
 WORDS = [f"{w}_{i}" for i in range(30) for w in ("balance", "refund", "card", "login")]
@@ -30,16 +30,6 @@ def suite_of(words):
     "Questions whose answer is their own word."
     chats = [({"role": "user", "content": f"Say {w}."}, {"role": "assistant", "content": f"{w}: done"}) for w in words]
     return make_suite("bank", 3, [{"id": f"q{i}", "messages": list(c)} for i, c in enumerate(chats)], scorers=("label",), max_tokens=16)  # fmt: skip
-
-
-def engine(wrong=(), seed=0):
-    "An engine that is right but for some words."
-
-    def reply(text):
-        word = text.partition("Say ")[2].partition(".")[0]
-        return f"{'hm' if word in wrong else word}: done"
-
-    return DummyEngine(replies=reply, seed=seed)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from word_engine import engine
 
 from llmkit.core.errors import KitError
 from llmkit.core.report import read_report, write_report
@@ -24,7 +25,6 @@ from llmkit.evals.regression import (
 )
 from llmkit.evals.suite import make_suite
 from llmkit.gate.judge import judge
-from llmkit.runtime.dummy import DummyEngine
 from llmkit.runtime.endpoint import EndpointEngine
 from llmkit.runtime.sampling import Sampling
 
@@ -41,16 +41,6 @@ def suite_of(words):
         for i, w in enumerate(words)
     ]
     return make_suite("golden", 1, rows, scorers=("label",), max_tokens=16)
-
-
-def engine(wrong=(), seed=0):
-    "An engine that is right but for some words."
-
-    def reply(text):
-        word = text.partition("Say ")[2].partition(".")[0]
-        return f"{'hm' if word in wrong else word}: done"
-
-    return DummyEngine(replies=reply, seed=seed)
 
 
 @settings(max_examples=60, deadline=None)
