@@ -130,13 +130,15 @@ def narrowed(
         yield
         return
     whole, hooked = last.forward, "forward" in vars(last)
+    at = counted.flatten().nonzero().squeeze(1)
 
     def part(x: Any) -> Any:
         "Zeros where nothing counts: the residual stream passes these tokens on as they are."
-        y = whole(x[counted])
+        flat = x.flatten(0, 1)
+        y = whole(flat.index_select(0, at))
         if isinstance(y, tuple):  # experts that tell their routing, too
             return whole(x)
-        return y.new_zeros((*x.shape[:-1], y.shape[-1])).index_put((counted,), y)
+        return y.new_zeros((len(flat), y.shape[-1])).index_copy(0, at, y).unflatten(0, x.shape[:-1])
 
     last.forward = part
     try:
