@@ -30,6 +30,7 @@ class Item:
     label: str = ""  # the reference label
     group: str = ""  # for slices
     choices: tuple[str, ...] = ()  # the options, where it is multiple choice; the answer is one of them
+    cluster: str = ""  # what it shares with others, so that they are right or wrong together; no part of the digest
 
 
 def predicted_label(
@@ -70,7 +71,8 @@ def item(
         raise KitError("a test record ends with the assistant's answer", key=where)
     text = last["content"]
     label, group = record.get("label") or predicted_label(text), record.get("group") or ""
-    return Item(str(record["id"]), tuple(asked), text, label, group, tuple(record.get("choices") or ()))
+    choices, cluster = tuple(record.get("choices") or ()), str(record.get("cluster") or "")
+    return Item(str(record["id"]), tuple(asked), text, label, group, choices, cluster)
 
 # %% ../../nbs/06_evals/01_suite.ipynb #8b868cee
 def refuse_doubles(

@@ -57,13 +57,14 @@ def answer_table(
     answers: Sequence[Completion],
     tokenizer: Any,
 ) -> dict[str, list]:
-    "The per-sample table of a task: one row for each item; confidences only where every answer has one."
+    "The per-sample table of a task: one row for each item; confidences only where every answer has one, clusters where records have some."
     said, known = [predicted_label(a.text) for a in answers], {i.label for i in suite.items}
     sure = [label_confidence(tokenizer, a) for a in answers]
     pairs = list(zip(suite.items, answers, said, strict=True))
     return {
         "id": [i.id for i, _, _ in pairs],
         "group": [i.group for i, _, _ in pairs],
+        **({"cluster": [i.cluster or i.id for i in suite.items]} if any(i.cluster for i in suite.items) else {}),
         "label": [i.label for i, _, _ in pairs],
         "predicted": said,
         "correct": [int(p == i.label) for i, _, p in pairs],

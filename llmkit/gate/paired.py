@@ -105,6 +105,7 @@ class Difference:
     method: str  # how the bounds were found
     p_fail: float  # one-sided p-value against "the loss is within the margin"
     exact: bool = True  # counts of rights and wrongs; False for what was resampled
+    clusters: int | None = None  # how many, where items hang together
 
     def against(self, margin: float) -> Outcome3:
         "The finding at a margin."
@@ -168,7 +169,10 @@ def paired_scores(
         down, up, p = _rare(d, inv, whole, alpha, margin)
         low, high, p_fail = min(low, down), max(high, up), max(p_fail, p)
     sd = float((d.mean() - low) / stdtrit(max(units - 1, 1), 1 - asked) * n**0.5)  # clusters and skew included
-    return Difference(float(d.mean()), low, high, 1 - alpha, n, share, sd, how, min(1.0, p_fail), False)
+    k = units if clusters is not None else None
+    if all(np.isin(v, (0, 1)).all() or np.isin(v, (0, -1)).all() for v in (x, y)):  # a difference of two rates
+        low, high = max(low, -1.0), min(high, 1.0)
+    return Difference(float(d.mean()), low, high, 1 - alpha, n, share, sd, how, min(1.0, p_fail), False, k)
 
 
 def _rare(d: np.ndarray, inv: np.ndarray, whole: float, alpha: float, margin: float) -> tuple[float, float, float]:
@@ -200,7 +204,8 @@ def noninferiority(
         return paired_rates(x, y, alpha, margin) if sign > 0 else paired_rates(1 - x, 1 - y, alpha, margin)
     if binary and (x == y).all():
         k = len(set(clusters))
-        return paired_rates(np.ones(k), np.ones(k), alpha, margin)
+        same = paired_rates(np.ones(k), np.ones(k), alpha, margin)
+        return replace(same, n=len(x), method=f"{same.method}, {k} clusters", clusters=k)
     return paired_scores(sign * x, sign * y, alpha, clusters, seed=seed, margin=margin)
 
 # %% ../../nbs/02_gate/02_paired.ipynb #519aa3e7

@@ -8,7 +8,7 @@ __all__ = ['collect', 'decide', 'gate_run', 'plan_rule', 'gate_plan', 'baseline_
 # %% ../../nbs/02_gate/08_run.ipynb #4b84d1c8
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from ..core.errors import KitError
 from ..core.files import atomic_folder
 from ..core.params import ParamsError, load_params
 from ..core.report import Report, read_report
-from .judge import compare, judge
+from .judge import compare, judge, ratio_needed
 from .paired import Difference
 from .plan import about, interval_needed, pairs_needed, power_each, rate_needed, scores_needed
 from .policy import PAIRED, Policy, Rule, read_policy
@@ -97,11 +97,13 @@ def plan_rule(
     if r.bound is None:
         return None, "no sampling error is counted"
     if r.test == "max_ratio":
-        return None, "a ratio of two measurements is not planned"
+        why = f"a true ratio of {r.limit - lead:.4g}"
+        return _measured_need(lambda: ratio_needed(r, reports or {}, lead, power), why, r, reports)
     value = r.limit + lead if r.test == "min" else r.limit - lead
     if r.bound == "interval":
         if not r.metric.endswith("_corrected"):
-            return _spread_needed(r, lead, power, reports or {}), f"a true value of {value:.4g}"
+            why = f"a true value of {value:.4g}"
+            return _measured_need(lambda: _spread_needed(r, lead, power, reports or {}), why, r, reports)
     value = min(1.0, max(0.0, value))
     if r.metric.endswith("_corrected"):
         need = rate_needed(r.limit, value, r.alpha, power)
@@ -109,11 +111,26 @@ def plan_rule(
     return rate_needed(r.limit, value, r.alpha, power, r.bound), f"a true rate of {value:.4g}"
 
 
+def _measured_need(
+    need: Callable[[], int | None], why: str, r: Rule, reports: Mapping[str, Report] | None
+) -> tuple[int | None, str]:
+    "Items by the spread that was measured; where it was not, what would tell."
+    try:
+        found = need() if reports and r.on in reports else None
+    except KitError:
+        found = None
+    return found, why if found else f"{why}; only a measured interval tells how many: give --reports"
+
+
 def _pairs_for(r: Rule, discordance: float, lead: float, power: float, reports: Mapping[str, Report]):
     "Items of a paired rule, by the test that judges it."
     margin, gain = (r.limit, 0.0) if r.test == "noninferiority" else (-r.limit, r.limit + lead)
-    said = "equal models" if r.test == "noninferiority" else f"a gain of {gain:.4g}, by models"
-    d = _compared_now(r, reports)
+    d, found = _compared_now(r, reports), ""
+    if (
+        d and r.test == "superiority" and d.low > r.limit
+    ):  # shares that differ belong to the gain that they were seen with
+        gain, found = d.low, " at least, as measured"
+    said = "equal models" if r.test == "noninferiority" else f"a gain of {gain:.4g}{found}, by models"
     if d and not d.exact and d.sd:
         need = scores_needed(margin, d.sd, gain, r.alpha, power)
         return need, f"{said} whose differences spread by {d.sd:.3g}, measured on {d.n:,}"

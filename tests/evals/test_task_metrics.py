@@ -10,7 +10,8 @@ from sklearn.metrics import accuracy_score, brier_score_loss, f1_score, log_loss
 
 from llmkit.evals import calibration
 from llmkit.evals.language import language_measurements, text_likelihood
-from llmkit.evals.task import f1_by_label, macro_f1
+from llmkit.evals.suite import make_suite
+from llmkit.evals.task import answer_table, ask, f1_by_label, macro_f1
 from llmkit.runtime.dummy import DummyEngine
 
 NAMES = [f"label_{i}" for i in range(12)]
@@ -22,6 +23,21 @@ def answers(request):
     true = rng.choice(NAMES, 300, p=rng.dirichlet(np.ones(12)))
     said = np.where(rng.random(300) < 0.7, true, rng.choice([*NAMES, "nonsense"], 300))
     return {"label": true.tolist(), "predicted": said.tolist(), "correct": (true == said).astype(int).tolist()}
+
+
+def test_clusters_of_records_reach_the_table():
+    "A record without one among others stands alone; where no record has one there is no column."
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "a: b"}]
+    rows = [{"id": f"q{i}", "messages": turns} for i in range(3)]
+    engine = DummyEngine(replies={"hello": "a: b"})
+
+    def table(records):
+        suite = make_suite("demo", 1, records)
+        return suite.digest, answer_table(suite, ask(engine, suite), engine.tokenizer)
+
+    (plain, bare), (same, full) = table(rows), table([r | ({"cluster": "c"} if r["id"] != "q2" else {}) for r in rows])
+    assert plain == same and "cluster" not in bare
+    assert full["cluster"] == ["c", "c", "q2"] and {k: v for k, v in full.items() if k != "cluster"} == bare
 
 
 def test_f1_against_sklearn(answers):
