@@ -55,7 +55,7 @@ def project(tmp_path_factory):
     params["finetune"] |= {"rank": 16, "alpha": 16, "epochs": 4, "lr": 6e-3, "threads": 1}
     params["finetune"] |= {"word_dropout": 0.0, "label_smoothing": 0.0, "ema": 0.0}
     params["quantize"] |= {"metric": "answer_logprob", "prompts": 16}
-    params["evaluate"] |= {"speed_prompts": 4, "speed_tokens": 4, "speed_repeats": 1, "speed_subjects": ["engine"]}
+    params["evaluate"] |= {"speed_tokens": 2, "speed_subjects": ["engine"]}
     for rule in params["gates"]["rules"]:
         if "min" in rule and rule["metric"] in ("accuracy", "macro_f1"):
             rule["min"] = 0.02  # above chance
