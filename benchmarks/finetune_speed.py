@@ -6,7 +6,8 @@
 DIR holds banking77's train.csv. All trainers get the same model (a random Llama, of 5.5 M parameters unless --hidden says
 otherwise), the same LoRA (rank 16 on all linear layers), the same questions, the same loss (on the answer only), and
 batches of 32. They take turns, a few steps at a time, within one process, so that whatever else the machine does slows all
-of them; only the ratios mean anything. The first two steps of every turn are not counted. TRL is used with its defaults.
+of them; only the ratios mean anything. The first two steps of every turn are not counted. TRL is used with its defaults,
+among which is bfloat16 even where the processor only emulates it, and once more in float32; --fp32 leaves bfloat16 out.
 Where the kit adds a delta to the weight first (`llmkit.model.lora.sum_first`), it also runs without that: "delta apart".
 """
 
@@ -131,8 +132,8 @@ def bare(folder, examples, tok):
     return turn
 
 
-def sft(folder, examples, tmp):
-    "TRL's SFTTrainer with its defaults, on the same tokens."
+def sft(folder, examples, tmp, **more):
+    "TRL's SFTTrainer with its defaults, or more said, on the same tokens."
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -159,6 +160,7 @@ def sft(folder, examples, tmp):
         disable_tqdm=True,
         save_strategy="no",
         use_cpu=not torch.cuda.is_available(),
+        **more,
     )
     trainer = Counted(
         model=AutoModelForCausalLM.from_pretrained(folder), args=config, train_dataset=rows,
@@ -187,6 +189,7 @@ def main():
         default=SHAPE["hidden_size"],
         help="width of the model; its feed-forward has three times as much",
     )
+    p.add_argument("--fp32", action="store_true", help="leave out what computes in bfloat16")
     p.add_argument("--out", type=Path, default=None, help="where the JSON goes")
     a = p.parse_args()
     RANK = a.rank
@@ -208,8 +211,11 @@ def main():
         for r in rows
     ]
     examples, _ = encode_rows(tok, chats, 256, 0.0)
-    trainers = {"trl SFTTrainer, defaults": sft(tmp, examples, tmp), "bare loop, fp32": bare(tmp, examples, tok)}
-    trainers |= {f"llmkit, {k}": kit(tmp, examples, tok, k, a.threads) for k in ("fp32", "bf16")}
+    trainers = {} if a.fp32 else {"trl SFTTrainer, defaults": sft(tmp, examples, tmp)}
+    trainers |= {"trl SFTTrainer, fp32": sft(tmp, examples, tmp, bf16=False), "bare loop, fp32": bare(tmp, examples, tok)}
+    others = list(trainers)
+    kinds = ("fp32",) if a.fp32 else ("fp32", "bf16")
+    trainers |= {f"llmkit, {k}": kit(tmp, examples, tok, k, a.threads) for k in kinds}
     if sum_first(fresh(tmp)):
         trainers["llmkit, fp32, delta apart"] = kit(tmp, examples, tok, "fp32", a.threads, apart=True)
     clocks = {name: Clock() for name in trainers}
@@ -221,8 +227,8 @@ def main():
     rate = {n: {k: round(statistics.median(t[k] for t in c.turns)) for k in ("wall", "cpu")} for n, c in clocks.items()}
     ratios = {
         f"{ours} / {other}": {k: round(rate[ours][k] / rate[other][k], 2) for k in ("wall", "cpu")}
-        for ours in list(rate)[2:]
-        for other in list(rate)[:2]
+        for ours in list(rate)[len(others) :]
+        for other in others
     }
     if (apart := "llmkit, fp32, delta apart") in rate:
         ratios[f"llmkit, fp32 / {apart}"] = {
@@ -235,7 +241,7 @@ def main():
         print(f"{n:48} {r['wall']:>6} by wall clock {r['cpu']:>6} by CPU time")
     result = {
         "what": "fine-tuning, tokens per second without padding, median of turns",
-        "command": f"python benchmarks/finetune_speed.py --data DIR --steps {a.steps} --rounds {a.rounds} --threads {a.threads} --rank {a.rank} --hidden {a.hidden}",
+        "command": f"python benchmarks/finetune_speed.py --data DIR --steps {a.steps} --rounds {a.rounds} --threads {a.threads} --rank {a.rank} --hidden {a.hidden}{' --fp32' if a.fp32 else ''}",
         "tokens_per_second": rate, "ratios": ratios, "turns": {n: c.turns for n, c in clocks.items()},
         "examples": len(examples), "mean_tokens": round(sum(len(e.ids) for e in examples) / len(examples), 1),
         "versions": {n: version(n) for n in ("torch", "transformers", "peft", "trl")},
