@@ -125,8 +125,8 @@ def swaps(
     items: int | None = None,  # the first so many of the task's questions; null for all
 ) -> Report:
     "The task's questions, asked by somebody of another name, gender or dialect."
-    asked = replace(around.task(), items=around.task().items[:items])
-    found = run_swaps(engine, asked, load_axes(axes) if axes else None, alpha)
+    some = replace(around.task(), items=around.task().items[:items])
+    found = run_swaps(engine, some, load_axes(axes) if axes else None, alpha)
     return _report("swaps", engine, f"swaps({around.task()})", found, around)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..core.errors import KitError
 from ..core.report import Measurement
-from ..gate.intervals import bootstrap
+from .task import mean_score
 
 # %% ../../nbs/06_evals/06_calibration.ipynb #6d9e7774
 Bins = Literal["width", "mass"]
@@ -158,19 +158,4 @@ def calibration_measurements(
         ),
         Measurement("mce", mce(c, y, bins, kind), n, method=f"worst bin; {how}", **low),
     ]
-    return out + [_mean(m, table[m], seed, name) for m in ("brier", "log_loss")]
-
-
-def _mean(metric: str, values: list[float], seed: int, name: str) -> Measurement:
-    "A mean score with its bootstrap interval, where there is a spread."
-    ci = bootstrap(values, seed=seed) if len(set(values)) > 1 else None
-    ends = (ci.low, ci.high) if ci else (None, None)
-    return Measurement(
-        metric,
-        float(np.mean(values)),
-        len(values),
-        *ends,
-        direction="lower",
-        method=ci.method if ci else "no interval",
-        samples=f"{name}/{metric}",
-    )
+    return out + [mean_score(m, table[m], f"{name}/{m}", direction="lower", seed=seed) for m in ("brier", "log_loss")]

@@ -22,8 +22,7 @@ from ..core.report import Measurement, Report, write_report
 from .choice import score_pairs
 from .evaluate import open_quietly
 from .language import windows
-from .overlap import mean_score
-from .task import rate
+from .task import mean_score, rate
 from ..model.tiny import quiet
 from ..runtime.engine import EngineBase
 from ..runtime.sampling import Sampling
@@ -193,7 +192,7 @@ def _measurement(task: str, metric: str, value: float, table: Mapping, better: M
         return Measurement(metric, value, n, direction=direction, slice=where, method=how)
     if set(column) <= {0.0, 1.0}:
         return rate(metric, [int(v) for v in column], samples, where, direction)
-    return mean_score(metric, column, samples, where, direction, seed)
+    return mean_score(metric, column, samples, where, direction, seed=seed)
 
 # %% ../../nbs/06_evals/11_harness.ipynb #bc21c2d3
 def harness_run(

@@ -17,6 +17,7 @@ from ..core.errors import KitError
 from ..core.report import Measurement
 from .choice import score_pairs
 from .suite import Suite
+from .task import mean_score
 from ..gate.intervals import bootstrap
 from ..model.tokenizer import Tokenizer, encode_example
 from ..runtime.engine import Engine
@@ -103,22 +104,7 @@ def language_measurements(
     "Perplexities and bits per byte of a table."
     out = [_ratio(m, table, u, np.exp, seed) for m, u in UNITS.items()]
     out.append(_ratio("bits_per_byte", table, "bytes", lambda x: x / math.log(2), seed))
-    nll = np.asarray(table["nll"])
-    ci = bootstrap(nll, seed=seed) if len(set(table["nll"])) > 1 else None
-    ends = (ci.low, ci.high, ci.method) if ci else (None, None, "no interval: nothing to resample")
-    out.append(
-        Measurement(
-            "answer_nll",
-            float(nll.mean()),
-            len(nll),
-            *ends[:2],
-            direction="lower",
-            unit="nats",
-            method=ends[2],
-            samples=f"{name}/nll",
-        )
-    )
-    return out
+    return [*out, mean_score("answer_nll", table["nll"], f"{name}/nll", direction="lower", unit="nats", seed=seed)]
 
 
 def _ratio(metric: str, table: Mapping[str, Sequence], unit: str, f, seed: int) -> Measurement:

@@ -24,7 +24,7 @@ from ..core.report import Measurement
 from .language import answer_ids
 from .prevalence import exact_rate
 from .ranges import check_ranges
-from ..gate.intervals import bootstrap
+from .task import mean_score
 from ..gate.paired import holm
 from ..runtime.engine import Engine
 from ..runtime.sampling import Sampling
@@ -235,11 +235,11 @@ def canary_measurements(table: Mapping[str, Sequence], name: str = "canaries", m
     "What a table of canaries says; of controls only the mean exposure."
     how = f"exposure by {method} (Carlini et al. 2019){_cap(table)}"
     if name == "controls":
-        return [_mean_bits("exposure_control", table["exposure"], f"{how}; never planted: 1.44 bits are expected", f"{name}/exposure", "all", "none", seed)]  # fmt: skip
-    out = [_mean_bits("exposure", table["exposure"], how, f"{name}/exposure", "all", "lower", seed)]
+        return [mean_score("exposure_control", table["exposure"], f"{name}/exposure", "all", "none", "bits", seed, f"{how}; never planted: 1.44 bits are expected")]  # fmt: skip
+    out = [mean_score("exposure", table["exposure"], f"{name}/exposure", "all", "lower", "bits", seed, how)]
     for k in sorted(set(table["planted"])):
         part = [b for b, t in zip(table["exposure"], table["planted"], strict=True) if t == k]
-        out.append(_mean_bits("exposure", part, how, f"{name}/exposure", f"planted={k}", "lower", seed))
+        out.append(mean_score("exposure", part, f"{name}/exposure", f"planted={k}", "lower", "bits", seed, how))
     out.append(Measurement("exposure_max", max(table["exposure"]), len(table["id"]), direction="lower", unit="bits", method=how))  # fmt: skip
     out.append(exact_rate("memorized_rate", table["memorized"], f"{name}/memorized"))
     return [*out, exact_rate("extraction_rate", table["extracted"], f"{name}/extracted")]
@@ -252,10 +252,3 @@ def _cap(table: Mapping[str, Sequence]) -> str:
         return ""
     m, b = min(short)[0], max(x for _, x in short)
     return f"; capped at {m:.2f} bits of {b:.2f}, a rank among {round(2**m)}: method skew-normal looks further"
-
-# %% ../../nbs/06_evals/25_memorization.ipynb #1c9fffb6
-def _mean_bits(metric: str, bits: Sequence[float], how: str, ref: str, slice: str, better: Any, seed: int) -> Measurement:  # fmt: skip
-    "A mean exposure with its bootstrap interval, where there is a spread."
-    ci = bootstrap(bits, seed=seed) if len(set(bits)) > 1 else None
-    ends = (ci.low, ci.high) if ci else (None, None)
-    return Measurement(metric, float(np.mean(bits)), len(bits), *ends, direction=better, slice=slice, unit="bits", method=f"{how}; {ci.method if ci else 'no interval'}", samples=ref)  # fmt: skip

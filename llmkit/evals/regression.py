@@ -23,10 +23,11 @@ from ..core.files import read_jsonl, write_jsonl
 from ..core.params import ParamsError, check_section
 from ..core.report import Measurement, Report
 from .suite import Item, Suite, predicted_label
-from .task import ask
-from ..gate.intervals import bootstrap, clopper_pearson
+from .prevalence import exact_rate
+from .task import ask, mean_score
 from ..gate.paired import discordant, paired_rates, paired_scores
-from ..runtime.engine import EngineBase, groups_by_length
+from ..runtime.chain import each_logits
+from ..runtime.engine import EngineBase
 from ..runtime.sampling import log_softmax
 
 # %% ../../nbs/06_evals/10_regression.ipynb #c69b194d
@@ -91,7 +92,7 @@ def record_golden(
     if not ranked:
         return rows
     prompts = [engine.tokenizer.chat(list(i.messages)) for i in suite.items]
-    for i, logits in _logits(engine, [p + r["path"][:-1] for p, r in zip(prompts, rows, strict=True)]):
+    for i, logits in each_logits(engine, [p + r["path"][:-1] for p, r in zip(prompts, rows, strict=True)]):
         asked = known[rows[i]["id"]]["top"] if known else None
         rows[i] |= _ranks(log_softmax(logits[len(prompts[i]) - 1 :]), asked, n)
     return rows
@@ -105,13 +106,6 @@ def _known(golden: Iterable[Mapping[str, Any]], suite: Suite) -> dict[str, Mappi
         fix = "Record the golden prompts again from this suite"
         raise KitError(f"{len(known.keys() ^ asked)} prompts stand in only one of suite and golden rows", remedy=fix)
     return known
-
-
-def _logits(engine: EngineBase, rows: list[list[int]]):
-    "(index, logits) of each row, in batches of the engine's size."
-    most = max(1, engine.score_floats // engine.info.vocab_size)
-    for group in groups_by_length([len(r) for r in rows], engine.slots, most):
-        yield from zip(group, engine.forward([rows[i] for i in group]), strict=True)
 
 
 def _ranks(logprobs: np.ndarray, asked: list[list[int]] | None, n: int) -> dict[str, list]:
@@ -177,7 +171,8 @@ def regression_report(
     out: list[Measurement] = []
     ranks = [m for m in RANKS if m in found and m in noise]
     for m in ranks:
-        out += [_mean(m, found[m], f"golden/{m}", seed), _mean(f"{m}_noise", noise[m], f"noise/{m}", seed, "none")]
+        out.append(mean_score(m, found[m], f"golden/{m}", seed=seed))
+        out.append(mean_score(f"{m}_noise", noise[m], f"noise/{m}", direction="none", seed=seed))
         d = paired_scores(found[m], noise[m], alpha=0.025, seed=seed)
         out.append(Measurement(f"{m}_excess", d.value, d.n, d.low, d.high, direction="lower", method=d.method))
     out += rate_measurements(found, noise)
@@ -204,26 +199,13 @@ def rate_measurements(
     out = []
     for m in RATES:
         better = "higher" if m == "fixed" else "lower"
-        out += [_rate(f"{m}_rate", found[m], f"golden/{m}", better), _rate(f"{m}_rate_noise", noise[m], f"noise/{m}", "none")]  # fmt: skip
+        out.append(exact_rate(f"{m}_rate", found[m], f"golden/{m}", direction=better))
+        out.append(exact_rate(f"{m}_rate_noise", noise[m], f"noise/{m}", direction="none"))
         d = paired_rates(noise[m], found[m], alpha=0.025)
         more, less = discordant(noise[m], found[m])
         how = f"paired score bound, {more} prompts beyond the baseline's own noise, {less} in that noise alone"
         out.append(Measurement(f"{m}_rate_excess", d.value, d.n, d.low, d.high, direction=better, method=how))
     return out
-
-
-def _mean(metric: str, values: list[float], samples: str, seed: int, direction: str = "higher") -> Measurement:
-    "A mean with its bootstrap interval, where there is a spread."
-    ci = bootstrap(values, seed=seed) if len(set(values)) > 1 else None
-    ends = (ci.low, ci.high) if ci else (None, None)
-    how = ci.method if ci else "no interval: the same on every prompt"
-    return Measurement(metric, float(np.mean(values)), len(values), *ends, direction=direction, method=how, samples=samples)  # fmt: skip
-
-
-def _rate(metric: str, values: Sequence[int], samples: str, direction: str) -> Measurement:
-    "A share of prompts with its exact interval, which holds at none and at all."
-    ci = clopper_pearson(sum(values), len(values))
-    return Measurement(metric, sum(values) / len(values), len(values), ci.low, ci.high, direction=direction, method=ci.method, samples=samples)  # fmt: skip
 
 # %% ../../nbs/06_evals/10_regression.ipynb #113b580d
 def in_other_batches(engine: EngineBase) -> EngineBase:

@@ -155,12 +155,13 @@ def cosine(
     step: int,  # from 0
     steps: int,  # how many there are
     warmup: float = 0.05,  # the share of steps in which the rate rises
+    floor: float = 0.0,  # where it ends
 ) -> float:
-    "The learning rate's factor: up in a line, then down to zero along a cosine."
+    "The learning rate's factor: up in a line, then down to the floor along a cosine."
     rise = max(1, round(steps * warmup))
     if step < rise:
         return (step + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 # %% ../../nbs/04_model/02_tiny.ipynb #7c555358
 def pretrain(

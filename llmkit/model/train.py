@@ -26,6 +26,7 @@ from ..core.plugins import need
 from .batches import Example, collate, drop_words, plan
 from .lora import read_tensors, sum_first
 from .precision import PRECISIONS
+from .tiny import cosine
 from .tokenizer import Tokenizer, encode_example
 
 # %% ../../nbs/04_model/05_train.ipynb #73c96a64
@@ -112,10 +113,7 @@ def learning_rate(
     warmup: float,  # share of the steps in which it rises
 ) -> float:
     "The learning rate of a step."
-    rise = max(1, round(steps * warmup))
-    if step < rise:
-        return lr * (step + 1) / rise
-    return lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise))))
+    return lr * cosine(step, steps, warmup, floor=0.05)
 
 # %% ../../nbs/04_model/05_train.ipynb #9d6b7974
 @contextmanager
