@@ -26,7 +26,7 @@ from typing import Any
 from ..core.digests import digest_bytes, digest_json
 from ..core.errors import KitError
 from ..core.files import read_json, write_json, write_text
-from .execute import Execution, execute, judge
+from .execute import Execution, execute, give_back, judge
 from .plan import Plan, plan
 from .record import SIDECAR, Ending, canonical, digest_path, dump, plain, title
 from .runs import RUNS, Run, bury_dead, now, open_run, take_lock
@@ -179,6 +179,7 @@ def run_stage(
             print(f"llmkit stage {name}: {problem}. `llmkit doctor --repair` repairs it", file=sys.stderr)
         run.close()
         os.close(turn)
+        give_back(state)
     return run
 
 

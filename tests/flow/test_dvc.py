@@ -1,9 +1,13 @@
 "Two stages under the real DVC: what repeats, what comes from the cache, and what a stale pipeline does."
 
+import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
 import threading
+import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,6 +18,7 @@ from llmkit.core.errors import KitError
 from llmkit.flow.dag import dag_write
 from llmkit.flow.notebook import NotebookError
 from llmkit.flow.records import check_records, sync_records, verify_records
+from llmkit.flow.runs import list_runs
 
 FIRST = "make('artifacts/one/out.json', lr)"
 SECOND = """
@@ -187,3 +192,32 @@ def test_a_cache_that_cannot_be_written_is_refused_before_anything_runs(pipeline
         assert not (pipeline.path / ".llmkit/runs").exists() and not (pipeline.path / "artifacts").exists()
     finally:
         subprocess.run(["umount", cache], check=True)
+
+
+@pytest.mark.parametrize("reach", ["command", "terminal"])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_the_command_ends_the_stage_that_runs(pipeline, reach, number, code):
+    "A supervisor reaches the command alone, a terminal its whole process group."
+    pid = pipeline.path / "pid"
+    pipeline.stage("one", "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)", FIRST)
+    dag_write(pipeline.path)
+    call = [sys.executable, "-P", "-c", "import sys; from llmkit.cli import main; sys.exit(main(['repro', 'one']))"]
+    env = {**os.environ, "DVC_NO_ANALYTICS": "1", "HOME": str(pipeline.path / ".home")}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = subprocess.Popen(call, cwd=pipeline.path, env=env, start_new_session=True, **pipes)
+    try:
+        pipeline.wait_for(lambda: command.poll() is not None or pid.exists() and pid.read_text(), 120)
+        assert command.poll() is None, command.communicate()
+        begun = time.monotonic()
+        (os.kill if reach == "command" else os.killpg)(command.pid, number)
+        out, err = command.communicate(timeout=120)
+        assert time.monotonic() - begun < 60
+    finally:
+        for group in [command.pid, *([int(pid.read_text())] if pid.exists() else [])]:
+            subprocess.run(["kill", "-9", "--", f"-{group}"], capture_output=True)
+    assert command.returncode == code and "Traceback" not in out + err, out + err
+    assert not pipeline.alive(int(pid.read_text()))
+    (run,) = list_runs(pipeline.path)
+    assert run.status["state"] == "killed" and run.status["exit_code"] == code
+    assert (run.folder / "notebook.ipynb").is_file() and "killed in cell" in err
+    assert not (pipeline.path / "artifacts/one/record.ipynb").exists()
