@@ -145,6 +145,7 @@ async def event_stream(x: Exchange, first: Piece | None, pieces: AsyncIterator[P
         async for p in pieces:
             for data in _event(x, p):
                 yield data
+            await asyncio.sleep(0)  # the loop's turn to say that the client is gone
     except Exception as e:
         yield sse(told(e).body())
         return

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import random
+import socket
+import struct
 import threading
 
 import httpx
@@ -74,6 +76,29 @@ def test_a_client_that_hangs_up_frees_its_slot(make_gateway, stream):
     first, second = gateway.events.all("request")
     assert (first["status"], first["code"], second["status"]) == ("cancelled", 499, "ok")
     assert scheduler.counts["cancelled"] == 1 and scheduler.counts["finished"] == 1
+
+
+def test_nothing_is_written_to_a_client_that_is_gone(make_gateway, caplog):
+    "Tokens that came while the loop was busy are not all sent in one go to a socket that has been closed."
+
+    gateway = make_gateway(DummyEngine(replies={"count": "count to a thousand " * 100}), slots=16)
+    scheduler = gateway.baseline.scheduler
+    with serving(gateway) as url:
+        host, port = url.removeprefix("http://").split(":")
+        body = json.dumps({**ASK, "stream": True, "max_tokens": 2000}).encode()
+        for _ in range(8):
+            with socket.create_connection((host, int(port)), PATIENCE) as s:
+                s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # it vanishes: a reset
+                s.sendall(
+                    b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body)
+                )
+                while b"data: " not in s.recv(4096):
+                    pass
+        until(lambda: gateway.open == 0, "the disconnects")
+        until(lambda: not scheduler.running, "the free slots")
+        assert post(url).status_code == 200
+    assert [r.getMessage() for r in caplog.records if r.name == "asyncio"] == []
+    assert sum(e["status"] == "cancelled" for e in gateway.events.all("request")) == 8
 
 
 def test_a_full_queue_is_refused_at_once_and_says_when_to_come_back(make_gateway):
