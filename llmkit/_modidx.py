@@ -2255,6 +2255,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'llmkit.rollout.store.under_way': ('09_rollout/store.html#under_way', 'llmkit/rollout/store.py')},
             'llmkit.rollout.view': { 'llmkit.rollout.view.View': ('09_rollout/view.html#view', 'llmkit/rollout/view.py'),
                                      'llmkit.rollout.view.View.__str__': ('09_rollout/view.html#view.__str__', 'llmkit/rollout/view.py'),
+                                     'llmkit.rollout.view.View._away': ('09_rollout/view.html#view._away', 'llmkit/rollout/view.py'),
                                      'llmkit.rollout.view.View._repr_markdown_': ( '09_rollout/view.html#view._repr_markdown_',
                                                                                    'llmkit/rollout/view.py'),
                                      'llmkit.rollout.view.View._rows': ('09_rollout/view.html#view._rows', 'llmkit/rollout/view.py'),

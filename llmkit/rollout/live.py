@@ -77,6 +77,7 @@ class Live:
             raise KitError("a share lies between 0 and 1", key="drill", value=drill)
         self.clock, self.every, self.hold, self.drill = clock, every, hold, drill
         self.controller: Controller | None = None
+        self.coming: Controller | None = None  # of the rollout whose releases are being loaded
         self.shadow: Mirror | None = None
         self.mirrors: list[Mirror] = []  # every shadow since the start: what they counted is never forgotten
         self.trouble = ""  # the last thing that went wrong
@@ -88,12 +89,12 @@ class Live:
 
     def assign(self, unit: str) -> str:
         "The variant that answers a unit."
-        c = self.controller
+        c = self.controller or self.coming  # what that names is not loaded, and the gateway says so in the event
         return c.assign(unit) if c else self.gateway.main
 
     def observe(self, event: Mapping[str, Any]) -> None:
         "Hand what happened to the controller, if it concerns the rollout."
-        c = self.controller
+        c = self.controller or (self.coming if event.get("unloaded") else None)
         if c and c.state and (event["kind"] != "request" or event["variant"] in c.state.releases):
             c.observe(event)
 
@@ -136,7 +137,7 @@ def look(self: Live) -> None:
 
 def _take(self: Live, id: str, state: RolloutState) -> None:
     "Load what a rollout names, and route by it; what cannot be loaded ends it."
-    controller = Controller(self.store, id, self.registry, self.clock)
+    controller = self.coming = Controller(self.store, id, self.registry, self.clock)
     have = {b.release: b for b in self.gateway.variants.values()}
     fresh: dict[str, Backend] = {}
     try:
@@ -145,7 +146,7 @@ def _take(self: Live, id: str, state: RolloutState) -> None:
                 fresh[release] = self.open(release)
                 self._run(fresh[release].check())
     except Exception as e:  # whatever it is, the candidate cannot be served
-        self._refused, self.trouble = id, f"{type(e).__name__}: {e}"
+        self._refused, self.trouble, self.coming = id, f"{type(e).__name__}: {e}", None
         log.error("rollout %s: a release cannot be served: %s", id, self.trouble)
         controller.command("abort", "llmkit serve", f"a release cannot be served: {self.trouble}"[:300])
         self._close(*fresh.values())
@@ -156,7 +157,7 @@ def _take(self: Live, id: str, state: RolloutState) -> None:
     for variant, release in state.releases.items():
         bad = self.drill if variant != self.gateway.main else 0.0
         self.gateway.set_variant(variant, Drill(have[release], bad) if bad else have[release])
-    self.controller, self._ended = controller, None
+    self.controller, self.coming, self._ended = controller, None, None
     self._close(
         *(b for n, b in old.items() if n not in self.gateway.adapters and b not in self.gateway.variants.values())
     )

@@ -64,6 +64,7 @@ class View:
     policy: RolloutPolicy
     verdict: Verdict
     now: float  # seconds since the epoch
+    unloaded: int = 0  # requests of this stage whose variant was still being loaded
 
     def _rows(self) -> list[tuple[str, str]]:
         "Steps with their marks."
@@ -75,13 +76,18 @@ class View:
     def __str__(self) -> str:
         steps = [f"  {m} {text}" for m, text in self._rows()]
         names = [f"  {v}: {short(d)}" for v, d in self.state.releases.items()] if self.state else []
-        return "\n".join([status_line(self.state, self.now), *names, *steps, as_text(self.verdict)])
+        return "\n".join([status_line(self.state, self.now), *names, *steps, *self._away(), as_text(self.verdict)])
+
+    def _away(self) -> list[str]:
+        "What was answered in place of a variant that was not there yet."
+        told = "requests of this stage came while their variant was being loaded: the baseline answered, and neither is judged by them"
+        return [f"  {self.unloaded} {told}"] if self.unloaded else []
 
     def _repr_markdown_(self) -> str:
         steps = "\n".join(f"| {m} | {text} |" for m, text in self._rows())
-        return (
-            f"**{status_line(self.state, self.now)}**\n\n| | step |\n|---|---|\n{steps}\n\n{as_markdown(self.verdict)}"
-        )
+        away = "".join(f"{line.strip()}\n\n" for line in self._away())
+        head = f"**{status_line(self.state, self.now)}**\n\n| | step |\n|---|---|\n{steps}\n\n"
+        return head + away + as_markdown(self.verdict)
 
 
 def view(
@@ -89,7 +95,7 @@ def view(
     now: float,  # seconds since the epoch
 ) -> View:
     "How a rollout stands."
-    return View(fold.state, fold.policy, fold.verdict(now), now)
+    return View(fold.state, fold.policy, fold.verdict(now), now, fold.window.counts["unloaded"])
 
 # %% ../../nbs/09_rollout/11_view.ipynb #937bc335
 def timeline(

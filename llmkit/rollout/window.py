@@ -76,7 +76,7 @@ class Window:
             str, list
         ] = {}  # id → shadow's latency, error, agreement, exact, label_same: waits for its live request
         self.pairs: list[list] = []  # id, live latency, live error, and what the shadow said
-        self.counts = {"ok": 0, "failed": 0, "dropped": 0, "late": 0, "before": 0}
+        self.counts = {"ok": 0, "failed": 0, "dropped": 0, "late": 0, "before": 0, "unloaded": 0}
 
     def arm(self, variant: str) -> Arm:
         "The statistics of a variant, made when it is new."
@@ -107,7 +107,7 @@ _NEEDED = {
 }
 _NUMBERS = ("time", "latency", "ttft", "cost", "completion_tokens", "prompt_tokens", "rating", "agreement", "code")
 _YES_NO = ("fallback", "refused", "exact", "label_same", "success")
-_WORDS = ("variant", "release", "unit", "status", "result")
+_WORDS = ("variant", "release", "unit", "status", "result", "unloaded")
 
 
 def readable(e: Any) -> bool:
@@ -132,6 +132,9 @@ def _request(self: Window, e: Mapping[str, Any]) -> None:
     "Take in a finished request."
     if e["time"] - (e["latency"] or 0.0) < self.since:
         self.counts["before"] += 1
+        return
+    if e.get("unloaded"):
+        self.counts["unloaded"] += 1
         return
     a = self.arm(e["variant"])
     a.last, a.release = max(a.last, e["time"]), e["release"]
@@ -270,7 +273,7 @@ def read_window(
     "A window from its JSON value."
     w = Window(policy)
     for k in _PLAIN:
-        setattr(w, k, body[k])
+        setattr(w, k, body[k] if k != "counts" else w.counts | body[k])  # an older snapshot lacks some
     w.units = {int(u): v for u, v in body["units"]}
     w.open = deque(tuple(x) for x in body["open"])
     for v, said in body["arms"].items():

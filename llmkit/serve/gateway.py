@@ -168,6 +168,7 @@ class Exchange:
         self.gateway, self.key, self.operation = gateway, key, operation
         self.start, self.time = gateway.timer(), gateway.clock()
         self.variant, self.release, self.unit, self.fallback = gateway.main, "", "", False
+        self.unloaded = ""  # the variant whose turn it was, while it is not here yet
         self.call: Call | None = None
         self.reply: Reply | None = None
         self.work: Work | None = None
@@ -203,6 +204,7 @@ class Exchange:
         self.event |= {"id": self.reply.id if self.reply else "", "variant": self.variant, "release": self.release}
         self.event |= {"unit": self.unit, "key": self.key.prefix, "latency": g.timer() - self.start, "ttft": self.ttft}
         self.event |= {"prompt_tokens": used[0], "completion_tokens": used[1], "fallback": self.fallback, "cost": cost}
+        self.event |= {"unloaded": self.unloaded} if self.unloaded else {}
         finishes = list(self.reply.finish.values()) if self.reply else []
         text = next(iter(self.reply.texts.values()), "") if self.reply else ""
         self.event |= {"finish": finishes[0] if finishes else None, "refused": ran and bool(g.refusal(text))}
@@ -281,6 +283,8 @@ async def _enter(self: Gateway, x: Exchange, call: Call, session: str | None) ->
     x.unit = unit_of(x.key.account.name, kind, value)
     chosen = call.model if call.model in self.adapters else self.routed("assign", x.unit)
     x.variant, policy = chosen or self.main, x.key.account.guards
+    if x.variant not in self.variants:
+        x.unloaded, x.variant = x.variant, self.main
     refuse_logprobs(call, policy, self.canaries)
     tokenizer = self.baseline.tokenizer
     decode = (lambda ids: tokenizer.decode(ids, False)) if tokenizer is not None else None

@@ -46,6 +46,7 @@ class Metrics:
         self.queued = hist("llmkit_queue_wait_seconds", "From a request to its slot in the batch.", kinds, FIRST)
         self.requests = count("llmkit_requests_total", "Requests by how they ended.", (*kinds, "status"))
         self.fallback = count("llmkit_fallback_total", "Requests that another variant answered.", kinds)
+        self.unloaded = count("llmkit_unloaded_total", "Requests whose variant was still being loaded.", kinds)
         self.rejected = count("llmkit_ratelimit_rejections_total", "Requests over a limit.", ("kind",))
         self.guard = count("llmkit_guard_findings_total", "What guards found.", ("guard", "entity", "action"))
         self.router_errors = count("llmkit_router_errors_total", "Failures of the router, by method.", ("method",))
@@ -91,6 +92,8 @@ def count(
         self.queued.labels(*kinds).observe(queued)
     if event["fallback"]:
         self.fallback.labels(*kinds).inc()
+    if event.get("unloaded"):
+        self.unloaded.labels(model, event["unloaded"]).inc()
     if event.get("claim") is not None:
         self.claims.labels(*kinds, "unsupported" if event["claim"] else "supported").inc()
     if event["cost"]:

@@ -16,6 +16,7 @@ import pytest
 from rollout_road import CANARY, SECTION, Recorder
 from serve_server import PATIENCE, serving, until
 
+from llmkit.rollout.commands import rollout_status
 from llmkit.rollout.controller import Controller
 from llmkit.rollout.live import Live, newest
 from llmkit.rollout.store import Store
@@ -208,6 +209,53 @@ def test_another_server_goes_on_where_the_first_one_was(town):
         until(lambda: live.gateway.baseline.release == "sha256:a", "the way back without a rollout in hand")
 
 
+def test_who_came_while_the_candidate_was_being_loaded_is_counted_and_harms_nobody(town, capsys):
+    "A server is killed in a rollout; the next one is asked while it still loads the canary."
+    start = """
+import threading
+from test_live import ENGINES, Slow
+gate = threading.Event()
+def late():
+    while not Path(sys.argv[1], "go").exists():
+        gate.wait(0.02)
+    return Slow()
+ENGINES["sha256:good"] = late
+"""
+    rails = [{"metric": "fallback_rate", "margin": 0.05, "hard_stop": {"max": 0.1, "min_n": 5}}]
+    a, good = fingerprint("sha256:a"), fingerprint("sha256:good")
+    town.begin("r1", "sha256:good", QUICK | {"steps": [{"setWeight": 50}, {"analysis": ENDLESS}], "canary": rails})
+    with killed_at_the_end(town.folder) as url:
+        until(lambda: set(ask_all(url)) == {a, good}, "the canary")
+        before = ask_all(url)
+        until(lambda: town.store.load("r1").window.arms.get("canary"), "its numbers in the log")
+    events = Events(town.folder / "events.db")
+    last = max(seq for seq, _ in events.since())
+    with killed_at_the_end(town.folder, start) as url:
+        away = lambda since=last: [e for _, e in events.since(since) if e.get("unloaded")]  # noqa: E731
+        until(lambda: set(ask_all(url)) == {a} and away(), "questions of the canary's users")
+        assert {(e["variant"], e["fallback"], e["unloaded"]) for e in away()} == {("baseline", False, "canary")}
+        line = 'llmkit_unloaded_total{model="bank-support",variant="canary"} '
+        until(lambda: f"{line}{len(away())}.0" in httpx.get(f"{url}/metrics").text, "the same number in the metrics")
+        (town.folder / "go").touch()
+        until(lambda: ask_all(url) == before, "everybody where they were")
+        counted = lambda: town.store.load("r1").window.counts["unloaded"]  # noqa: E731
+        until(
+            lambda: counted() == len(away(0)) >= before.count(good),
+            "the count in the log, with that of the first start",
+        )
+        until(lambda: town.store.load("r1").window.arms["canary"].n > 10, "answers of the canary")
+    fold = town.store.load("r1")
+    arm = fold.window.arms["canary"]
+    assert arm.rates["fallback_rate"] == [0, arm.n] and fold.state.phase == "Progressing"
+    (town.folder / "settings.ini").write_text(
+        f"[DEFAULT]\ntracking_uri = sqlite:///none.db\nrollouts = {town.folder}/rollouts.db\n"
+    )
+    assert rollout_status(settings=str(town.folder / "settings.ini")) == 0
+    assert (
+        f"  {len(away(0))} requests of this stage came while their variant was being loaded" in capsys.readouterr().out
+    )
+
+
 def test_a_release_that_cannot_be_loaded_is_aborted(town):
     town.begin("r1", "sha256:lost")
     with town.server() as (url, live), town.customers(url, 1):
@@ -314,6 +362,7 @@ sys.path[:0] = sys.argv[2:]
 from test_live import Events, Gateway, Live, Store, Town
 from llmkit.serve.server import run
 town = Town(Path(sys.argv[1]))
+# more
 now = town.registry.read()["aliases"]["champion"]
 gateway = Gateway("bank-support", {"baseline": town.open(now)}, events=Events(town.folder / "events.db"))
 live = Live(gateway, Store(town.folder / "rollouts.db"), town.registry, town.open, every=0.05)
@@ -322,10 +371,10 @@ sys.exit(run(gateway, port=0, beside=live.beside(), started=lambda line: print(l
 
 
 @contextmanager
-def killed_at_the_end(folder):
-    "The address of a server in a process of its own, which is killed with -9."
+def killed_at_the_end(folder, more=""):
+    "The address of a server in a process of its own, with some more code at its start, which is killed with -9."
     here = Path(__file__).parent
-    args = [sys.executable, "-c", SERVER, folder, here, here.parent / "serve"]
+    args = [sys.executable, "-c", SERVER.replace("# more\n", more), folder, here, here.parent / "serve"]
     p = subprocess.Popen(list(map(str, args)), stdout=subprocess.PIPE, text=True, cwd=here.parents[1])
     try:
         url = p.stdout.readline().split(" on ")[1].strip().removesuffix("/v1")
