@@ -47,7 +47,7 @@ COMMANDS = {
     "ledger verify": "llmkit.release.ledger:verify_ledger",
     "harness": "llmkit.evals.harness:harness_run",
     "tradeoff": "llmkit.evals.tradeoff:tradeoff",
-    "load": "llmkit.serve.load:load_run",
+    "load": "llmkit.evals.load:load_run",
     "serve": "llmkit.rollout.live:serve",
     "rollout start": "llmkit.rollout.commands:rollout_start",
     "rollout status": "llmkit.rollout.commands:rollout_status",

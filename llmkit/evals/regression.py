@@ -22,12 +22,11 @@ from ..core.errors import KitError
 from ..core.files import read_jsonl, write_jsonl
 from ..core.params import ParamsError, check_section
 from ..core.report import Measurement, Report
-from .suite import Item, Suite, predicted_label
 from .prevalence import exact_rate
+from .suite import Item, Suite, predicted_label
 from .task import ask, mean_score
 from ..gate.paired import discordant, paired_rates, paired_scores
-from ..runtime.chain import each_logits
-from ..runtime.engine import EngineBase
+from ..runtime.engine import EngineBase, each_logits
 from ..runtime.sampling import log_softmax
 
 # %% ../../nbs/06_evals/10_regression.ipynb #c69b194d

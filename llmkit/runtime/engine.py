@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['GREEDY', 'ENGINES', 'EngineInfo', 'Token', 'Completion', 'Batch', 'Engine', 'Request', 'EngineBase', 'check_ids',
-           'run_all', 'per_prompt', 'generate', 'stream', 'score', 'groups_by_length', 'is_address', 'load_engine']
+           'run_all', 'per_prompt', 'generate', 'stream', 'score', 'groups_by_length', 'each_logits', 'is_address',
+           'load_engine']
 
 # %% ../../nbs/05_runtime/03_engine.ipynb #ec06e2fc
 from collections import deque
@@ -288,6 +289,16 @@ def groups_by_length(
         group.append(i)
     if group:
         yield group
+
+
+def each_logits(
+    engine: EngineBase,
+    rows: Sequence[Sequence[int]],  # token ids
+) -> Iterator[tuple[int, np.ndarray]]:  # a row's number, and its logits at every position, (length, vocabulary)
+    "The logits of each row, in one pass over groups of rows of like length."
+    most = max(1, engine.score_floats // engine.info.vocab_size)
+    for group in groups_by_length([len(r) for r in rows], engine.slots, most):
+        yield from zip(group, engine.forward([list(rows[i]) for i in group]), strict=True)
 
 
 EngineBase.generate, EngineBase.stream, EngineBase.score = generate, stream, score
