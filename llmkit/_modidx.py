@@ -1089,6 +1089,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'llmkit.gate.judge.find': ('02_gate/judge.html#find', 'llmkit/gate/judge.py'),
                                    'llmkit.gate.judge.judge': ('02_gate/judge.html#judge', 'llmkit/gate/judge.py'),
                                    'llmkit.gate.judge.judge_rule': ('02_gate/judge.html#judge_rule', 'llmkit/gate/judge.py'),
+                                   'llmkit.gate.judge.least_values': ('02_gate/judge.html#least_values', 'llmkit/gate/judge.py'),
                                    'llmkit.gate.judge.paired_values': ('02_gate/judge.html#paired_values', 'llmkit/gate/judge.py'),
                                    'llmkit.gate.judge.ratio_needed': ('02_gate/judge.html#ratio_needed', 'llmkit/gate/judge.py'),
                                    'llmkit.gate.judge.successes': ('02_gate/judge.html#successes', 'llmkit/gate/judge.py')},

@@ -17,7 +17,7 @@ from ..core.errors import KitError
 from ..core.files import atomic_folder
 from ..core.params import ParamsError, load_params
 from ..core.report import Report, read_report
-from .judge import compare, judge, ratio_needed
+from .judge import compare, judge, least_values, ratio_needed
 from .paired import Difference
 from .plan import about, interval_needed, pairs_needed, power_each, rate_needed, scores_needed
 from .policy import PAIRED, Policy, Rule, read_policy
@@ -151,7 +151,10 @@ def _spread_needed(r: Rule, lead: float, power: float, reports: Mapping[str, Rep
     "Items at which an interval as wide as the measured one would leave a lead."
     m = reports[r.on].get(r.metric, r.slice) if r.on in reports else None
     end = None if m is None else m.low if r.test == "min" else m.high
-    return None if end is None else interval_needed(abs(m.value - end), m.n, lead, m.level, power)
+    if end is None:
+        return least_values(m) if m and least_values(m) > m.n else None
+    need = interval_needed(abs(m.value - end), m.n, lead, m.level, power)
+    return need and max(need, least_values(m))
 
 
 def gate_plan(
