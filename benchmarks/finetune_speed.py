@@ -212,7 +212,10 @@ def main():
     ]
     examples, _ = encode_rows(tok, chats, 256, 0.0)
     trainers = {} if a.fp32 else {"trl SFTTrainer, defaults": sft(tmp, examples, tmp)}
-    trainers |= {"trl SFTTrainer, fp32": sft(tmp, examples, tmp, bf16=False), "bare loop, fp32": bare(tmp, examples, tok)}
+    trainers |= {
+        "trl SFTTrainer, fp32": sft(tmp, examples, tmp, bf16=False),
+        "bare loop, fp32": bare(tmp, examples, tok),
+    }
     others = list(trainers)
     kinds = ("fp32",) if a.fp32 else ("fp32", "bf16")
     trainers |= {f"llmkit, {k}": kit(tmp, examples, tok, k, a.threads) for k in kinds}
