@@ -111,10 +111,8 @@ def evaluate_cached(
     "`evaluate`, unless this engine has answered this suite before."
     if not engine.info.digest:
         return evaluate(engine, suite, subject, seed)
-    asked = [suite.digest, *([c] if any(c := [i.cluster for i in suite.items]) else [])]
-    kept = Path(cache) / short(
-        digest_json([engine.info.digest, engine.info.device, *asked, seed, evaluation_digest()]), 24
-    )
+    asked = [suite.digest, [i.cluster for i in suite.items], seed]
+    kept = Path(cache) / short(digest_json([engine.info.digest, engine.info.device, *asked, evaluation_digest()]), 24)
     if not (kept / "report.json").is_file():
         with atomic_folder(kept) as tmp:
             write_report(evaluate(engine, suite, "cached", seed), tmp)

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..core.errors import KitError
 from ..core.plugins import need
+from ..runtime.endpoint import error_words
 from .backend import Work
 from .call import Call
 from .reply import Piece, TokenLogprob, Usage
@@ -75,7 +76,7 @@ def upstream_error(
     said = body.get("error", body) if isinstance(body, dict) else {}
     said = said if isinstance(said, dict) else {}
     if status in (400, 404, 413, 422):
-        text = str(said.get("message") or "The upstream server refused the request")[:300]
+        text = error_words(body) or "The upstream server refused the request"
         return ApiError(400, text, param=_text(said.get("param")), code=_text(said.get("code")) or "upstream_refused")
     if status in (429, 503):
         after = float(retry_after) if (retry_after or "").isdigit() else 1.0

@@ -50,6 +50,32 @@ def test_passages_are_asked_as_grounding_with_its_options(folder):
     assert "pairs of 2 samples" in report.get("self_consistency").method
 
 
+def test_in_a_project_the_task_is_asked_as_its_stage_asks(folder):
+    chat = [{"role": "user", "content": "Say tea."}, {"role": "assistant", "content": "tea: done"}]
+    (folder / "test.jsonl").write_text("".join(json.dumps({"id": f"a{i}", "messages": chat}) + "\n" for i in range(9)))
+    asked = {"engine": ".", "kind": "dummy", "dataset": ".", "beside": "none", "out": "report"}
+    assert eval_run("task", **asked) == 0
+    assert (read_report("report").suite, read_report("report").subject) == ("task@1", "engine")
+    stage = (
+        "suite: bank\n  version: 3\n  limit: 5\n  scorers: [exact]\n  suites: {swaps: {items: 2}, task: {items: 4}}\n"
+    )
+    (folder / "params.yaml").write_text(f"seed: 7\nevaluate:\n  {stage}")
+    assert eval_run("task", **asked) == 0
+    report = read_report("report")
+    assert report.suite == "bank@3" and report.get("exact_match").n == 4
+    assert "accuracy" not in {m.metric for m in report.measurements}
+    assert eval_run("task", set="{items: null}", **asked) == 0
+    assert read_report("report").get("exact_match").n == 5
+    (folder / "params.yaml").write_text("evaluate: {version: two}\n")
+    with pytest.raises(ParamsError, match="params.yaml: evaluate.version"):
+        eval_run("task", **asked)
+
+
+def test_golden_prompts_are_asked_for_by_name(folder):
+    with pytest.raises(ParamsError, match=r"golden.folder: missing option.*--set '\{folder: ...\}'"):
+        eval_run("golden", engine=".", kind="dummy")
+
+
 def test_questions_are_still_questions(folder):
     chat = [{"role": "user", "content": "Say tea."}, {"role": "assistant", "content": "tea: done"}]
     (folder / "r.jsonl").write_text(json.dumps({"id": "a", "messages": chat}) + "\n")
