@@ -159,7 +159,10 @@ def load_suite(
 ) -> Suite:
     "Read a suite; raises `ParamsError` on an unknown, missing or mistyped key, and `KitError` on a record that cannot be asked."
     path = Path(path)
-    given = check_section(load_params(path), _FILE, file=path)
+    given = load_params(path)
+    scored = [s for s in SCORERS if s != "refusal" or "refusal" in given]
+    usual = {"limit": None, "scorers": scored, "max_tokens": Suite.max_tokens, "stop": [], "refusal": Suite.refusal}
+    given = check_section({**usual, **given}, _FILE, file=path)
     check_ranges(given, {"name": "text", "version": "[1, inf)", "limit": "[1, inf)", "max_tokens": "[1, inf)"}, file=path)  # fmt: skip
     source = path.parent / given.pop("records")
     if not source.is_file():
