@@ -34,7 +34,7 @@ COMMANDS = {
     "gate selftest": "llmkit.evals.selftest:gate_selftest",
     "baseline set": "llmkit.gate.run:baseline_set",
     "eval": "llmkit.evals.battery:eval_run",
-    "canaries plant": "llmkit.evals.memorization:canaries_plant",
+    "canaries plant": "llmkit.data.canaries:canaries_plant",
     "data diff": "llmkit.data.diff:data_diff",
     "tokenizer lint": "llmkit.model.lint:lint_command",
     "lineage": "llmkit.release.lineage:show_lineage",

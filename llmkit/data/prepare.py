@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['TooLong', 'TWICE', 'Rules', 'Reader', 'read_by', 'check', 'fill_table', 'thin', 'check_quarantine', 'of_split',
-           'quarantined', 'duplicates', 'write_lines', 'write', 'inputs', 'prepare', 'used']
+           'quarantined', 'duplicates', 'write_lines', 'write', 'inputs', 'add_canaries', 'prepare', 'used']
 
 # %% ../../nbs/03_data/10_prepare.ipynb #cb99f0f3
 import json
+import shutil
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..core.artifact import Artifact, build, open_artifact
 from ..core.digests import digest_file, digest_files
 from ..core.errors import KitError
 from ..core.files import write_json, write_jsonl
+from .canaries import CANARIES, plant, read_canaries
 from .duplicates import drop_repeated, drop_similar
 from .privacy import Policy, masked, treat
 from .profile import Encode, measure, profile
@@ -199,6 +201,29 @@ def inputs(path: str | None) -> dict[str, str]:
     return {n: d for n, d in digest_files(path).items() if not hidden(n)}
 
 # %% ../../nbs/03_data/10_prepare.ipynb #bf8a1ee0
+def add_canaries(
+    file: str | Path,  # canaries.jsonl
+    table: Table,
+    folder: Path,  # of the dataset, with train.jsonl in it
+    reader: Reader,
+) -> int:
+    "Plant the canaries of a file, keep the file, and return how many records that makes; raises `KitError` on one that the base cannot read or whose id a row has."
+    records = plant(read_canaries(file))
+    for r in records:
+        if table.one("SELECT count(*) FROM rows WHERE state = 'kept' AND id = ?", r["id"]):
+            raise KitError("a row of the source has this id too", file=file, key="id", value=r["id"])
+        try:
+            n = read_by(reader, r["messages"]).get("tokens", 0)
+        except RowError as e:
+            raise KitError(str(e), file=file, key=r["id"]) from e
+        if n > (reader.context_length or n):
+            raise KitError("is longer than the context", file=file, key=r["id"], value=n)
+    with open(folder / "train.jsonl", "a", encoding="utf-8") as f:
+        f.writelines(json.dumps({**r, "split": "train"}, sort_keys=True, ensure_ascii=False) + "\n" for r in records)
+    shutil.copyfile(file, folder / CANARIES)
+    return len(records)
+
+# %% ../../nbs/03_data/10_prepare.ipynb #512c93fa
 def prepare(
     source: Source,
     out: str | Path,  # the dataset's folder
@@ -206,6 +231,7 @@ def prepare(
     reader: Reader = Reader(),  # how the base reads a conversation  # noqa: B008
     parents: Mapping[str, Artifact | str] | None = None,  # {"base": …}, whose tokenizer counted the tokens
     recipe: Mapping[str, Any] | None = None,  # the parameters that make it; digests of the input files are added
+    canaries: str | Path | None = None,  # canaries.jsonl, for the training split
 ) -> Artifact:
     "Make a dataset artifact; raises `KitError` on an unreadable source, too many bad rows or a failed expectation."
     out, left = Path(out), Path(out).parent / "quarantine.jsonl"
@@ -213,15 +239,19 @@ def prepare(
     with open_table(out.parent) as (table, tmp):
         n = fill_table(table, source, rules, reader)
         recipe = {**(recipe or {}), "inputs": inputs(source.path)}
+        recipe |= {"canaries": digest_file(canaries)} if canaries else {}
         try:
             thin(table, tmp, rules)
             check_quarantine(table, n, rules.max_quarantine_share)
             assign(table, rules.shares, rules.seed)
             with build(out, "dataset", parents, recipe, meta) as folder:
                 write(table, folder, n)
+                planted = add_canaries(canaries, table, folder, reader) if canaries else 0
                 validate(table, tmp / "rows.sqlite", folder, used(table, rules), reader.context_length)
-                write_json(folder / "profile.json", about := profile(table, reader.context_length))
-                meta |= {"rows": about["rows"], "splits": about["splits"]}
+                about = profile(table, reader.context_length)
+                about |= {"planted": planted} if canaries else {}
+                write_json(folder / "profile.json", about)
+                meta |= {k: about[k] for k in ("rows", "splits", "planted") if k in about}
         except KitError:
             write_jsonl(left, quarantined(table))
             raise

@@ -123,6 +123,8 @@ def summary(p: dict) -> str:
         f"**{r['in']} rows in = {r['out']} out + {r['quarantined']} quarantined + {r['duplicates']} duplicates**", "",
         "| split | rows |", "|---|--:|", *(f"| {s} | {n} |" for s, n in p["splits"].items()), "",
     ]  # fmt: skip
+    if p.get("planted"):
+        lines += [f"- beside these, {p['planted']} planted canaries in train"]
     for name in ("duplicates", "quarantine", "found"):
         if p[name]:
             lines += [f"- {name}: " + ", ".join(f"{k} {n}" for k, n in p[name].items())]

@@ -15,8 +15,8 @@ from urllib.parse import quote
 
 from ..core.digests import digest_json, short
 from ..core.params import ParamsError, check_section, did_you_mean, load_params
+from ..core.ranges import check_ranges
 from .detect import DATA, DETECTORS
-from .ranges import check_ranges
 from .suite import Item, Suite
 
 # %% ../../nbs/06_evals/22_attacks.ipynb #91f45f09

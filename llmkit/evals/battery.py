@@ -21,7 +21,9 @@ from ..core.errors import KitError
 from ..core.files import atomic_folder, read_jsonl
 from ..core.params import ParamsError, conform, did_you_mean, load_params
 from ..core.plugins import Registry
+from ..core.ranges import check_ranges
 from ..core.report import Measurement, Report, read_report, write_report
+from ..data.canaries import CANARIES, Canary, read_canaries
 from .adapters import read_attacks, read_bipia, read_garak, read_xstest
 from .attacks import FAMILIES, kit_attacks
 from .bias import read_bbq, read_crows_pairs, run_bbq, run_crows_pairs
@@ -33,8 +35,7 @@ from .grid import grid_lines, grid_report
 from .grounding import load_grounding, run_grounding
 from .load import SPANS as load_spans
 from .load import Objective, load_engine_report, load_server_report
-from .memorization import read_canaries, run_memorization
-from .ranges import check_ranges
+from .memorization import run_memorization
 from .regression import regression as compare
 from .regression import since_release
 from .safety import safety_report
@@ -67,11 +68,16 @@ class Surroundings:
             raise KitError("this suite reads the dataset", key="dataset", remedy="Name a dataset folder")
         return list(read_jsonl(Path(self.dataset) / f"{name}.jsonl"))
 
+    def planted(self) -> list[Canary]:
+        "The canaries of the dataset."
+        file = Path(self.dataset) / CANARIES if self.dataset else None
+        return read_canaries(file) if file and file.is_file() else []
+
     def digest(self) -> str:
         "What reports that are kept depend on."
         made = Path(self.beside) / MANIFEST if self.beside else None
         beside = (digest_file(made) if made.is_file() else digest_files(self.beside)) if made else ""
-        rows = [Path(self.dataset) / f"{s}.jsonl" for s in ("train", "test")] if self.dataset else []
+        rows = [Path(self.dataset) / f for f in ("train.jsonl", "test.jsonl", CANARIES)] if self.dataset else []
         asked = self.questions.digest if self.questions else ""
         return digest_json([asked, beside, [digest_file(f) for f in rows if f.is_file()], self.slots, self.seed])
 
@@ -161,13 +167,14 @@ def memorization(
     around: Surroundings,
     *,
     records: int = 100,  # of either split; 0 for none
-    canaries: str | None = None,  # file of canaries that were planted before training: `llmkit canaries plant`
+    canaries: str
+    | None = None,  # file of canaries that were planted before training; null for those of the dataset, if it has any
     method: Literal[
         "rank", "skew-normal"
     ] = "rank",  # of exposure; skew-normal sees beyond a thousand secrets, by a fit
 ) -> Report:
     "Canaries that the engine gives away, and training records that it continues word by word, beside those it never saw."
-    planted = read_canaries(canaries) if canaries else ()
+    planted = read_canaries(canaries) if canaries else around.planted()
     train, held_out = (around.split(s)[:records] if records else [] for s in ("train", "test"))
     found = run_memorization(engine, planted, train, held_out, method=method, seed=around.seed)
     if not found[0]:

@@ -13,8 +13,8 @@ from typing import Any
 
 from ..core.errors import KitError
 from ..core.params import check_section, conform, did_you_mean, load_params
+from ..core.ranges import check_ranges
 from ..core.report import Measurement, Report
-from .ranges import check_ranges
 
 # %% ../../nbs/06_evals/05_cost.ipynb #ae4fe813
 @dataclass(frozen=True)

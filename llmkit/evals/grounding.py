@@ -15,11 +15,11 @@ import numpy as np
 
 from ..core.errors import KitError
 from ..core.params import ParamsError, check_section, load_params
+from ..core.ranges import check_ranges
 from ..core.report import Measurement
 from .claims import ABSTAINED, HALLUCINATED, UNSUPPORTED, abstained, unsupported
 from .detect import DATA, Detector, detector_measurements
 from .prevalence import corrected_rate, exact_rate
-from .ranges import check_ranges
 from .safety import converse
 from .suite import Item, Suite
 from ..gate.intervals import bootstrap

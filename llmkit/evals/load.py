@@ -23,8 +23,8 @@ import numpy as np
 
 from ..core.errors import KitError
 from ..core.plugins import need
+from ..core.ranges import check_ranges
 from ..core.report import Measurement, Report, write_report
-from .ranges import check_ranges
 from .speed import quantiles
 from .task import rate
 from ..runtime.endpoint import error_words

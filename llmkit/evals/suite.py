@@ -17,7 +17,7 @@ from ..core.digests import digest_json, short
 from ..core.errors import KitError
 from ..core.files import read_jsonl
 from ..core.params import ParamsError, check_section, did_you_mean, load_params
-from .ranges import check_ranges
+from ..core.ranges import check_ranges
 
 # %% ../../nbs/06_evals/01_suite.ipynb #9d7faefd
 @dataclass(frozen=True)

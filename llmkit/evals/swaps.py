@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 from ..core.errors import KitError
 from ..core.params import ParamsError, check_section, load_params
+from ..core.ranges import check_ranges
 from ..core.report import Measurement
 from .detect import DATA
 from .prevalence import exact_rate
-from .ranges import check_ranges
 from .suite import Item, Suite, predicted_label
 from .task import ask
 from ..gate.paired import discordant, holm, mcnemar, paired_rates

@@ -15,13 +15,14 @@ from ..model.tokenizer import Tokenizer
 # %% ../../nbs/pipeline/02_prepare.ipynb #afefbf2f
 NEEDS = {"base": "artifacts/base/base"}
 MAKES = {"dataset": "artifacts/prepare/dataset"}
-DATA = {"prepare.path": "prepare.source != bank"}
+DATA = {"prepare.path": "prepare.source != bank", "prepare.canaries": "named"}
 
 # %% ../../nbs/pipeline/02_prepare.ipynb #f1c39a6c
 def run(
     *, source: str, path: str, encoding: str, columns: dict[str, str], templates: dict[str, str],
     splits: dict[str, str | None], fields: dict[str, str], n: int, shares: dict[str, float],
-    near_duplicates: float | None, pii: str, secrets: str, too_long: str, max_quarantine_share: float, seed: int,
+    near_duplicates: float | None, pii: str, secrets: str, too_long: str, max_quarantine_share: float,
+    canaries: str | None, seed: int,
 ) -> Artifact:  # fmt: skip
     "Make the dataset artifact; raises `KitError`."
     base = open_artifact(NEEDS["base"], "base")
@@ -36,4 +37,4 @@ def run(
         "source": source, "encoding": encoding, "columns": columns, "templates": templates, "splits": splits, "fields": fields,
         "n": n, "shares": shares, "near_duplicates": near_duplicates, "pii": pii, "secrets": secrets, "too_long": too_long, "seed": seed,
     }  # fmt: skip
-    return prepare(rows, MAKES["dataset"], rules, reader, {"base": base}, recipe)
+    return prepare(rows, MAKES["dataset"], rules, reader, {"base": base}, recipe, canaries)

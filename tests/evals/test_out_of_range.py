@@ -5,6 +5,7 @@ import yaml
 
 from llmkit.core.errors import KitError
 from llmkit.core.files import write_jsonl, write_text
+from llmkit.data.canaries import canaries_plant, read_canaries
 from llmkit.evals.attacks import kit_attacks
 from llmkit.evals.battery import suite_options
 from llmkit.evals.bias import read_bbq, read_crows_pairs
@@ -12,7 +13,6 @@ from llmkit.evals.cost import load_price
 from llmkit.evals.detect import DATA
 from llmkit.evals.grounding import load_grounding
 from llmkit.evals.load import load_run
-from llmkit.evals.memorization import canaries_plant, read_canaries
 from llmkit.evals.safety import run_safety
 from llmkit.evals.suite import load_suite
 from llmkit.evals.swaps import load_axes

@@ -16,11 +16,12 @@ from statsmodels.stats.proportion import proportion_confint
 
 from llmkit.core.errors import KitError
 from llmkit.core.report import Report, read_report, write_report
+from llmkit.data.canaries import make_canaries, plant
 from llmkit.evals.adapters import read_attacks, read_bipia, read_garak, read_xstest
 from llmkit.evals.attacks import FAMILIES, kit_attacks, load_attacks
 from llmkit.evals.damage import DAMAGES, catch_all
 from llmkit.evals.detect import DATA, DETECTORS, Detector, followed, leaked, load_labelled
-from llmkit.evals.memorization import canary_table, exposure, make_canaries, plant, run_memorization
+from llmkit.evals.memorization import canary_table, exposure, run_memorization
 from llmkit.evals.prevalence import Quality, exact_rate, melded, rogan_gladen
 from llmkit.evals.safety import run_safety, safety_report
 from llmkit.gate.judge import judge
