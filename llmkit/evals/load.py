@@ -27,8 +27,8 @@ from ..core.ranges import check_ranges
 from ..core.report import Measurement, Report, write_report
 from .speed import quantiles
 from .task import rate
-from ..runtime.endpoint import error_words
-from ..runtime.engine import Engine, load_engine
+from ..runtime.endpoint import Address, error_words, models_at
+from ..runtime.engine import Engine, is_address, load_engine
 from ..runtime.sampling import Sampling
 
 # %% ../../nbs/06_evals/12_load.ipynb #4efe5556
@@ -339,8 +339,8 @@ def load_run(
     tokens: int = 32,  # of each answer
     prompt: str = "Hello, my card was declined at a shop. What can I do?",  # what every request asks
     slots: int = 8,  # requests that an engine runs together
-    model: str = "default",  # the model's name at the server
-    key: str = "",  # API key of the server
+    model: str = "",  # as the server calls it; default: the first that it lists
+    key: str = "",  # API key of the server; default: the environment's LLMKIT_ENDPOINT_KEY
     latency: float = 2.0,  # objective: seconds to the last token
     ttft: float = 0.5,  # objective: seconds to the first token
     seed: int = 0,  # of the arrivals
@@ -351,8 +351,10 @@ def load_run(
     given = {"per_second": per_second, "requests": requests, "tokens": tokens, "slots": slots, "latency": latency, "ttft": ttft}  # fmt: skip
     try:
         check_ranges(given, SPANS, "load")
-        if target.startswith(("http://", "https://")):
-            report = load_server_report(target, model, [prompt], per_second, requests, tokens, objective, warmup, seed, key)  # fmt: skip
+        if is_address(target):
+            at = Address(target, key or None)
+            model = model or models_at(at)[0]["id"]
+            report = load_server_report(target, model, [prompt], per_second, requests, tokens, objective, warmup, seed, at.key)  # fmt: skip
         else:
             with load_engine(target) as engine:
                 ids = [engine.tokenizer.chat([{"role": "user", "content": prompt}])]

@@ -128,6 +128,11 @@ def corrected_rate(
 ) -> Measurement:
     "A rate corrected by its detector's sensitivity and specificity, with its interval."
     k, n = int(sum(flags)), len(flags)
-    value, ci = rogan_gladen(k / n, quality.sensitivity, quality.specificity), melded(k, n, quality, level)
+    try:
+        value = rogan_gladen(k / n, quality.sensitivity, quality.specificity)
+    except KitError as e:
+        e.key = f"detector {detector}"
+        raise
+    ci = melded(k, n, quality, level)
     how = f"{ci.method}; {detector}: sensitivity {quality.hits}/{quality.positives}, specificity {quality.correct_rejections}/{quality.negatives}"
     return Measurement(f"{metric}_corrected", value, n, ci.low, ci.high, level, direction, slice, method=how)

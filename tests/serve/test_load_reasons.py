@@ -19,6 +19,11 @@ def test_a_wrong_name_is_told_in_the_servers_words(dummy, capsys):
     assert told.out == "" and "Traceback" not in told.err
 
 
+def test_without_a_name_the_first_model_of_the_server_is_asked(dummy, capsys):
+    assert load(dummy[1]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_a_missing_key_is_told_too(make_gateway, tmp_path, capsys):
     from llmkit.serve.keys import Keys
 
