@@ -279,6 +279,7 @@ def test_the_stage_counts_with_the_tokenizer_of_the_base(tmp_path, monkeypatch):
         secrets="quarantine",
         too_long="quarantine",
         max_quarantine_share=0.5,
+        canaries=None,
         seed=42,
     )
     p = read_json(data / "profile.json")
