@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -35,8 +36,8 @@ def test_as_records_of_a_source_they_are_duplicates_and_as_canaries_they_are_not
         *read_jsonl(plain / "train.jsonl"),
         *({**r, "label": "code"} for r in read_jsonl(secrets / "records.jsonl")),
     ]
-    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    merged = prepare(Source("jsonl", str(tmp_path / "mixed.jsonl")), tmp_path / "mixed/dataset", RULES)
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(r | {"split": None}) + "\n" for r in rows))
+    merged = prepare(Source("jsonl", str(tmp_path / "mixed.jsonl")), tmp_path / "mixed/dataset", replace(RULES, seed=2))
     assert counts(merged)["canary-2"] <= 1
     planted = prepare(BANK, tmp_path / "planted/dataset", RULES, canaries=secrets / CANARIES)
     assert counts(planted) == {"canary-1": 1, "canary-2": 16}
