@@ -247,5 +247,7 @@ def test_the_command_against_a_server_and_against_nothing(tmp_path, capsys):
         assert load_run(url, per_second=100, requests=20, tokens=2, out=str(tmp_path / "r")) == 0
     assert "goodput" in capsys.readouterr().out
     assert read_report(tmp_path / "r").get("error_rate").value == 0
-    assert load_run("http://127.0.0.1:9/v1", per_second=100, requests=3, tokens=2) == 2
+    assert load_run("http://127.0.0.1:9/v1", per_second=100, requests=3, tokens=2, model="m") == 2
     assert "no request was answered" in capsys.readouterr().err
+    assert load_run("http://127.0.0.1:9/v1", per_second=100, requests=3, tokens=2) == 2
+    assert "http://127.0.0.1:9/v1/models: cannot be reached" in capsys.readouterr().err
