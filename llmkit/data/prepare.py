@@ -9,7 +9,7 @@ __all__ = ['TooLong', 'TWICE', 'Rules', 'Reader', 'read_by', 'check', 'fill_tabl
 # %% ../../nbs/03_data/10_prepare.ipynb #cb99f0f3
 import json
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -168,10 +168,14 @@ def duplicates(table: Table) -> Iterator[dict]:
         }
 
 
-def write_lines(path: Path, rows: Iterator[dict]) -> int:
+def write_lines(
+    path: Path,
+    rows: Iterable[dict],
+    mode: Literal["w", "a"] = "w",  # anew, or behind what is there
+) -> int:
     "Write rows whose values came out of JSON as JSON Lines, and return how many."
     n = 0
-    with open(path, "w", encoding="utf-8") as f:
+    with open(path, mode, encoding="utf-8") as f:
         for n, row in enumerate(rows, 1):  # noqa: B007
             f.write(json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n")
     return n
@@ -203,12 +207,12 @@ def inputs(path: str | None) -> dict[str, str]:
 # %% ../../nbs/03_data/10_prepare.ipynb #bf8a1ee0
 def add_canaries(
     file: str | Path,  # canaries.jsonl
+    records: Sequence[Mapping[str, Any]],  # that plant them
     table: Table,
     folder: Path,  # of the dataset, with train.jsonl in it
     reader: Reader,
-) -> int:
-    "Plant the canaries of a file, keep the file, and return how many records that makes; raises `KitError` on one that the base cannot read or whose id a row has."
-    records = plant(read_canaries(file))
+) -> None:
+    "Plant the canaries of a file, and keep the file; raises `KitError` on one that the base cannot read or whose id a row has."
     for r in records:
         if table.one("SELECT count(*) FROM rows WHERE state = 'kept' AND id = ?", r["id"]):
             raise KitError("a row of the source has this id too", file=file, key="id", value=r["id"])
@@ -218,12 +222,10 @@ def add_canaries(
             raise KitError(str(e), file=file, key=r["id"]) from e
         if n > (reader.context_length or n):
             raise KitError("is longer than the context", file=file, key=r["id"], value=n)
-    with open(folder / "train.jsonl", "a", encoding="utf-8") as f:
-        f.writelines(json.dumps({**r, "split": "train"}, sort_keys=True, ensure_ascii=False) + "\n" for r in records)
+    write_lines(folder / "train.jsonl", ({**r, "split": "train"} for r in records), "a")
     shutil.copyfile(file, folder / CANARIES)
-    return len(records)
 
-# %% ../../nbs/03_data/10_prepare.ipynb #512c93fa
+# %% ../../nbs/03_data/10_prepare.ipynb #512f8095
 def prepare(
     source: Source,
     out: str | Path,  # the dataset's folder
@@ -236,6 +238,7 @@ def prepare(
     "Make a dataset artifact; raises `KitError` on an unreadable source, too many bad rows or a failed expectation."
     out, left = Path(out), Path(out).parent / "quarantine.jsonl"
     meta: dict = {}
+    planted = plant(read_canaries(canaries)) if canaries else []
     with open_table(out.parent) as (table, tmp):
         n = fill_table(table, source, rules, reader)
         recipe = {**(recipe or {}), "inputs": inputs(source.path)}
@@ -246,10 +249,11 @@ def prepare(
             assign(table, rules.shares, rules.seed)
             with build(out, "dataset", parents, recipe, meta) as folder:
                 write(table, folder, n)
-                planted = add_canaries(canaries, table, folder, reader) if canaries else 0
+                if canaries:
+                    add_canaries(canaries, planted, table, folder, reader)
                 validate(table, tmp / "rows.sqlite", folder, used(table, rules), reader.context_length)
                 about = profile(table, reader.context_length)
-                about |= {"planted": planted} if canaries else {}
+                about |= {"planted": len(planted)} if canaries else {}
                 write_json(folder / "profile.json", about)
                 meta |= {k: about[k] for k in ("rows", "splits", "planted") if k in about}
         except KitError:

@@ -30,7 +30,7 @@ from ..core.report import Measurement, Report, read_report, write_report
 from .bpe import PlainTokenizer, plain_spec
 from .edge_run import prompt_ids
 from ..evals.speed import quantiles
-from ..evals.suite import Suite, make_suite
+from ..evals.suite import Suite, task_suite
 from ..evals.task import answer_table, rate, task_measurements
 from ..gate.judge import judge
 from ..gate.policy import Policy, read_policy
@@ -219,9 +219,7 @@ def open_parts(
     params: str,
 ) -> tuple[Artifact, Suite, Report]:
     "The bundle, the questions that it was evaluated with, and what it answered; raises `KitError` when they do not belong together."
-    art, asked = verify_bundle(bundle), load_params(params, "evaluate")
-    how = {"max_tokens": asked["max_tokens"], "scorers": tuple(asked["scorers"])}
-    suite = make_suite(asked["suite"], asked["version"], read_jsonl(records), asked["limit"], **how)
+    art, suite = verify_bundle(bundle), task_suite(load_params(params, "evaluate"), read_jsonl(records), params)
     report = read_report(art / "reports/evaluate/engine")
     if report.context.get("suite_digest") != suite.digest:
         fix = "Give the records and the params.yaml that the release was evaluated with"

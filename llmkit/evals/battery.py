@@ -39,7 +39,7 @@ from .memorization import run_memorization
 from .regression import regression as compare
 from .regression import since_release
 from .safety import safety_report
-from .suite import Suite, load_suite, make_suite
+from .suite import Suite, load_suite, task_suite
 from .swaps import load_axes, run_swaps
 from ..runtime.endpoint import EndpointEngine
 from ..runtime.engine import Engine, is_address
@@ -167,11 +167,8 @@ def memorization(
     around: Surroundings,
     *,
     records: int = 100,  # of either split; 0 for none
-    canaries: str
-    | None = None,  # file of canaries that were planted before training; null for those of the dataset, if it has any
-    method: Literal[
-        "rank", "skew-normal"
-    ] = "rank",  # of exposure; skew-normal sees beyond a thousand secrets, by a fit
+    canaries: str | None = None,  # file of those planted before training; null for the dataset's, if it has any
+    method: Literal["rank", "skew-normal"] = "rank",  # of exposure; a fit sees beyond a thousand secrets
 ) -> Report:
     "Canaries that the engine gives away, and training records that it continues word by word, beside those it never saw."
     planted = read_canaries(canaries) if canaries else around.planted()
@@ -482,18 +479,9 @@ def _stage(params: str) -> tuple[dict[str, Any], int]:
     )
 
 
-_ASKED = {"suite": str, "version": int, "limit": int | None, "max_tokens": int, "scorers": list[str]}  # of the stage
-
-
 def _around(dataset: str, beside: str, stage: Mapping[str, Any], params: str) -> Surroundings:
     "What there is of a dataset and of another model."
     test = Path(dataset) / "test.jsonl"
-    how = {k: conform(stage[k], t, f"evaluate.{k}", params) for k, t in _ASKED.items() if k in stage}
-    how = (
-        {"suite": "task", "version": 1, "max_tokens": 32}
-        | how
-        | ({"scorers": tuple(how["scorers"])} if "scorers" in how else {})
-    )
-    questions = make_suite(how.pop("suite"), how.pop("version"), read_jsonl(test), **how) if test.is_file() else None
+    questions = task_suite(stage, read_jsonl(test), params) if test.is_file() else None
     there = Path(dataset) if test.is_file() else None
     return Surroundings(questions, Path(beside) if Path(beside).is_dir() else None, there)

@@ -75,11 +75,13 @@ def rogan_gladen(
     share: float,  # flagged
     sensitivity: float,
     specificity: float,
+    detector: str = "",  # its name, for the error
 ) -> float:
     "The true share behind a flagged one, cut to [0, 1]; raises `KitError` for a detector no better than chance."
     if sensitivity + specificity <= 1:
         fix = "Its flags say nothing: use another detector"
-        raise KitError("sensitivity and specificity add up to 1 or less", value=(sensitivity, specificity), remedy=fix)
+        key = f"detector {detector}" if detector else None
+        raise KitError("sensitivity and specificity add up to 1 or less", key=key, value=(sensitivity, specificity), remedy=fix)  # fmt: skip
     return float(np.clip((share + specificity - 1) / (sensitivity + specificity - 1), 0, 1))
 
 # %% ../../nbs/06_evals/20_prevalence.ipynb #672d27b0
@@ -128,11 +130,7 @@ def corrected_rate(
 ) -> Measurement:
     "A rate corrected by its detector's sensitivity and specificity, with its interval."
     k, n = int(sum(flags)), len(flags)
-    try:
-        value = rogan_gladen(k / n, quality.sensitivity, quality.specificity)
-    except KitError as e:
-        e.key = f"detector {detector}"
-        raise
+    value = rogan_gladen(k / n, quality.sensitivity, quality.specificity, detector)
     ci = melded(k, n, quality, level)
     how = f"{ci.method}; {detector}: sensitivity {quality.hits}/{quality.positives}, specificity {quality.correct_rejections}/{quality.negatives}"
     return Measurement(f"{metric}_corrected", value, n, ci.low, ci.high, level, direction, slice, method=how)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCORERS', 'KNOWN_SCORERS', 'Item', 'predicted_label', 'known_label', 'item', 'refuse_doubles', 'Suite', 'make_suite',
-           'load_suite']
+           'task_suite', 'load_suite']
 
 # %% ../../nbs/06_evals/01_suite.ipynb #d4044347
 from collections import Counter
@@ -16,7 +16,7 @@ from typing import Any
 from ..core.digests import digest_json, short
 from ..core.errors import KitError
 from ..core.files import read_jsonl
-from ..core.params import ParamsError, check_section, did_you_mean, load_params
+from ..core.params import ParamsError, check_section, conform, did_you_mean, load_params
 from ..core.ranges import check_ranges
 
 # %% ../../nbs/06_evals/01_suite.ipynb #9d7faefd
@@ -149,6 +149,20 @@ def make_suite(
     "A suite from records."
     items = tuple(item(r) for i, r in enumerate(records) if limit is None or i < limit)
     return Suite(name, version, items, **settings)
+
+# %% ../../nbs/06_evals/01_suite.ipynb #cf722e92
+_ASKED = {"suite": str, "version": int, "limit": int | None, "max_tokens": int, "scorers": list[str]}
+
+
+def task_suite(
+    section: Mapping[str, Any],  # `evaluate` of params.yaml; what it does not say is as usual
+    records: Iterable[Mapping[str, Any]],  # of the test split
+    file: str | Path | None = None,  # where the section stands, for errors
+) -> Suite:
+    "The questions of a project; raises `ParamsError` on a mistyped key."
+    said = {k: conform(section[k], kind, f"evaluate.{k}", file) for k, kind in _ASKED.items() if k in section}
+    how = {"suite": "task", "version": 1, "max_tokens": 32, "scorers": SCORERS, **said}
+    return make_suite(how.pop("suite"), how.pop("version"), records, **{**how, "scorers": tuple(how["scorers"])})
 
 # %% ../../nbs/06_evals/01_suite.ipynb #44fbeafc
 _FILE = {"name": str, "version": int, "records": str, "limit": int | None, "scorers": list[str], "max_tokens": int, "stop": list[str], "refusal": str}  # fmt: skip

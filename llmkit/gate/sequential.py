@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import betaln, chdtrc, gammaln, logsumexp, psi, xlog1py, xlogy
+from scipy.ndimage import minimum_filter1d
+from scipy.special import betaln, chdtrc, expit, gammaln, logit, logsumexp, psi, xlog1py, xlogy
 
 from ..core.errors import KitError
 from .intervals import Interval
@@ -33,12 +34,22 @@ def log_capital(
 def _ends(s: int, n: int, limit: np.ndarray, upper: bool) -> np.ndarray:
     "Where the log capital reaches each of `limit`, above or below the observed rate."
     limit = np.asarray(limit, float) - (betaln(0.5 + s, 0.5 + n - s) - betaln(0.5, 0.5))
-    near, far = np.full(limit.shape, s / n if n else 0.5), np.full(limit.shape, 1.0 if upper else 0.0)
-    for _ in range(40):
-        mid = (near + far) / 2
-        inside = -xlogy(s, mid) - xlog1py(n - s, -mid) < limit
-        near, far = np.where(inside, mid, near), np.where(inside, far, mid)
-    return far
+    last = 1.0 if upper else 0.0
+    if n == 0 or s == last * n:  # nothing rises towards that end
+        return np.where(limit > 0, last, s / n if n else 0.5)
+    if s in (0, n):
+        return -np.expm1(-np.maximum(limit, 0) / n) if upper else np.exp(-np.maximum(limit, 0) / n)
+    rate, sign = s / n, 1 if upper else -1
+    above = np.maximum(limit + xlogy(s, rate) + xlog1py(n - s, -rate), 0)
+    x = logit(rate) + sign * np.sqrt(2 * above / (n * rate * (1 - rate)))
+    for _ in range(50):  # Newton's steps on the log-odds: convex there, and straight far out, so that few are needed
+        slope = n * expit(x) - s
+        step = np.zeros_like(x)  # of a slope that is lost in rounding the start is the end
+        np.divide(n * np.logaddexp(0, x) - s * x - limit, slope, out=step, where=(above > 0) & (sign * slope > 0))
+        x = x - step
+        if np.all(np.abs(step) <= 1e-12 * (1 + np.abs(x))):
+            break
+    return expit(x)
 
 
 def rate_sequence(
@@ -184,12 +195,15 @@ def bucket_quantile(
 def _quantile_capital(counts: np.ndarray, q: float, weight: float = 20.0) -> np.ndarray:
     "For each bucket the least log capital against 'the quantile lies in it'."
     n, (a, b) = int(counts.sum()), (weight * q, weight * (1 - q))
-    below = np.concatenate([[0], np.cumsum(counts)])
+    seen = np.flatnonzero(counts)
+    part = slice(max(seen[0] - 1, 0), seen[-1] + 2) if n else slice(0, 1)  # on either side nothing changes any more
+    below = np.concatenate([[0], np.cumsum(counts[part])])
     lo, hi = 0.0, float(n)
     for _ in range(60):  # where the capital is least: it is convex in the count
         mid = (lo + hi) / 2
         lo, hi = (lo, mid) if psi(a + mid) - psi(b + n - mid) - np.log(q / (1 - q)) > 0 else (mid, hi)
-    return log_capital(np.clip(lo, below[:-1], below[1:]), n, q, a, b)
+    least = log_capital(np.clip(lo, below[:-1], below[1:]), n, q, a, b)
+    return np.pad(least, (part.start, len(counts) - part.start - len(least)), "edge")
 
 
 def quantile_sequence(
@@ -232,10 +246,17 @@ def quantile_ratio(
 
 def _ratio_capital(base: np.ndarray, cand: np.ndarray) -> np.ndarray:
     "For each step of the ratio, GROWTH**k to GROWTH**(k+1), the least log capital against it."
-    rows = np.flatnonzero(base < base.min() + 25)
     padded = np.concatenate([np.full(_SPAN + 1, cand[0]), cand, np.full(_SPAN + 1, cand[-1])])
-    shifts = np.arange(2 * _SPAN + 1)
-    least = np.min(base[rows][:, None] + padded[rows[:, None] + shifts[None, :] + 1], axis=0)
+    shifts, most = np.arange(1, 2 * _SPAN + 2), base.min() + 25
+    first = int(np.argmax(base != base[0])) or len(base)  # before the first value of all nothing changes
+    last = max(first, len(base) - int(np.argmax(base[::-1] != base[-1])))  # nor behind the last one
+    rows = first + np.flatnonzero(base[first:last] < most)
+    found = [np.min(base[rows][:, None] + padded[rows[:, None] + shifts], axis=0)] if len(rows) else []
+    for start, end in ((0, first), (last, len(base))):
+        if start < end and base[start] < most:
+            near = padded[start + 1 : end + 2 * _SPAN + 1]  # from here on the windows of all shifts
+            found.append(base[start] + minimum_filter1d(near, end - start, origin=-((end - start) // 2))[: len(shifts)])
+    least = np.min(found, axis=0)
     return np.minimum(least[:-1], least[1:])
 
 # %% ../../nbs/02_gate/09_sequential.ipynb #a2a23fd6

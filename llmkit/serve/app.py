@@ -105,6 +105,14 @@ def make_app(
 
     facts = {"title": f"llmkit: {gateway.model}", "version": llmkit.__version__, "lifespan": lifespan}
     app = fastapi.FastAPI(**facts, docs_url=None, redoc_url=None)
+
+    class Plain(fastapi.routing.APIRoute):
+        "A route whose handler gets the request as it is: what FastAPI would look for in it, we check ourselves."
+
+        def get_route_handler(self):
+            return self.endpoint
+
+    app.router.route_class = Plain
     app.state.gateway, app.state.status = gateway, state
     _inference_routes(app, gateway, state, max_body)
     _adapter_routes(app, gateway, adapters, max_body)
@@ -183,8 +191,11 @@ def _inference_routes(app: Any, gateway: Gateway, state: Mapping[str, Any], max_
             call = parse(kind, await read_request(request, max_body))
             parent = request.headers.get("traceparent", "")[:128]
             session = (request.headers.get("x-session-id") or "")[:512] or None
-            x = await unless_gone(request, gateway.open_exchange(call, key, session, parent))
-            return await answer(x, request)
+
+            async def respond():
+                return await answer(await gateway.open_exchange(call, key, session, parent))
+
+            return await unless_gone(request, respond())
 
         return handle
 

@@ -73,10 +73,13 @@ class Events:
         for e in events:
             check_event(e)
         rows = [(e["time"], e["kind"], e["id"], json.dumps(dict(e), sort_keys=True, allow_nan=False)) for e in events]
+        last, insert = 0, "INSERT INTO events(time, kind, id, body) VALUES (?, ?, ?, ?)"
+        if len(rows) == 1:  # a transaction by itself
+            return self.store.connection().execute(insert, rows[0]).lastrowid
         with self.store.write() as db:
             for row in rows:
-                last = db.execute("INSERT INTO events(time, kind, id, body) VALUES (?, ?, ?, ?)", row).lastrowid
-        return last if rows else 0
+                last = db.execute(insert, row).lastrowid
+        return last
 
     def since(
         self,

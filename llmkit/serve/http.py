@@ -42,11 +42,13 @@ def told(e: Exception) -> ApiError:
 
 
 def careful(handler: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaitable[Any]]:
-    "A handler whose errors become error objects."
+    "A handler that gives a response whatever happens: an object becomes JSON, an error an error object."
+    responses = need("starlette.responses", "serve")
 
     async def handle(request: need("starlette.requests", "serve").Request):
         try:
-            return await handler(request)
+            got = await handler(request)
+            return got if isinstance(got, responses.Response) else responses.JSONResponse(got)
         except Exception as e:
             return error_response(told(e))
 
@@ -91,16 +93,25 @@ def checked(body: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str, 
 
 async def unless_gone(request: Any, work: Awaitable[Any]) -> Any:
     "The result of some work, which is cancelled when the client hangs up; raises `ApiError` 499 then."
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_hung_up(request))
+    mine, watcher, left = asyncio.current_task(), asyncio.create_task(_hung_up(request)), []
+
+    def leave(t: asyncio.Task) -> None:
+        if not t.cancelled():
+            left.append(t.exception())
+            mine.cancel()
+
+    watcher.add_done_callback(leave)
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ApiError(499, "The client hung up", code="client_disconnected")
+        return await work
+    except asyncio.CancelledError as e:
+        if left and mine.cancelling() == 1:  # nobody else wants it to end
+            raise ApiError(499, "The client hung up", code="client_disconnected") from e
+        raise
     finally:
-        for t in (task, gone):
-            t.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        watcher.remove_done_callback(leave)
+        watcher.cancel()
+        if left:
+            mine.uncancel()
 
 
 async def _hung_up(request: Any) -> None:
@@ -109,18 +120,17 @@ async def _hung_up(request: Any) -> None:
         pass
 
 # %% ../../nbs/08_serve/12_http.ipynb #fae4de5d
-async def answer(x: Exchange, request: Any) -> Any:
-    "The response to a call that was started."
+async def answer(x: Exchange) -> Any:
+    "The response to a call that was started; cancelled, it has ended the exchange."
     responses = need("starlette.responses", "serve")
     headers = {**x.headers, "x-request-id": x.reply.id}
     try:
         if not x.call.stream:
-            return responses.JSONResponse(await unless_gone(request, x.whole()), headers=headers)
+            return responses.JSONResponse(await x.whole(), headers=headers)
         pieces = x.pieces()
-        first = await unless_gone(request, anext(pieces, None))
+        first = await anext(pieces, None)
     except Exception as e:
-        status = getattr(e, "status", 500)
-        x.end("cancelled" if status == 499 else "error", status, getattr(e, "code", "internal_error"))
+        x.end("error", getattr(e, "status", 500), getattr(e, "code", "internal_error"))
         raise
     headers |= {"cache-control": "no-cache", "x-accel-buffering": "no"}
 

@@ -14,6 +14,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from ..core.errors import KitError
@@ -103,8 +104,12 @@ class Keys:
 
     def find(self, where: str = "1", *args) -> list[Key]:
         "Keys, oldest first."
+        return [_key(r) for r in self._rows(where, *args)]
+
+    def _rows(self, where: str, *args) -> list:
+        "Keys with what their accounts allow, and with their digests."
         sql = f"SELECT * FROM keys JOIN accounts ON account = name WHERE {where} ORDER BY created, prefix"
-        return [_key(r) for r in self.store.read(sql, *args)]
+        return self.store.read(sql, *args)
 
     def get(self, prefix: str) -> Key:
         "One key; raises `KitError`."
@@ -121,9 +126,12 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+_policy = lru_cache(256)(read_policy)  # the same few texts at every request
+
+
 def _key(r) -> Key:
     "A row as a key."
-    account = Account(r["name"], r["rpm"], r["tpm"], r["budget"], read_policy(r["guards"]))
+    account = Account(r["name"], r["rpm"], r["tpm"], r["budget"], _policy(r["guards"]))
     return Key(r["prefix"], account, tuple(r["scopes"].split(",")), r["created"], r["expires"], r["revoked"])
 
 
@@ -140,14 +148,14 @@ def check(
         return ANYONE
     kind, _, text = (header or "").partition(" ")
     wellformed = kind.lower() == "bearer" and _TEXT.fullmatch(text)
-    found = self.find("prefix = ?", text[:12]) if wellformed else []
-    digest = self.store.read("SELECT digest FROM keys WHERE prefix = ?", text[:12])[0][0] if found else ""
-    if not found or not hmac.compare_digest(digest, _digest(text)) or found[0].state(self.clock()) != "active":
+    rows = self._rows("prefix = ?", text[:12]) if wellformed else []
+    key = _key(rows[0]) if rows and hmac.compare_digest(rows[0]["digest"], _digest(text)) else None
+    if key is None or key.state(self.clock()) != "active":
         raise ApiError(401, "Missing, unknown, expired or revoked API key", code="invalid_api_key")
-    if scope not in found[0].scopes:
+    if scope not in key.scopes:
         told = f"This key lacks the scope '{scope}'"
         raise ApiError(403, told, type="permission_error", code="insufficient_scope")
-    return found[0]
+    return key
 
 
 def revoke(self: Keys, prefix: str) -> Key:

@@ -84,10 +84,10 @@ class Limits:
         return None if self.price is None else self.price.cost(prompt, completion)
 
 
-def _level(db, account: str, kind: str, capacity: float, now: float) -> float:
-    "The level of a bucket; a new one is full."
-    row = db.execute("SELECT level, at FROM buckets WHERE account = ? AND kind = ?", (account, kind)).fetchone()
-    return capacity if row is None else refill(row["level"], now - row["at"], capacity)
+def _levels(db, account: str, caps: Mapping[str, float], now: float) -> dict[str, float]:
+    "The levels of an account's buckets; a new one is full."
+    known = {r["kind"]: r for r in db.execute("SELECT kind, level, at FROM buckets WHERE account = ?", (account,))} if caps else {}  # fmt: skip
+    return {k: refill(known[k]["level"], now - known[k]["at"], cap) if k in known else cap for k, cap in caps.items()}
 
 
 def _spent(db, account: str) -> float:
@@ -112,17 +112,15 @@ def reserve(
     if account.rpm is None and account.tpm is None and account.budget is None and not cost:
         return Reservation(account, tokens, 0.0, {})  # nothing to take: the database is not asked
     with self.store.write() as db:
-        levels = {kind: _level(db, account.name, kind, cap, now) for kind, cap, _ in needs if cap is not None}
+        levels = _levels(db, account.name, {kind: cap for kind, cap, _ in needs if cap is not None}, now)
         for kind, cap, need in needs:
             if cap is not None and levels[kind] < need:
                 raise _limited(kind, cap, need, account, levels)
         if account.budget is not None and _spent(db, account.name) + cost > account.budget:
             told, headers = "The budget of this account is used up, or too small for this request", _headers(account, levels)  # fmt: skip
             raise ApiError(429, told, type="insufficient_quota", code="insufficient_quota", headers=headers)
-        for kind, cap, need in needs:
-            if cap is not None:
-                levels[kind] -= need
-                _put(db, account.name, kind, levels[kind], now)
+        levels = {kind: levels[kind] - need for kind, cap, need in needs if cap is not None}
+        _put(db, account.name, levels, now)
         _spend(db, account.name, cost or 0.0)
     return Reservation(account, tokens, cost or 0.0, _headers(account, levels))
 
@@ -147,9 +145,9 @@ class RateLimited(ApiError):
         super().__init__(429, message, type=kind, code="rate_limit_exceeded", headers={**headers, **wait})
 
 
-def _put(db, account: str, kind: str, level: float, now: float) -> None:
-    "Write a bucket."
-    db.execute("INSERT OR REPLACE INTO buckets VALUES (?, ?, ?, ?)", (account, kind, level, now))
+def _put(db, account: str, levels: Mapping[str, float], now: float) -> None:
+    "Write an account's buckets."
+    db.executemany("INSERT OR REPLACE INTO buckets VALUES (?, ?, ?, ?)", [(account, k, x, now) for k, x in levels.items()])  # fmt: skip
 
 
 def _spend(db, account: str, usd: float) -> None:
@@ -184,13 +182,11 @@ def settle(
     now, used = self.clock(), prompt + completion
     cost, back = self.cost(prompt, completion), {"tokens": r.tokens - used, "requests": 0 if request else 1}
     a = r.account
-    caps = {"tokens": a.tpm, "requests": a.rpm}
-    if any(caps[k] is not None and back[k] for k in back) or r.cost != (cost or 0.0):
+    caps = {k: cap for k, cap in (("tokens", a.tpm), ("requests", a.rpm)) if cap is not None and back[k]}
+    if caps or r.cost != (cost or 0.0):
         with self.store.write() as db:
-            for kind, n in back.items():
-                if caps[kind] is not None and n:
-                    level = _level(db, a.name, kind, caps[kind], now)
-                    _put(db, a.name, kind, min(caps[kind], level + n), now)
+            levels = _levels(db, a.name, caps, now)
+            _put(db, a.name, {k: min(caps[k], x + back[k]) for k, x in levels.items()}, now)
             _spend(db, a.name, (cost or 0.0) - r.cost)
     return cost
 

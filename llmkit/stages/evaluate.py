@@ -16,7 +16,7 @@ from ..evals.cost import load_price
 from ..evals.energy import find_meter
 from ..evals.evaluate import open_quietly, quality_report, timing_report
 from ..evals.regression import keep_golden
-from ..evals.suite import make_suite
+from ..evals.suite import task_suite
 
 # %% ../../nbs/pipeline/06_evaluate.ipynb #01ce3b37
 NEEDS = {
@@ -69,7 +69,8 @@ def run(
     for child, role in (("engine", "model"), ("model", "base"), ("dataset", "base")):
         require_parent(parts[child], role, parts[role])
     rows = read_jsonl(parts["dataset"] / "test.jsonl")
-    questions = make_suite(suite, version, rows, limit, max_tokens=max_tokens, scorers=tuple(scorers))
+    how = {"suite": suite, "version": version, "limit": limit, "max_tokens": max_tokens, "scorers": scorers}
+    questions = task_suite(how, rows)
     recipe = {"suite": str(questions), "suite_digest": questions.digest, "batch_size": batch_size, "seed": seed}
     with build(MAKES["report"], "report", parts, recipe) as folder:
         quality = {}

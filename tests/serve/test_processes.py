@@ -11,6 +11,8 @@ import httpx
 import pytest
 from serve_server import PATIENCE, PROGRAM, process, until
 
+from llmkit.core.errors import KitError
+from llmkit.rollout.store import Store as Rollouts
 from llmkit.serve.events import Events
 from llmkit.serve.keys import Keys
 
@@ -58,6 +60,24 @@ def test_a_failed_self_test_stops_the_server(tmp_path):
         [sys.executable, "-c", broken, str(tmp_path), "0", "open"], capture_output=True, text=True, timeout=PATIENCE * 2
     )
     assert done.returncode == 1 and "self-test failed" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("make", [Keys, Rollouts])
+def test_a_new_database_can_be_opened_by_several_at_once(tmp_path, make):
+    failed = []
+
+    def open_it(path, together):
+        together.wait()
+        try:
+            make(path)
+        except KitError as e:
+            failed.append(str(e))
+
+    for k in range(60):  # the race is lost once in some tens of rounds
+        together = threading.Barrier(8)
+        some = [threading.Thread(target=open_it, args=(tmp_path / f"{k}.db", together)) for _ in range(8)]
+        [t.start() for t in some], [t.join() for t in some]
+    assert not failed
 
 
 TAKE = """
