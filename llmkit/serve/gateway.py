@@ -360,12 +360,12 @@ async def pieces(self: Exchange) -> AsyncIterator[Piece]:
 def _guarded(self: Exchange, p: Piece) -> Piece | None:
     "A piece after its guard, noted in the reply; None when its choice is over."
     policy = self.key.account.guards
-    guard = self.guards.setdefault(p.index, OutputGuard(policy, self.gateway.canaries))
+    guard = self.guards.get(p.index) or self.guards.setdefault(p.index, OutputGuard(policy, self.gateway.canaries))
     if guard.blocked:
         return None
     text = guard.add(p.text) + (guard.flush() if p.finish else "")
-    shown = replace(p, text=text, finish="content_filter" if guard.blocked else p.finish)
-    return shown
+    finish = "content_filter" if guard.blocked else p.finish
+    return p if (text, finish) == (p.text, p.finish) else replace(p, text=text, finish=finish)
 
 
 Exchange.pieces, Exchange._guarded = pieces, _guarded

@@ -61,7 +61,8 @@ def read_body(data: bytes) -> dict[str, Any]:
     "The object in a request's body; raises `ApiError`."
     try:
         body = json.loads(data.decode("utf-8"), parse_constant=_no_constant)
-        json.dumps(body, ensure_ascii=False).encode("utf-8")
+        if b"\\u" in data:  # half a character can only have come as an escape
+            json.dumps(body, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as e:  # the parser's, the decoder's and the encoder's errors are ValueErrors
         raise ApiError(400, "The body is not valid JSON in UTF-8", code="invalid_json") from e
     if not isinstance(body, dict):
