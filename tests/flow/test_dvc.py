@@ -12,12 +12,14 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 
 from llmkit.core.errors import KitError
 from llmkit.flow.dag import dag_write
 from llmkit.flow.notebook import NotebookError
 from llmkit.flow.records import check_records, sync_records, verify_records
+from llmkit.flow.repro import stop_below
 from llmkit.flow.runs import list_runs
 
 FIRST = "make('artifacts/one/out.json', lr)"
@@ -192,6 +194,15 @@ def test_a_cache_that_cannot_be_written_is_refused_before_anything_runs(pipeline
         assert not (pipeline.path / ".llmkit/runs").exists() and not (pipeline.path / "artifacts").exists()
     finally:
         subprocess.run(["umount", cache], check=True)
+
+
+def test_what_ends_by_itself_after_its_stage_was_stopped_is_not_interrupted():
+    slow = "import subprocess, sys, time; subprocess.run(['sleep', '600']); time.sleep(2); sys.exit(3)"
+    process = subprocess.Popen([sys.executable, "-c", slow])
+    while not psutil.Process(process.pid).children():
+        time.sleep(0.01)
+    stop_below(process, signal.SIGTERM)
+    assert process.returncode == 3
 
 
 @pytest.mark.parametrize("reach", ["command", "terminal"])
