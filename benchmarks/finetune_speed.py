@@ -71,7 +71,7 @@ def recipe_of(precision, threads):
     return Recipe(
         rank=RANK, alpha=2 * RANK, dropout=0.0, targets="all-linear", rslora=False, dora=False, save_modules=[],
         quantize_base="none", precision=precision, batching="length", batch_size=BATCH, accumulate=1, max_tokens=256,
-        max_overlong=0.0, word_dropout=0.0, label_smoothing=0.0, prompt_loss_weight=0.0, epochs=1, lr=1e-4, warmup=0.1, weight_decay=0.0,
+        max_overlong=0.0, word_dropout=0.0, label_smoothing=0.0, prompt_loss_weight=0.0, epochs=1, optimizer="adamw", lr=1e-4, other_lr=0.0, warmup=0.1, weight_decay=0.0,
         clip=1.0, ema=0.0, evaluate_every=0, keep="loss", patience=0, checkpoint_every=0, processes=1, threads=threads, seed=0,
     )  # fmt: skip
 

@@ -20,6 +20,7 @@ from ..core.files import read_jsonl, write_json
 from ..core.params import check_section
 from ..core.plugins import need
 from .folder import Dtype, describe, import_folder, load_checked, one_line
+from .optimizer import OPTIMIZERS
 from .precision import PRECISIONS, training_precision
 from .tiny import Shape, make_tiny
 from .tokenizer import Tokenizer
@@ -90,7 +91,7 @@ def _documents(path: Path, column: str) -> list[str]:
 # %% ../../nbs/04_model/03_base.ipynb #38e89341
 TINY: dict[str, Any] = {
     "vocab": int, "hidden": int, "layers": int, "heads": int, "mlp": int, "context": int,
-    "steps": int, "lr": float, "batch_tokens": int, "threads": int, "precision": str,
+    "steps": int, "optimizer": str, "lr": float, "other_lr": float, "batch_tokens": int, "threads": int, "precision": str,
 }  # fmt: skip
 
 
@@ -103,9 +104,12 @@ def check_tiny(
     for key in ("steps", "lr", "batch_tokens", "threads"):
         if not tiny[key] > 0:
             raise KitError("must be positive", file="params.yaml", key=f"base.tiny.{key}", value=tiny[key])
-    if tiny["precision"] not in PRECISIONS:
-        known, got = ", ".join(PRECISIONS), tiny["precision"]
-        raise KitError(f"must be one of {known}", file="params.yaml", key="base.tiny.precision", value=got)
+    if not tiny["other_lr"] >= 0:
+        raise KitError("must be 0 or more", file="params.yaml", key="base.tiny.other_lr", value=tiny["other_lr"])
+    for key, known in (("precision", PRECISIONS), ("optimizer", OPTIMIZERS)):
+        if tiny[key] not in known:
+            problem = f"must be one of {', '.join(known)}"
+            raise KitError(problem, file="params.yaml", key=f"base.tiny.{key}", value=tiny[key])
     return tiny
 
 
@@ -149,7 +153,7 @@ def make_base(
 def _build_tiny(path: str | Path, lines: Sequence[str], tiny: dict, seed: int, corpus: str) -> Artifact:
     "Train a tiny base into an artifact."
     shape = tiny_shape(tiny)
-    training = {k: tiny[k] for k in ("steps", "lr", "batch_tokens", "threads")}
+    training = {k: tiny[k] for k in ("steps", "optimizer", "lr", "other_lr", "batch_tokens", "threads")}
     precision = training_precision(tiny["precision"], key="base.tiny.precision")
     recipe = {"source": "tiny", "seed": seed, "corpus": digest_json(list(lines)), **tiny, "precision": precision}
     facts: dict[str, Any] = {"corpus": "bank" if corpus == "bank" else Path(corpus).name, "template": "tiny"}

@@ -18,6 +18,7 @@ import numpy as np
 
 from ..core.errors import KitError
 from ..core.files import write_json, write_text
+from .optimizer import Optimizer
 from .tokenizer import Tokenizer
 
 # %% ../../nbs/04_model/02_tiny.ipynb #362fa6df
@@ -168,33 +169,29 @@ def pretrain(
     model: Any,  # a causal language model in float32; trained in place
     rows: Sequence[Sequence[int]],  # token ids, one list per line
     steps: int,  # how many updates
-    lr: float,  # the highest learning rate
+    lr: float,  # the highest learning rate, of matrices
     batch_tokens: int,  # most tokens in a batch
     seed: int,  # for the order of the batches
     bf16: bool = False,  # compute in bfloat16, keep the weights in float32
+    optimizer: str = "adamw",  # or "muon"
+    other_lr: float = 0.0,  # of vectors and embeddings; 0 for the same
 ) -> list[dict]:  # step, loss in nats per token, learning rate
     "Train on next-token prediction."
     import torch
 
     rng, history = np.random.default_rng(seed), []
     stream = (b for _ in iter(int, 1) for b in batches(rows, batch_tokens, rng))
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+    updater = Optimizer(model, optimizer, lr, other_lr, weight_decay=0.05)
     model.train()
     attention = model.config._attn_implementation
     model.set_attn_implementation("eager")
     for step in range(steps):
-        rate = lr * cosine(step, steps)
-        for g in optimizer.param_groups:
-            g["lr"] = rate
+        factor = cosine(step, steps)
         loss = next_token_loss(model, torch.from_numpy(next(stream)), bf16)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        history.append({"step": step + 1, "loss": round(loss.item(), 4), "lr": rate})
+        updater.step(factor)
+        history.append({"step": step + 1, "loss": round(loss.item(), 4), "lr": lr * factor})
     model.set_attn_implementation(attention)
     model.eval()
     return history
@@ -219,11 +216,13 @@ def make_tiny(
     lines: Sequence[str],  # the corpus
     shape: Shape,
     steps: int,  # updates
-    lr: float = 3e-3,  # the highest learning rate
+    lr: float = 3e-3,  # the highest learning rate, of matrices
     batch_tokens: int = 2048,  # most tokens in a batch
     seed: int = 0,  # for weights and order
     threads: int = 2,  # part of the recipe: another number gives other last bits
     bf16: bool = False,  # compute in bfloat16
+    optimizer: str = "adamw",  # or "muon"
+    other_lr: float = 0.0,  # of vectors and embeddings; 0 for the same
 ) -> dict:  # facts: parameters, tokens, losses, history
     "Train a tokenizer and a small Llama on some lines; raises `KitError` when there is too little text."
     lines = [line.strip() for line in lines if line.strip()]
@@ -234,7 +233,7 @@ def make_tiny(
     rows = [row[: shape.context] for row in tok_rows(tok, lines)]
     with steady(seed, threads):
         model = tiny_model(Shape(**{**asdict(shape), "vocab": tok.vocab_size}), seed)
-        history = pretrain(model, rows[len(rows) // 20 :], steps, lr, batch_tokens, seed, bf16)
+        history = pretrain(model, rows[len(rows) // 20 :], steps, lr, batch_tokens, seed, bf16, optimizer, other_lr)
         held = held_out_loss(model, rows[: len(rows) // 20], batch_tokens)
     model.generation_config.update(eos_token_id=1, pad_token_id=0, bos_token_id=None)
     with quiet():

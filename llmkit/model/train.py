@@ -25,6 +25,7 @@ from ..core.files import read_json, write_json
 from ..core.plugins import need
 from .batches import Example, collate, drop_words, plan
 from .lora import read_tensors, sum_first
+from .optimizer import OPTIMIZERS, Optimizer
 from .precision import PRECISIONS
 from .tiny import cosine
 from .tokenizer import Tokenizer, encode_example
@@ -55,7 +56,9 @@ class Recipe:
     label_smoothing: float  # share of a target's probability spread over all tokens
     prompt_loss_weight: float  # weight of a question's tokens in the loss; an answer's count 1
     epochs: int  # passes over the data
-    lr: float  # highest learning rate
+    optimizer: str  # "adamw", or "muon" for matrices and AdamW for the rest
+    lr: float  # highest learning rate, of matrices
+    other_lr: float  # of vectors, embeddings and the head; 0 for the same
     warmup: float  # share of the steps in which the rate rises
     weight_decay: float  # on matrices
     clip: float  # largest norm of a gradient; 0 for none
@@ -72,7 +75,7 @@ class Recipe:
         for key in ("rank", "alpha", "batch_size", "accumulate", "epochs", "processes", "threads", "max_tokens"):
             if getattr(self, key) < 1:
                 raise KitError("must be at least 1", key=key, value=getattr(self, key))
-        for key in ("weight_decay", "clip", "evaluate_every", "patience", "checkpoint_every"):
+        for key in ("weight_decay", "clip", "other_lr", "evaluate_every", "patience", "checkpoint_every"):
             if not 0 <= getattr(self, key) < math.inf:
                 raise KitError("must be 0 or more", key=key, value=getattr(self, key))
         for key in ("dropout", "word_dropout", "label_smoothing", "warmup", "ema", "max_overlong"):
@@ -90,6 +93,7 @@ class Recipe:
             "batching": ("length", "pack", "random"),
             "precision": PRECISIONS,
             "keep": KEEP,
+            "optimizer": OPTIMIZERS,
         }
         for key, known in choices.items():
             if getattr(self, key) not in known:
@@ -280,7 +284,6 @@ class Trainer:
         validation: Sequence[Example],
         messages: Sequence[Sequence[Mapping]] = (),  # what `train` was encoded from; needed for word dropout
     ):
-        torch = need("torch")
         self.model, self.tok, self.recipe, self.messages = model, tok, recipe, messages
         self.train, self.validation, self.state = train, validation, State()
         if recipe.word_dropout and len(messages) != len(train):
@@ -288,12 +291,7 @@ class Trainer:
         if recipe.precision == "fp32":
             sum_first(model)
         self.names, self.params = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad], strict=True)
-        groups = [
-            {"params": [p for p in self.params if p.ndim > 1], "weight_decay": recipe.weight_decay},
-            {"params": [p for p in self.params if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        groups = [g for g in groups if g["params"]]
-        self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98), fused=True)
+        self.optimizer = Optimizer(model, recipe.optimizer, recipe.lr, recipe.other_lr, recipe.weight_decay)
         self.average = [p.detach().clone() for p in self.params] if recipe.ema else []
         self.best = [p.detach().clone() for p in self.params]
         self.lengths = [len(e.ids) for e in train]
@@ -341,10 +339,7 @@ def step(
     norm = torch.nn.utils.clip_grad_norm_(self.params, r.clip or math.inf)
     lr = learning_rate(self.state.step, steps, r.lr, r.warmup)
     watch(self.state, (sums[0] / sums[1]).item(), lr, norm.item())
-    for g in self.optimizer.param_groups:
-        g["lr"] = lr
-    self.optimizer.step()
-    self.optimizer.zero_grad(set_to_none=True)
+    self.optimizer.step(lr / r.lr)
     self.state.tokens += int(sums[2])
     if self.average:
         decay = min(r.ema, (1 + self.state.step) / (10 + self.state.step))
@@ -396,8 +391,7 @@ def snapshot(self: Trainer) -> dict[str, Any]:
     "Weights, best weights, running average and the optimizer's moments, by name."
     kept = {"weights": self.params, "best": self.best, "average": self.average}
     found = {f"{kind}/{n}": v.detach() for kind, vs in kept.items() for n, v in zip(self.names, vs, strict=False)}
-    for n, p in zip(self.names, self.params, strict=True):
-        found |= {f"{key}/{n}": v for key, v in self.optimizer.state[p].items()}
+    found |= self.optimizer.state()
     return {k: v.to("cpu", copy=True) for k, v in found.items()}
 
 
@@ -412,9 +406,7 @@ def restore(
     self.put([tensors[f"weights/{n}"] for n in self.names])
     self.best = [tensors[f"best/{n}"].to(device) for n in self.names]
     self.average = [tensors[f"average/{n}"].to(device) for n in self.names] if self.recipe.ema else []
-    for n, p in zip(self.names, self.params, strict=True):
-        moments = {key: tensors[f"{key}/{n}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-        self.optimizer.state[p] = {k: v if k == "step" else v.to(device) for k, v in moments.items()}
+    self.optimizer.restore(tensors)
 
 # %% ../../nbs/04_model/05_train.ipynb #7190e742
 @patch

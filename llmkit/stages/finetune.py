@@ -35,7 +35,9 @@ def run(
     label_smoothing: float,  # share of a target's probability spread over all tokens
     prompt_loss_weight: float,  # weight of a question's tokens in the loss; an answer's count 1
     epochs: int,  # passes over the data
-    lr: float,  # highest learning rate
+    optimizer: str,  # "adamw", or "muon" for matrices and AdamW for the rest
+    lr: float,  # highest learning rate, of matrices
+    other_lr: float,  # of vectors, embeddings and the head; 0 for the same
     warmup: float,  # share of the steps in which it rises
     weight_decay: float,  # on matrices
     clip: float,  # largest norm of a gradient

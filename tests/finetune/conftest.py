@@ -17,7 +17,7 @@ SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 RECIPE = Recipe(
     rank=4, alpha=8, dropout=0.1, targets="all-linear", rslora=False, dora=False, save_modules=[],
     quantize_base="none", precision="fp32", batching="length", batch_size=8, accumulate=1, max_tokens=64,
-    max_overlong=0.0, word_dropout=0.1, label_smoothing=0.05, prompt_loss_weight=0.0, epochs=3, lr=1e-2, warmup=0.1, weight_decay=0.01,
+    max_overlong=0.0, word_dropout=0.1, label_smoothing=0.05, prompt_loss_weight=0.0, epochs=3, optimizer="muon", lr=1e-2, other_lr=0.0, warmup=0.1, weight_decay=0.01,
     clip=1.0, ema=0.9, evaluate_every=0, keep="loss", patience=0, checkpoint_every=4, processes=1, threads=1, seed=7,
 )  # fmt: skip
 

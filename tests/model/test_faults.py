@@ -116,7 +116,7 @@ def test_merge_is_done_once(pair, tmp_path):
 def test_two_processes_make_the_same_tiny_base(tmp_path):
     code = (
         "import sys; from llmkit.model.base import make_base\n"
-        "tiny = dict(vocab=400, hidden=64, layers=2, heads=2, mlp=64, context=64, steps=12, lr=3e-3, batch_tokens=512, threads=1, precision='bf16')\n"
+        "tiny = dict(vocab=400, hidden=64, layers=2, heads=2, mlp=64, context=64, steps=12, optimizer='adamw', lr=3e-3, other_lr=0.0, batch_tokens=512, threads=1, precision='bf16')\n"
         "print(make_base(sys.argv[1], source='tiny', corpus_lines=300, tiny=tiny, seed=3).digest)"
     )
     env = {**os.environ, "PYTHONHASHSEED": "1"}
@@ -124,7 +124,15 @@ def test_two_processes_make_the_same_tiny_base(tmp_path):
         [sys.executable, "-c", code, str(tmp_path / "1")], env=env, capture_output=True, text=True, check=True
     )
     tiny = {"vocab": 400, "hidden": 64, "layers": 2, "heads": 2, "mlp": 64, "context": 64}
-    tiny |= {"steps": 12, "lr": 3e-3, "batch_tokens": 512, "threads": 1, "precision": "bf16"}
+    tiny |= {
+        "steps": 12,
+        "optimizer": "adamw",
+        "lr": 3e-3,
+        "other_lr": 0.0,
+        "batch_tokens": 512,
+        "threads": 1,
+        "precision": "bf16",
+    }
     here = make_base(tmp_path / "2", source="tiny", corpus_lines=300, tiny=tiny, seed=3)
     assert said.stdout.split() == [here.digest]
     assert digest_files(tmp_path / "1") == digest_files(tmp_path / "2")

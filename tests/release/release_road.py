@@ -6,7 +6,16 @@ from llmkit.core.report import Measurement, Report, write_report
 
 LINES = [f"question {i} about my card and the money I sent" for i in range(120)]
 SHAPE = {"vocab": 512, "hidden": 64, "layers": 2, "heads": 2, "mlp": 96, "context": 128}
-TINY = {**SHAPE, "steps": 3, "lr": 1e-3, "batch_tokens": 512, "threads": 1, "precision": "fp32"}
+TINY = {
+    **SHAPE,
+    "steps": 3,
+    "optimizer": "adamw",
+    "lr": 1e-3,
+    "other_lr": 0.0,
+    "batch_tokens": 512,
+    "threads": 1,
+    "precision": "fp32",
+}
 POLICY = {"rules": [{"metric": "accuracy", "min": 0.8, "bound": "wilson"}, {"metric": "ece", "max": 0.2}]}
 WORDS = {
     "summary": "Answers customers of a bank.",
