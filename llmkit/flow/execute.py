@@ -28,7 +28,7 @@ def kernel_env(plan: Plan, run: Run) -> dict[str, str]:
     "The environment of the stage's kernel."
     env = {k: v for k, v in os.environ.items() if k != "PYTHONSTARTUP"}
     if "OMP_WAIT_POLICY" not in env:
-        env.setdefault("GOMP_SPINCOUNT", "1000")
+        env.setdefault("GOMP_SPINCOUNT", "5000")
     return env | {
         "PYTHONHASHSEED": str(plan.seed % 2**32),
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
