@@ -7,6 +7,7 @@ __all__ = ['LOOPBACK', 'TURN', 'OPTIONS', 'Target', 'pick', 'from_registry', 'ta
            'keys_said', 'run', 'Setup', 'measure', 'check_options', 'port_of', 'set_up', 'run_setup']
 
 # %% ../../nbs/08_serve/14_server.ipynb #eb00f653
+import gc
 import math
 import os
 import signal
@@ -188,6 +189,8 @@ def run(
             await super().startup(sockets)
             if self.started:
                 name = self.servers[0].sockets[0].getsockname()
+                gc.collect()
+                gc.freeze()  # what is here will stay
                 started(f"{gateway.model} on http://{host}:{name[1]}/v1")
 
         async def on_tick(self, counter):
