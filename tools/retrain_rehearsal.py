@@ -73,7 +73,7 @@ def parameters(file, full):
     m["texts"]["share"] = 1.0
     m["retrain"] |= {"when": ["data"], "cooldown": "1h", "runs": 1, "labelled": 50}
     if not full:
-        p["base"]["tiny"] |= {"batch_tokens": 1024}
+        p["base"]["tiny"] |= {"batch_tokens": 1024, "steps": 500}
         p["prepare"]["n"] = 2500
         p["finetune"] |= {"epochs": 6}
         p["quantize"] |= {"precision": "int8", "prompts": 64}
