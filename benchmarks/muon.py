@@ -9,10 +9,10 @@ share of right answers are the same every time.
 """
 
 import argparse
-import json
+import statistics
 import tempfile
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -52,8 +52,7 @@ def main() -> None:
     p.add_argument("--out", type=Path, help="a JSON file for the results")
     a = p.parse_args()
     params = load_params(Path(__file__).parents[1] / "params.yaml")
-    recipe = Recipe(**{f.name: params["finetune"].get(f.name, params["seed"]) for f in fields(Recipe)})
-    recipe = replace(recipe, precision="fp32")
+    recipe = Recipe(**{**params["finetune"], "seed": params["seed"], "precision": "fp32"})
     found: dict[str, list[dict]] = {f"{what}, {kind}": [] for what in ("base", "delta") for kind in ("AdamW", "Muon")}
     with tempfile.TemporaryDirectory() as tmp:
         data, rows = Path(tmp), list(records(params["seed"], a.records))
@@ -72,17 +71,15 @@ def report(found: dict[str, list[dict]], out: Path | None) -> None:
     "A table."
     print(f"{'':14} seconds    loss  answers")
     for name, runs in found.items():
-        took = sorted(r["seconds"] for r in runs)[len(runs) // 2]
+        took = statistics.median(r["seconds"] for r in runs)
         right = f"{runs[0]['answers']:8.3f}" if "answers" in runs[0] else ""
         print(f"{name:14} {took:7.1f} {runs[0]['loss']:7.4f} {right}")
     for what in ("base", "delta"):
-        ratios = sorted(
-            a["seconds"] / m["seconds"] for a, m in zip(found[f"{what}, AdamW"], found[f"{what}, Muon"], strict=True)
-        )
-        print(f"{what}: AdamW takes {ratios[len(ratios) // 2]:.2f} times as long")
+        pairs = zip(found[f"{what}, AdamW"], found[f"{what}, Muon"], strict=True)
+        ratio = statistics.median(a["seconds"] / m["seconds"] for a, m in pairs)
+        print(f"{what}: AdamW takes {ratio:.2f} times as long")
     if out:
         write_json(out, {"torch": torch.__version__, "threads": torch.get_num_threads(), "runs": found})
-        print(json.dumps({"written": str(out)}))
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ from ..core.settings import load_settings
 from .controller import SNAPSHOT
 from .state import to_json
 from .store import Fold, Receipt, Store, rollouts_file
-from ..serve.http import careful, checked, read_request
+from ..serve.http import careful, read_request
 from ..serve.keys import Keys, keys_file
-from ..serve.wire import ApiError
+from ..serve.wire import ApiError, checked
 
 # %% ../../nbs/09_rollout/10_judge_server.ipynb #74b4b5fe
 def answer(

@@ -19,10 +19,10 @@ from ..core.plugins import need
 from .adapters import LOAD, UNLOAD, Adapters
 from .call import SCHEMAS, parse
 from .gateway import Gateway
-from .http import answer, careful, checked, error_response, log, read_request, unless_gone
+from .http import answer, careful, error_response, log, read_request, unless_gone
 from .store import patiently
 from .tokens import DETOKENIZE, TOKENIZE, detokenize, tokenize, tokenizer_info
-from .wire import ApiError, busy
+from .wire import ApiError, busy, checked
 
 # %% ../../nbs/08_serve/13_app.ipynb #f4db3634
 FEEDBACK = {

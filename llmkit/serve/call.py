@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..runtime.sampling import Sampling
-from .wire import ApiError, checker
+from .wire import ApiError, checked
 
 # %% ../../nbs/08_serve/01b_call.ipynb #e4c550f8
 def _maybe(kind: str, **more) -> dict[str, Any]:
@@ -110,7 +110,6 @@ SCHEMAS = {
     "completion": {"type": "object", "properties": COMPLETION, "required": ["model", "prompt"]},
     "chat": {"type": "object", "properties": CHAT, "required": ["model", "messages"]},
 }
-_CHECKS = {kind: checker(schema) for kind, schema in SCHEMAS.items()}
 
 # %% ../../nbs/08_serve/01b_call.ipynb #a0969165
 @dataclass(frozen=True)
@@ -159,9 +158,7 @@ def parse(
     body: Mapping[str, Any],
 ) -> Call:
     "A checked request; raises `ApiError` 400 that names the parameter."
-    if found := _CHECKS[kind](body, ""):
-        raise ApiError(400, f"'{found[0]}' {found[1]}", param=found[0], code="invalid_value")
-    got = {k: v for k, v in body.items() if v is not None}
+    got = checked(body, SCHEMAS[kind])
     lp = got.get("logprobs") if kind == "completion" else (got.get("top_logprobs", 0) if got.get("logprobs") else None)
     if kind == "chat" and "top_logprobs" in got and not got.get("logprobs"):
         raise ApiError(400, "'top_logprobs' needs 'logprobs': true", param="top_logprobs", code="invalid_value")

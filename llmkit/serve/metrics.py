@@ -60,14 +60,6 @@ class Metrics:
         self.ready = p.Gauge("llmkit_ready", "1 when the server takes requests.", registry=r)
         self.ready.set(0)
         p.ProcessCollector(registry=r)
-        self._series: dict[tuple[Any, tuple[str, ...]], Any] = {}
-
-    def _of(self, metric: Any, *labels: str) -> Any:
-        "The series of some labels: the library finds it, once."
-        key = (metric, labels)
-        if key not in self._series:
-            self._series[key] = metric.labels(*labels)
-        return self._series[key]
 
     def text(self) -> bytes:
         "All metrics in Prometheus' text format."
@@ -84,28 +76,28 @@ def count(
     "Take note of a request that has ended."
     kinds, labels = (model, event["variant"]), (operation, PROVIDER, model)
     timed = (*labels, event["variant"])
-    self._of(self.requests, *kinds, event["status"]).inc()
+    self.requests.labels(*kinds, event["status"]).inc()
     if event["status"] == "rejected":
         return
     error = "" if event["status"] == "ok" else (event["reason"] or event["status"])
-    self._of(self.duration, *timed, error).observe(event["latency"])
+    self.duration.labels(*timed, error).observe(event["latency"])
     if event["ttft"] is not None:
-        self._of(self.first, *timed).observe(event["ttft"])
+        self.first.labels(*timed).observe(event["ttft"])
         if event["completion_tokens"] > 1:
             rest = (event["latency"] - event["ttft"]) / (event["completion_tokens"] - 1)
-            self._of(self.each, *timed).observe(max(0.0, rest))
-    self._of(self.tokens, *labels, "input").observe(event["prompt_tokens"])
-    self._of(self.tokens, *labels, "output").observe(event["completion_tokens"])
+            self.each.labels(*timed).observe(max(0.0, rest))
+    self.tokens.labels(*labels, "input").observe(event["prompt_tokens"])
+    self.tokens.labels(*labels, "output").observe(event["completion_tokens"])
     if queued is not None:
-        self._of(self.queued, *kinds).observe(queued)
+        self.queued.labels(*kinds).observe(queued)
     if event["fallback"]:
-        self._of(self.fallback, *kinds).inc()
+        self.fallback.labels(*kinds).inc()
     if event.get("unloaded"):
-        self._of(self.unloaded, model, event["unloaded"]).inc()
+        self.unloaded.labels(model, event["unloaded"]).inc()
     if event.get("claim") is not None:
-        self._of(self.claims, *kinds, "unsupported" if event["claim"] else "supported").inc()
+        self.claims.labels(*kinds, "unsupported" if event["claim"] else "supported").inc()
     if event["cost"]:
-        self._of(self.cost, *kinds).inc(event["cost"])
+        self.cost.labels(*kinds).inc(event["cost"])
 
 
 Metrics.count = count

@@ -12,8 +12,7 @@ from typing import Any
 from ..core.errors import KitError
 from .call import MESSAGE, parse
 from .gateway import Gateway
-from .http import checked
-from .wire import ApiError, refused
+from .wire import ApiError, checked, refused
 
 # %% ../../nbs/08_serve/12b_tokens.ipynb #494948ec
 _FLAG = {"type": ["boolean", "null"]}
