@@ -1347,6 +1347,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'llmkit/model/optimizer.py'),
                                         'llmkit.model.optimizer.Optimizer.step': ( '04_model/optimizer.html#optimizer.step',
                                                                                    'llmkit/model/optimizer.py'),
+                                        'llmkit.model.optimizer.linear_layers': ( '04_model/optimizer.html#linear_layers',
+                                                                                  'llmkit/model/optimizer.py'),
                                         'llmkit.model.optimizer.matrix_names': ( '04_model/optimizer.html#matrix_names',
                                                                                  'llmkit/model/optimizer.py'),
                                         'llmkit.model.optimizer.orthogonal': ( '04_model/optimizer.html#orthogonal',

@@ -16,6 +16,7 @@ from ..core.errors import KitError
 from ..core.files import read_json, write_json
 from ..core.params import did_you_mean
 from ..core.plugins import need
+from .optimizer import linear_layers
 from .tiny import quiet
 
 # %% ../../nbs/04_model/04_lora.ipynb #e65819eb
@@ -63,12 +64,7 @@ def linear_names(
     model: Any,  # a transformers model
 ) -> list[str]:
     "The last names of the linear layers that a delta can adapt, sorted; the output head is left out."
-    torch = need("torch")
-    from transformers.pytorch_utils import Conv1D
-
-    head = model.get_output_embeddings()
-    kinds = (torch.nn.Linear, Conv1D)
-    return sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, kinds) and m is not head})
+    return sorted({n.rpartition(".")[2] for n in linear_layers(model)})
 
 
 def check_targets(
