@@ -53,6 +53,17 @@ def diagrams(root, monkeypatch):
     return diagrams
 
 
+def test_a_comment_on_starred_values_is_theirs_and_what_ruff_is_told_is_not_printed(root, monkeypatch):
+    monkeypatch.syspath_prepend(str(root / "tools/website"))
+    from signatures import table
+
+    from llmkit.data.records import normalise
+    from llmkit.monitor.measure import calibration
+
+    assert [r.split(" | ")[0] for r in table(normalise).splitlines()[2:]] == ["| `row`", "| `shape`", "| `**given`"]
+    assert "| `scale` | frozen |" in table(calibration).splitlines()
+
+
 STATES = """stateDiagram-v2
     [*] --> On: start
     On --> Off: a rather long label that takes more than one line

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import re
 
 from fastcore.docments import docments
@@ -20,7 +21,11 @@ def table(obj: object) -> str:
     if isinstance(obj, type) and "__init__" not in vars(obj):
         return ""
     docs = {"returns" if k == "return" else k: v for k, v in docments(obj).items() if v}
-    rows = [f"| `{k}` | {' '.join(v.split()).replace('|', chr(92) + '|')} |" for k, v in docs.items()]
+    head = re.split(r'\n *"', inspect.getsource(obj))[0]
+    for name, text in re.findall(r"^ +\*\*(\w+)\b[^#\n]*# *(.+)$", head, re.M):  # docments takes it for the result's
+        docs = {k: v for k, v in docs.items() if v != text} | {f"**{name}": text}
+    words = {k: re.sub(r"(# *)?\bnoqa(: *[A-Z]+\d+)?", "", v).strip() for k, v in docs.items()}
+    rows = [f"| `{k}` | {' '.join(v.split()).replace('|', chr(92) + '|')} |" for k, v in words.items() if v]
     return "\n".join(["| name | meaning |", "|:--|:--|", *rows]) if rows else ""
 
 
