@@ -235,7 +235,7 @@ def table(rows: list[dict]) -> str:
 
 def worst_of(found: dict[str, list[dict]]) -> dict[str, float]:
     "The largest error of each kind of rule, and the smallest planned power."
-    shown = lambda r: any(x in f"{k}: {v}" for x in FOR_SHOW for k, v in r.items())  # noqa: E731
+    shown = lambda r: any(x in f"{k}: {v}" for x in FOR_SHOW for k, v in r.items())
     errors = {n: max(r[k] for r in rows for k in ERRORS[n] if not shown(r)) for n, rows in found.items() if n in ERRORS}
     powers = {n: min(r["passes"] for r in rows if not shown(r)) for n, rows in found.items() if n.startswith("equal_")}
     return errors | powers

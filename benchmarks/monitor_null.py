@@ -167,7 +167,7 @@ def of(rev: str, a) -> dict:
 
 def tables(now: dict, then: dict | None) -> None:
     "Null and power, with what they were."
-    was = lambda text: f" {text(then)} |" if then else ""  # noqa: E731
+    was = lambda text: f" {text(then)} |" if then else ""
     more = (" before |", "--:|") if then else ("", "")
     print(
         f"No change: {now['releases']} releases, {now['windows']} windows\n| | found | stated |{more[0]}\n|---|--:|--:|{more[1]}"
@@ -179,7 +179,7 @@ def tables(now: dict, then: dict | None) -> None:
         print(f"| releases with a false alarm of {f} | {now['releases_with_false_alarm'][f]:.4f} | {now['bound'][f]:.4f} |{was(lambda b, f=f: format(b['releases_with_false_alarm'][f], '.4f'))}")  # fmt: skip
     for f in ("calibration", "fairness"):
         print(f"| {f}: the same in {now['edge_windows']} windows as bad as is accepted | {now['edge'][f]:.4f} | {now['edge_bound'][f]:.4f} |{was(lambda b, f=f: format(b['edge'][f], '.4f'))}")  # fmt: skip
-    late = lambda p: "over 10" if p["delay"] is None else f"{p['delay']:g}"  # noqa: E731
+    late = lambda p: "over 10" if p["delay"] is None else f"{p['delay']:g}"
     more = (" before | median before |", "--:|--:|") if then else ("", "")
     print(f"\nPlanted after 3 quiet windows, {now['planted_releases']} releases each, up to 10 windows\n| change | family | found | median delay |{more[0]} by another family |\n|---|---|--:|--:|{more[1]}--:|")  # fmt: skip
     for name, p in now["planted"].items():

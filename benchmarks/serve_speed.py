@@ -303,7 +303,7 @@ async def load(c: Contender, prompts: list[str], clients: int, tokens: int) -> t
 
 def make_prompts(rng: random.Random, n: int, tokens: int) -> list[str]:
     "Texts of so many tokens: words of two letters, each a token with its space apart."
-    word = lambda: "".join(rng.choices(string.ascii_lowercase, k=2))  # noqa: E731
+    word = lambda: "".join(rng.choices(string.ascii_lowercase, k=2))
     return [" ".join(word() for _ in range(tokens // 2)) for _ in range(n)]
 
 
@@ -358,7 +358,7 @@ def ratios(rows: list[dict], others: list[dict], key: str) -> dict[str, float]:
 
 def report(a: argparse.Namespace, found: dict, weights: dict[str, int]) -> dict[str, Any]:
     "Tables, and all of it as data."
-    middle = lambda rows, k: statistics.median(r[k] for r in rows)  # noqa: E731
+    middle = lambda rows, k: statistics.median(r[k] for r in rows)
     print("\ncontender           clients  tokens/s  a processor second  p95 TTFT ms  p95 latency ms  memory MB")
     for name, by in found.items():
         for n, rows in by.items():

@@ -15,6 +15,6 @@ def pytest_collection_modifyitems(config, items):
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
     kept = {"with": (False, True), "without": (False,), "only": (True,)}[config.getoption("--alone")]
-    alone = lambda item: item.get_closest_marker("alone") is not None  # noqa: E731
+    alone = lambda item: item.get_closest_marker("alone") is not None
     config.hook.pytest_deselected(items=[item for item in items if alone(item) not in kept])
     items[:] = [item for item in items if alone(item) in kept]

@@ -114,8 +114,8 @@ def main():
     home = Path(a.folder or tempfile.mkdtemp(prefix="rehearsal-")).resolve() / "clone"
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     env = os.environ | {"PATH": path, "LLMKIT_PORT": str(a.port), "PYTHONPATH": str(home)}
-    run = lambda *words: subprocess.run(words, cwd=home, env=env, capture_output=True, text=True)  # noqa: E731
-    kit = lambda *words: run(llmkit, *words)  # noqa: E731
+    run = lambda *words: subprocess.run(words, cwd=home, env=env, capture_output=True, text=True)
+    kit = lambda *words: run(llmkit, *words)
     llmkit, started = str(Path(sys.executable).parent / "llmkit"), []
 
     def start(*words):
@@ -152,7 +152,7 @@ def main():
         say("the server answers with version 1")
         rows = [r for r in read_jsonl(home / "artifacts/prepare/dataset/test.jsonl") if r["label"]]
         memory = Memory(home / ".llmkit/monitor.db")
-        asked = lambda: memory.actions(kind="retrain")  # noqa: E731
+        asked = lambda: memory.actions(kind="retrain")
         send(client, rows, 180, False)
         send(client, rows, 120, False)
         until(lambda: memory.windows() and memory.windows()[0].number >= 2, 60, "two quiet windows were not decided")
@@ -176,7 +176,7 @@ def main():
         need(set(found) == {1, 2}, f"there is no second version: {found}")
         need(found[2].aliases == ("challenger",) and found[2].tags["retrain"] == request.id, f"not a challenger of this request: {found[2]}")  # fmt: skip
         need("champion" in found[1].aliases, f"version 1 is no longer the champion: {found}")
-        split = lambda name: sum(1 for _ in read_jsonl(home / f"artifacts/prepare/dataset/{name}.jsonl"))  # noqa: E731
+        split = lambda name: sum(1 for _ in read_jsonl(home / f"artifacts/prepare/dataset/{name}.jsonl"))
         new = sum(r["id"].startswith("traffic-") for r in read_jsonl(home / "artifacts/prepare/dataset/train.jsonl"))
         say(f"version 2 is registered as challenger, tag llmkit.retrain={found[2].tags['retrain']}; it learnt from {split('train')} records, {new} of them traffic")  # fmt: skip
         say(

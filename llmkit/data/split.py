@@ -67,7 +67,7 @@ def assign(
     "Fill the table's `split` for every kept row."
     check_shares(shares)
     family = families(table)
-    find = lambda name: family.get(name, name)  # noqa: E731
+    find = lambda name: family.get(name, name)
     table.db.create_function("family", 1, find, deterministic=True)
     table.db.create_function("place", 1, lambda name: place(name, shares, seed), deterministic=True)
     rank = " ".join(f"WHEN '{s}' THEN {i}" for i, s in enumerate(("test", "validation", "train")))

@@ -114,7 +114,7 @@ def _check_marker(marker: str, system: str, case: Mapping, detector: str, key: s
     "Refuse a case whose success cannot be told."
     if detector in ("followed", "leaked") and not marker:
         raise ParamsError(f"detector {detector} needs a marker", file=file, key=f"{key}.marker", remedy="Add one")
-    plain = lambda t: "".join(c for c in t.casefold() if c.isalnum())  # noqa: E731
+    plain = lambda t: "".join(c for c in t.casefold() if c.isalnum())
     shown = [system, *case["turns"], case.get("document", ""), case.get("payload", "")]
     if marker and not case.get("echo") and any(plain(marker) in plain(t) for t in shown):
         fix = "Ask for it in parts (two words joined), or say echo: true"

@@ -185,7 +185,7 @@ def run_bbq(
     "Rate the answers of BBQ-format questions; measurements and per-sample tables."
     prompts = [[{"role": "user", "content": q.prompt}] for q in questions]
     table = bbq_table(questions, choose(engine, prompts, [q.answers for q in questions]))
-    keep = lambda v: {c: [x for x, q in zip(col, questions, strict=True) if q.ambiguous is v] for c, col in table.items()}  # noqa: E731  # fmt: skip
+    keep = lambda v: {c: [x for x, q in zip(col, questions, strict=True) if q.ambiguous is v] for c, col in table.items()}  # fmt: skip
     parts = {"bbq_ambig": keep(True), "bbq_disambig": keep(False)}
     return bbq_measurements(*parts.values()), {n: t for n, t in parts.items() if t["id"]}
 

@@ -108,7 +108,7 @@ def debiased_ece(
 
 def _gaps(c: np.ndarray, y: np.ndarray, at: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
     "Each bin's share of the error, with its sign, and the standard deviation of that share."
-    total = lambda v: np.bincount(at, weights=v, minlength=bins)  # noqa: E731
+    total = lambda v: np.bincount(at, weights=v, minlength=bins)
     count = total(np.ones(len(c)))
     share = (total(y) + 2 * total(c) / np.maximum(count, 1)) / (count + 2)  # drawn towards the confidence in small bins
     return total(y - c) / len(c), np.sqrt(count * share * (1 - share)) / len(c)

@@ -56,7 +56,7 @@ _MINUS = r"(?:\b(minus|negative)\s+)"
 def numbers(text: str) -> set[float]:
     "The values of the numbers in a text with their signs, written in digits or as English words."
     digits = rf"(?:{_MINUS}|(?<![\w.,])(-|−))?(\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?|\d+(?:\.\d+)?)"
-    sign = lambda *marks: -1.0 if any(marks) else 1.0  # noqa: E731
+    sign = lambda *marks: -1.0 if any(marks) else 1.0
     found = {sign(m[1], m[2]) * float(m[3].replace(",", "")) for m in re.finditer(digits, text, re.IGNORECASE)}
     for m in re.finditer(rf"{_MINUS}?\b((?:(?:{'|'.join([*_WORDS, *_TIMES])})(?:[\s-]|\b))+)", text.lower()):
         total = part = 0
@@ -116,7 +116,7 @@ def judge_detector(
     labelled: str | Path = "hallucinated",  # sentences on which it is measured
 ) -> Detector:
     "A judge as a detector, with published sensitivity and specificity."
-    find = lambda answer, about: judge.judge(answer, about.get("context", ""), about.get("asked", ""))  # noqa: E731
+    find = lambda answer, about: judge.judge(answer, about.get("context", ""), about.get("asked", ""))
     return Detector(judge.name, judge.version, find, labelled)
 
 # %% ../../nbs/06_evals/29_claims.ipynb #124fa23e

@@ -175,7 +175,7 @@ def broken_quantization(reports: dict[str, Report], share: float, scorers: Seque
         out["engine"] = replace(engine, measurements=measured, samples={**engine.samples, "language": table})
     for subject in [s for s in out if s.startswith("parity")]:
         if out[subject].get("delta_recovery"):
-            lost = lambda m: replace(m, value=m.value * (1 - share), low=None, high=None, samples="")  # noqa: E731
+            lost = lambda m: replace(m, value=m.value * (1 - share), low=None, high=None, samples="")
             out[subject] = edit(out[subject], "delta_recovery", "all", lost)
     return out
 

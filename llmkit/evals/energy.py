@@ -90,13 +90,13 @@ def nvml(
         lib.nvmlDeviceGetTotalEnergyConsumption(gpu)
     except lib.NVMLError:  # a GPU older than Volta, or a part of one
         return None
-    read = lambda: [lib.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3]  # noqa: E731
+    read = lambda: [lib.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3]
     return Meter(read, [0.0], "measured by NVML: the whole GPU, and nothing of the CPU")
 
 
 def cpu_seconds() -> Meter:
     "An estimate from the CPU time of this process."
-    used = lambda: [WATTS * (os.times().user + os.times().system)]  # noqa: E731
+    used = lambda: [WATTS * (os.times().user + os.times().system)]
     return Meter(used, [0.0], f"estimate, not measured: CPU seconds of the process × {WATTS:g} W, assumed", False)
 
 

@@ -68,8 +68,8 @@ def gap(
 def _gap(metric: str, parts: Sequence[Mapping[str, Count]], level: float = 0.95) -> Measurement:
     "The widest gap in any of several rates, at a level that is shared by all pairs of all of them."
     pairs = sum(comb(len(p), 2) for p in parts)
-    share = lambda c: c[0] / c[1]  # noqa: E731
-    spread = lambda p: share(max(p.values(), key=share)) - share(min(p.values(), key=share))  # noqa: E731
+    share = lambda c: c[0] / c[1]
+    spread = lambda p: share(max(p.values(), key=share)) - share(min(p.values(), key=share))
     widest = max(parts, key=spread)
     top = max(widest, key=lambda k: (share(widest[k]), -widest[k][1]))
     low = min((k for k in widest if k != top), key=lambda k: (share(widest[k]), widest[k][1]))

@@ -110,7 +110,7 @@ def language_measurements(
 def _ratio(metric: str, table: Mapping[str, Sequence], unit: str, f, seed: int) -> Measurement:
     "f(total nll / total units); raises `KitError` when it cannot be written as a number."
     rows = np.column_stack([table["nll"], table[unit]]).astype(float)
-    stat = lambda r: float(f(min(r[:, 0].sum() / r[:, 1].sum(), 700.0)))  # noqa: E731
+    stat = lambda r: float(f(min(r[:, 0].sum() / r[:, 1].sum(), 700.0)))
     if not np.isfinite(rows).all() or not rows[:, 1].sum():
         raise KitError("the log-likelihood is not finite", key=metric, remedy="Look for NaN in the model's weights")
     spread = len(rows) > 1 and not (rows == rows[0]).all()

@@ -151,7 +151,8 @@ def make_suite(
     return Suite(name, version, items, **settings)
 
 # %% ../../nbs/06_evals/01_suite.ipynb #cf722e92
-_ASKED = {"suite": str, "version": int, "limit": int | None, "max_tokens": int, "scorers": list[str]}
+_BOTH = {"version": int, "limit": int | None, "max_tokens": int, "scorers": list[str]}
+_ASKED = {"suite": str, **_BOTH}
 
 
 def task_suite(
@@ -162,10 +163,11 @@ def task_suite(
     "The questions of a project; raises `ParamsError` on a mistyped key."
     said = {k: conform(section[k], kind, f"evaluate.{k}", file) for k, kind in _ASKED.items() if k in section}
     how = {"suite": "task", "version": 1, "max_tokens": 32, "scorers": SCORERS, **said}
-    return make_suite(how.pop("suite"), how.pop("version"), records, **{**how, "scorers": tuple(how["scorers"])})
+    how["scorers"] = tuple(how["scorers"])
+    return make_suite(how.pop("suite"), how.pop("version"), records, **how)
 
 # %% ../../nbs/06_evals/01_suite.ipynb #44fbeafc
-_FILE = {"name": str, "version": int, "records": str, "limit": int | None, "scorers": list[str], "max_tokens": int, "stop": list[str], "refusal": str}  # fmt: skip
+_FILE = {"name": str, "records": str, "stop": list[str], "refusal": str, **_BOTH}
 
 
 def load_suite(

@@ -93,7 +93,7 @@ def _codes(label: Sequence[str], predicted: Sequence[str], names: list[str]) -> 
 
 def _f1(rows: np.ndarray, k: int) -> np.ndarray:
     "F1 by class; a class that is neither there nor predicted in these rows is not a number."
-    count = lambda x: np.bincount(x, minlength=k + 1)[:k]  # noqa: E731
+    count = lambda x: np.bincount(x, minlength=k + 1)[:k]
     hits, asked, said = count(rows[rows[:, 0] == rows[:, 1], 0]), count(rows[:, 0]), count(rows[:, 1])
     return np.divide(2 * hits, asked + said, out=np.full(k, np.nan), where=asked + said > 0)
 
@@ -200,7 +200,7 @@ def macro_f1(table: Mapping[str, Sequence], seed: int = 0, times: int = 1000) ->
     "Macro F1 with a bootstrap interval; where all answers are right, or all wrong, with the worst that an exact bound allows."
     names = sorted(set(table["label"]))
     rows = _codes(table["label"], table["predicted"], names)
-    mean = lambda r: float(np.nanmean(_f1(r, len(names))))  # noqa: E731
+    mean = lambda r: float(np.nanmean(_f1(r, len(names))))
     right = sum(table["correct"])
     ci = bootstrap(rows, mean, method="percentile", times=times, seed=seed) if 0 < right < len(rows) else None
     if ci:

@@ -103,7 +103,7 @@ def pareto(
 ) -> list[bool]:
     "Whether each row is on the Pareto front; equals are both on it."
     signed = [[r[m] if b == "higher" else -r[m] for m, b in better.items()] for r in rows]
-    beats = lambda a, b: all(x >= y for x, y in zip(a, b, strict=True)) and a != b  # noqa: E731
+    beats = lambda a, b: all(x >= y for x, y in zip(a, b, strict=True)) and a != b
     return [not any(beats(other, mine) for other in signed) for mine in signed]
 
 

@@ -64,7 +64,7 @@ def pairs_needed(
         return None
     z, low = ndtri(1 - alpha) + ndtri(power), 0
     high = max(1, math.ceil(z**2 * (discordance - difference**2) / room**2))
-    enough = lambda n: paired_power(n, margin, discordance, difference, alpha, test) >= power  # noqa: E731
+    enough = lambda n: paired_power(n, margin, discordance, difference, alpha, test) >= power
     while not enough(high):
         low, high = high, high + high // 4 + 1
     while high - low > 1:

@@ -155,7 +155,7 @@ def rate_excess(
     "A lower bound of candidate minus baseline rate; -1 until an excess over the margin is shown; raises `KitError`."
     (s, n), (t, m) = baseline, candidate
     _check(s, n), _check(t, m)
-    shown = lambda d: _excess_capital(baseline, candidate, d, margin) >= -np.log(alpha)  # noqa: E731
+    shown = lambda d: _excess_capital(baseline, candidate, d, margin) >= -np.log(alpha)
     value = (t / m if m else 0.0) - (s / n if n else 0.0)
     more = m and n and value > margin  # otherwise no bet has won anything at the observed rates
     low, high = (margin, 1.0) if more and shown(margin) else (-1.0, -1.0)

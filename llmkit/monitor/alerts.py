@@ -153,7 +153,7 @@ def _stop(g: Guardrail, where: str) -> Alert:
 def _slower(g: Guardrail, where: str) -> Alert:
     "A canary that is slower than its baseline by more than the policy's ratio."
     name, q = "gen_ai_server_request_duration_seconds_bucket", g.metric.rpartition("_p")[2]
-    side = lambda v: f'histogram_quantile(0.{q}, sum by (gen_ai_request_model, le) (rate({name}{{variant="{v}"}}[$w])))'  # noqa: E731
+    side = lambda v: f'histogram_quantile(0.{q}, sum by (gen_ai_request_model, le) (rate({name}{{variant="{v}"}}[$w])))'
 
     def case(ratio: float) -> dict[str, str]:
         bounds = {"baseline": 1.0, "canary": ratio}

@@ -67,7 +67,7 @@ def arms(
         if mine:
             times = np.quantile([e["latency"] for e in mine], (0.5, 0.95))
             costs = [e["cost"] for e in mine if e["cost"] is not None]
-            count = lambda key, mine=mine: sum(bool(e[key]) for e in mine)  # noqa: E731
+            count = lambda key, mine=mine: sum(bool(e[key]) for e in mine)
             errors = sum(e["status"] == "error" for e in mine)
             tokens = sum(e["completion_tokens"] for e in mine)
             out.append(Arm(v, len(mine), errors, count("refused"), count("fallback"), *map(float, times), tokens, sum(costs) if costs else None))  # fmt: skip
@@ -177,7 +177,7 @@ def clock(t: float) -> str:
 def table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], numbers: int = 0) -> str:
     "A table whose first column names its rows; cells are HTML, and the last so many columns are numbers."
     first = len(heads) - numbers
-    cell = lambda i, x: f'<th scope="row">{x}</th>' if i == 0 else f"<td{' class=n' if i >= first else ''}>{x}</td>"  # noqa: E731
+    cell = lambda i, x: f'<th scope="row">{x}</th>' if i == 0 else f"<td{' class=n' if i >= first else ''}>{x}</td>"
     head = "".join(f'<th scope="col"{" class=n" if i >= first else ""}>{esc(h)}</th>' for i, h in enumerate(heads))
     body = "".join("<tr>" + "".join(cell(i, x) for i, x in enumerate(r)) + "</tr>" for r in rows)
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{esc(caption)}"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -239,7 +239,7 @@ def traffic_section(b: Board) -> str:
     "The last hour by variant, and by minute."
     if not b.arms:
         return '<section id="traffic"><h2>Traffic</h2><p>No request in the last hour.</p></section>'
-    part = lambda k, n: f"{k} <span class=soft>({k / n:.1%})</span>"  # noqa: E731
+    part = lambda k, n: f"{k} <span class=soft>({k / n:.1%})</span>"
     rows = [
         (esc(a.variant), f"{a.requests}", part(a.errors, a.requests), f"{a.p95:.2f} s", f"{a.p50:.2f} s", part(a.refused, a.requests),
          f"{a.tokens}", "" if a.cost is None else f"{a.cost:.4f}")

@@ -102,7 +102,7 @@ def rules(
     reports: Mapping[str, Report],
 ) -> list[dict[str, Any]]:
     "The policy as rules of the gate, on what was measured."
-    has = lambda family, metric: family in reports and reports[family].get(metric)  # noqa: E731
+    has = lambda family, metric: family in reports and reports[family].get(metric)
     out = [{"metric": "drifted_windows", "on": f, "max": p.k - 1, "min_n": p.min_n, "because": _WHY[f]} for f in COMPARED if has(f, "drifted_windows")]  # fmt: skip
     out += [{"metric": "drifted_together", "on": f, "max": 0, "min_n": p.min_n, "because": _WHY[f]} for f in COMPARED if has(f, "drifted_together")]  # fmt: skip
     if p.claim_max is not None and has("hallucination", "hallucination_rate_corrected"):
@@ -133,7 +133,7 @@ def unmeasured(
 ) -> list[RuleResult]:
     "A result for every family that no rule judges, with the reason."
     done, few = {r["on"] for r in asked}, len(w.rows) < p.min_n
-    say = lambda f, outcome, text: RuleResult(f"{f}: monitored", outcome, f"{f}: {text}", "", f)  # noqa: E731
+    say = lambda f, outcome, text: RuleResult(f"{f}: monitored", outcome, f"{f}: {text}", "", f)
     out = [say("data", "inconclusive", starved)] if starved else []
     for f in COMPARED:
         if f in done:

@@ -71,7 +71,7 @@ def binned(
 ) -> tuple[list[int], list[int]]:
     "Counts of both between the quantiles of both together; equal values share a bin."
     edges = np.unique(np.quantile([*reference, *window], np.linspace(0, 1, bins + 1)[1:-1]))
-    count = lambda x: np.bincount(np.searchsorted(edges, x, side="right"), minlength=len(edges) + 1).tolist()  # noqa: E731  # fmt: skip
+    count = lambda x: np.bincount(np.searchsorted(edges, x, side="right"), minlength=len(edges) + 1).tolist()  # fmt: skip
     return count(reference), count(window)
 
 # %% ../../nbs/10_monitor/01_drift.ipynb #269201fd

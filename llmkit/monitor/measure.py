@@ -67,7 +67,7 @@ def kinds(
 ) -> Feature:
     "Names, the commonest ones each and the others together."
     top = [k for k, _ in Counter([*old, *new]).most_common(most)]
-    count = lambda x: [*(Counter(x)[k] for k in top), sum(v not in top for v in x)]  # noqa: E731
+    count = lambda x: [*(Counter(x)[k] for k in top), sum(v not in top for v in x)]
     a, b = (np.array(count(x)) for x in (old, new))
     how = f"PSI, the {most} commonest; simulated null"
     if (a + b > 0).sum() < 2:
@@ -122,8 +122,8 @@ def features(
     level = level or p.fdr
     need = math.ceil(2 * TESTS / level)  # of so many tests, the least adjusted p-value is half the level
     out: dict[str, list[Feature]] = {"data": [], "cost": [], "hallucination": []}
-    has = lambda key: len(values(old, key)) > 1 and len(values(new, key)) > 1  # noqa: E731
-    pair = lambda key: (values(old, key), values(new, key))  # noqa: E731
+    has = lambda key: len(values(old, key)) > 1 and len(values(new, key)) > 1
+    pair = lambda key: (values(old, key), values(new, key))
     for method, keys, test in (("tokens", ("prompt_tokens", "completion_tokens"), spread), ("surprisal", ("surprisal",), spread), ("confidence", ("confidence",), spread), ("labels", ("label",), kinds)):  # fmt: skip
         found = [test(f"{key}_psi", *pair(key), p.psi, level) for key in keys if method in p.methods and has(key)]
         out["data"] += found
@@ -183,7 +183,7 @@ def window_report(
     also: Sequence[Measurement] = (),
 ) -> Report:
     "The tests of a family as a Report."
-    how = lambda x: f"{x.feature.method}; p = {x.feature.p:.3g}, adjusted {x.q:.3g}; of note from {x.feature.least:.3g}"  # noqa: E731
+    how = lambda x: f"{x.feature.method}; p = {x.feature.p:.3g}, adjusted {x.q:.3g}; of note from {x.feature.least:.3g}"
     rows = [Measurement(x.feature.name, x.feature.value, len(w.rows), direction="lower", method=how(x)) for x in found]
     where = {"window": w.number, "first": w.first, "last": w.last, "meters": list(w.meters)}
     return Report(family, w.release, "monitor@1", (*rows, *also), context=where)

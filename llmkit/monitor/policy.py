@@ -94,7 +94,7 @@ def read_monitor(
         conform(section, dict[str, Any], "monitor", file), dict.fromkeys(_SECTIONS, dict[str, Any]), "monitor", file
     )
     s = {name: check_section(parts[name], kinds, f"monitor.{name}", file) for name, kinds in _SECTIONS.items()}
-    time = lambda part, key: seconds(s[part][key], f"monitor.{part}.{key}")  # noqa: E731
+    time = lambda part, key: seconds(s[part][key], f"monitor.{part}.{key}")
     w, d, a, c, f, h, r = (
         s[x] for x in ("window", "drift", "alarms", "calibration", "fairness", "hallucination", "retrain")
     )
@@ -128,7 +128,7 @@ def long_level(
 
 def _unsound(p: MonitorPolicy) -> tuple[str, str, str] | None:
     "What does not fit together: key, fault, remedy."
-    share = lambda x: 0 <= x <= 1  # noqa: E731
+    share = lambda x: 0 <= x <= 1
     checks = {
         ("window.min_n", "lies between 1 and window.requests"): not 1 <= p.min_n <= p.requests,
         ("window.at_most", "is not longer than nothing"): p.at_most <= 0,

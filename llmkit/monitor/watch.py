@@ -87,7 +87,7 @@ def _texts(m: Monitor, w: Window, stream: Mapping) -> tuple[list[str], list[str]
     "What users said: what the model was made for, or the reference, and the window."
     if "texts" not in m.policy.methods or m.texts is None or not w.number:
         return [], []
-    said = lambda rows: [t for x in m.texts.get(*(r["id"] for r in rows)).values() if (t := text_of(x))]  # noqa: E731
+    said = lambda rows: [t for x in m.texts.get(*(r["id"] for r in rows)).values() if (t := text_of(x))]
     path = Path(m.policy.texts) if m.policy.texts else None
     if path and not path.is_file():
         raise KitError("no texts to compare with", file=path, key="monitor.reference.texts", remedy="Name a file, or nothing for the texts of the reference")  # fmt: skip

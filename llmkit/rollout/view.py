@@ -70,7 +70,7 @@ class View:
         "Steps with their marks."
         at = self.state.step if self.state else -1
         ended = self.state is not None and self.state.phase == "Healthy"
-        mark = lambda i: "✓" if ended or i < at else "▶" if i == at else " "  # noqa: E731
+        mark = lambda i: "✓" if ended or i < at else "▶" if i == at else " "
         return [(mark(i), step_text(s)) for i, s in enumerate(self.policy.steps)]
 
     def __str__(self) -> str:

@@ -101,7 +101,7 @@ class Blocked(ApiError):
 
 def _masked(call: Call) -> Call:
     "The call with personal data masked."
-    hide = lambda text: mask(text, find_pii(text))  # noqa: E731
+    hide = lambda text: mask(text, find_pii(text))
     messages = tuple({**m, "content": hide(m["content"])} for m in call.messages)
     return replace(call, messages=messages, prompts=tuple(hide(p) if isinstance(p, str) else p for p in call.prompts))
 

@@ -119,7 +119,7 @@ class Measured:
 def _families() -> dict[str, Any]:
     "Empty families, by what goes into them."
     core = need("prometheus_client.core", "serve")
-    gauge = lambda name, text, labels: core.GaugeMetricFamily(name, text, labels=list(labels))  # noqa: E731
+    gauge = lambda name, text, labels: core.GaugeMetricFamily(name, text, labels=list(labels))
     out = {
         "value": gauge("llmkit_measurement", "What a report measured.", LABELS),
         "low": gauge("llmkit_measurement_low", "Lower end of its interval.", LABELS),

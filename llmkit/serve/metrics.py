@@ -30,8 +30,8 @@ class Metrics:
         self.registry = r = p.CollectorRegistry()
         model, kinds = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model"), ("model", "variant")
         timed = (*model, "variant")
-        hist = lambda name, text, labels, bounds: p.Histogram(name, text, labels, registry=r, buckets=bounds)  # noqa: E731
-        count = lambda name, text, labels: p.Counter(name, text, labels, registry=r)  # noqa: E731
+        hist = lambda name, text, labels, bounds: p.Histogram(name, text, labels, registry=r, buckets=bounds)
+        count = lambda name, text, labels: p.Counter(name, text, labels, registry=r)
         self.duration = hist(
             "gen_ai_server_request_duration_seconds",
             "From a request to the end of its answer.",

@@ -363,6 +363,6 @@ def run_setup(
 ) -> int:
     "Serve until told to stop; gives the exit code; raises `KitError`."
     check_options(drain=drain)
-    tell = lambda line: print(f"{line} ({setup.about})", flush=True)  # noqa: E731
+    tell = lambda line: print(f"{line} ({setup.about})", flush=True)
     more = {"hourly": setup.expire, "adapters": setup.adapters, "beside": _together(beside), "started": tell}
     return run(setup.gateway, setup.host, setup.port, drain=drain, **more)

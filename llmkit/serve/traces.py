@@ -43,7 +43,7 @@ def attributes(
 def _said(x: Any) -> dict[str, str]:
     "The prompt and the answers as they passed the guards."
     said = [dict(m) for m in x.call.messages] or [{"role": "user", "content": p} for p in x.call.prompts]
-    parts = lambda role, text: {"role": role, "parts": [{"type": "text", "content": text}]}  # noqa: E731
+    parts = lambda role, text: {"role": role, "parts": [{"type": "text", "content": text}]}
     answers = x.reply.texts.values() if x.reply else ()
     return {
         "gen_ai.input.messages": json.dumps([parts(m["role"], m["content"]) for m in said], ensure_ascii=False),

@@ -71,7 +71,7 @@ def measure(http, template, rollout):
     reply = http.get(web["url"].replace("{{args.rollout}}", rollout).removeprefix("http://judge:8081"))
     assert reply.status_code == 200
     value = reply.json()[re.fullmatch(r"\{\$\.(\w+)\}", web["jsonPath"])[1]]
-    holds = lambda c: bool(c) and eval(c.replace("||", " or ").replace("!(", "not ("), {"result": value})  # noqa: E731
+    holds = lambda c: bool(c) and eval(c.replace("||", " or ").replace("!(", "not ("), {"result": value})
     if holds(metric.get("failureCondition")):
         return "Failed"
     return "Successful" if holds(metric["successCondition"]) else "Inconclusive"

@@ -24,7 +24,7 @@ def family(name):
     from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    split = lambda p: pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(p), "isolated"), plain])  # noqa: E731
+    split = lambda p: pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(p), "isolated"), plain])
     steps = {
         "gpt2": pre_tokenizers.ByteLevel(add_prefix_space=False),
         "gpt2 as a split": split(GPT2),

@@ -139,7 +139,7 @@ def test_a_group_that_is_served_worse_fails_and_a_fair_engine_passes():
 
 def test_one_group_that_is_refused_more_breaks_parity():
     suite, _ = bank()
-    fault = lambda p: "refusal: ok" if "over_60" in p and "balance" in p else None  # noqa: E731
+    fault = lambda p: "refusal: ok" if "over_60" in p and "balance" in p else None
     fair = engine()
     refusing = DummyEngine(replies=lambda p: fault(p) or fair.replies(p))
     measured, _ = run_fairness(refusing, suite, "refusal", min_n=15)
@@ -173,7 +173,7 @@ def test_random_flips_are_no_bias():
     "Null behaviour: answers that flip at random, whoever asks."
     rng, called = np.random.default_rng(5), 0
     for _ in range(300):
-        draw = lambda q: (rng.random(150) < q).astype(int)  # noqa: E731
+        draw = lambda q: (rng.random(150) < q).astype(int)
         table = {"id": list(range(150)), "swap": ["a"] * 50 + ["b"] * 50 + ["c"] * 50, "flipped": draw(0.2), "control": draw(0.2).tolist(), "correct": draw(0.8), "correct_swapped": draw(0.8)}  # fmt: skip
         called += value(swap_measurements(table), "swaps_biased").value > 0
     assert called / 300 <= 0.05

@@ -206,7 +206,7 @@ def test_failures_are_counted_and_never_good():
 
 def test_requests_that_hang_are_in_the_quantiles():
     "A quarter waits two minutes for nothing: that is what p95 is about, and no limit is met by it."
-    hang = lambda i: i % 4 == 3  # noqa: E731
+    hang = lambda i: i % 4 == 3
     rows = [Trace(i, i * 0.1, i * 0.1, [i * 0.1 + (120.0 if hang(i) else 0.3)], 1, "TimeoutError" if hang(i) else "").row() for i in range(200)]  # fmt: skip
     report = load_report(rows, "load_server", 10)
     assert report.get("latency_p50").value == pytest.approx(0.3) and report.get("latency_p50").n == 200

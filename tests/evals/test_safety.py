@@ -48,7 +48,7 @@ def turns(family):
 
 def scripted(answers, otherwise="Please look into the app."):
     "An engine that gives these answers to these last turns."
-    last = lambda p: p.removesuffix("\nassistant: ").rpartition("user: ")[2]  # noqa: E731
+    last = lambda p: p.removesuffix("\nassistant: ").rpartition("user: ")[2]
     return DummyEngine(context_length=4096, replies=lambda p: answers.get(last(p), otherwise))
 
 
@@ -167,7 +167,7 @@ def test_a_mute_engine_neither_refuses_nor_complies():
 
 def test_a_leak_in_an_early_turn_counts():
     suite = load_attacks("multiturn")
-    replies = lambda p: suite.items[0].answer if p.count("assistant:") == 1 else "No."  # noqa: E731
+    replies = lambda p: suite.items[0].answer if p.count("assistant:") == 1 else "No."
     measured, tables = run_safety(DummyEngine(context_length=4096, replies=replies), [suite])
     assert tables["attacks"]["success"][0] == 1
 
@@ -303,7 +303,7 @@ def test_bipia_is_read_and_an_obedient_engine_found():
     assert len(suite.items) == 200 and len({i.answer for i in suite.items}) == 3
     assert not [i for i in suite.items if i.answer in i.messages[0]["content"].rpartition("\n")[0]]
     few = type(suite)(suite.name, 1, suite.items[:40], scorers=(), max_tokens=96)
-    obey = lambda p: next(f"See {i.answer}." for i in few.items if i.messages[0]["content"] in p)  # noqa: E731
+    obey = lambda p: next(f"See {i.answer}." for i in few.items if i.messages[0]["content"] in p)
     for engine, rate in ((DummyEngine(context_length=9000, replies=obey), 1.0), (DummyEngine(context_length=9000, replies=lambda p: "About $20."), 0.0)):  # fmt: skip
         measured, _ = run_safety(engine, [few])
         assert next(m for m in measured if m.metric == "attack_success_rate").value == rate

@@ -64,7 +64,7 @@ def project(tmp_path_factory):
         if rule.get("noninferiority"):
             rule["noninferiority"] = 0.1
     yaml.dump(params, example / "params.yaml")
-    run = lambda *words, at=root: subprocess.run(words, cwd=at, check=True, capture_output=True)  # noqa: E731
+    run = lambda *words, at=root: subprocess.run(words, cwd=at, check=True, capture_output=True)
     run("git", "init", "-q")
     run(sys.executable, "-m", "dvc", "init", "-q")
     return example

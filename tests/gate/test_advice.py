@@ -41,7 +41,7 @@ def test_equal_models_are_told_how_many_items_pass():
 def test_the_advised_number_of_items_decides(rate, limit, test, bound):
     rule = read_rule({"metric": "accuracy", test: limit, "bound": bound})
     k, better = round(200 * rate), "higher" if test == "min" else "lower"
-    report = lambda share, n: {"engine": Report("engine", "", "s@1", (Measurement("accuracy", share, n, direction=better),))}  # noqa: E731  # fmt: skip
+    report = lambda share, n: {"engine": Report("engine", "", "s@1", (Measurement("accuracy", share, n, direction=better),))}  # fmt: skip
     [first] = judge_rule(rule, report(k / 200, 200))
     assert first.outcome == "inconclusive" and f"about {about(first.needs)} items" in first.sentence
     drawn, counts = np.unique(np.random.default_rng(0).binomial(first.needs, k / 200, 400), return_counts=True)

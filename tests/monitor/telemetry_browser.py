@@ -61,7 +61,7 @@ def browser(folder):
     with open(folder / "driver.log", "w+b") as log:
         driver = subprocess.Popen(["chromedriver", "--port=0"], stdout=log, stderr=log)
         try:
-            said = lambda: (folder / "driver.log").read_text()  # noqa: E731
+            said = lambda: (folder / "driver.log").read_text()
             until(lambda: "started successfully on port" in said(), "the driver")
             port = said().split("started successfully on port ")[1].split(".")[0]
             flags = [

@@ -30,7 +30,7 @@ def test_all_rules_pass_their_tests(tmp_path):
 
 @needs("promtool")
 def test_a_rule_that_never_fires_or_always_fires_fails_its_tests(tmp_path):
-    always = lambda a: f'label_replace({next(iter(a.fires))} * 0 + 1, "a", "b", "", "")'  # noqa: E731
+    always = lambda a: f'label_replace({next(iter(a.fires))} * 0 + 1, "a", "b", "", "")'
     spoilt = [
         replace(a, expr=f"({a.expr}) and on() vector(0) > 1" if i % 2 else always(a)) for i, a in enumerate(FOUND)
     ]

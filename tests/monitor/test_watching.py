@@ -225,7 +225,7 @@ def test_a_request_starts_dvc_and_promotes_nobody(tmp_path):
     rules = section(**{k: SMALL[k] for k in ("window", "reference", "retrain")}, texts={"share": 1.0})
     rules["retrain"]["action"] = ["dvc", "exp", "run", "-n", "{id}", "-S", "prepare.source=jsonl", "-S", "prepare.path={records}"]  # fmt: skip
     t = Town(tmp_path, rules)
-    run = lambda *cmd: subprocess.run(cmd, cwd=tmp_path, check=True, capture_output=True, text=True)  # noqa: E731
+    run = lambda *cmd: subprocess.run(cmd, cwd=tmp_path, check=True, capture_output=True, text=True)
     (tmp_path / "params.yaml").write_text("prepare: {source: bank, path: ''}\n")
     (tmp_path / "dvc.yaml").write_text("stages:\n  prepare:\n    cmd: echo prepared > out.txt\n    params: [prepare]\n    outs: [out.txt]\n")  # fmt: skip
     (tmp_path / ".gitignore").write_text("*.db*\n/retrain\n/latest\n/dataset\n")

@@ -231,14 +231,14 @@ ENGINES["sha256:good"] = late
     events = Events(town.folder / "events.db")
     last = max(seq for seq, _ in events.since())
     with killed_at_the_end(town.folder, start) as url:
-        away = lambda since=last: [e for _, e in events.since(since) if e.get("unloaded")]  # noqa: E731
+        away = lambda since=last: [e for _, e in events.since(since) if e.get("unloaded")]
         until(lambda: set(ask_all(url)) == {a} and away(), "questions of the canary's users")
         assert {(e["variant"], e["fallback"], e["unloaded"]) for e in away()} == {("baseline", False, "canary")}
         line = 'llmkit_unloaded_total{model="bank-support",variant="canary"} '
         until(lambda: f"{line}{len(away())}.0" in httpx.get(f"{url}/metrics").text, "the same number in the metrics")
         (town.folder / "go").touch()
         until(lambda: ask_all(url) == before, "everybody where they were")
-        counted = lambda: town.store.load("r1").window.counts["unloaded"]  # noqa: E731
+        counted = lambda: town.store.load("r1").window.counts["unloaded"]
         until(
             lambda: counted() == len(away(0)) >= before.count(good),
             "the count in the log, with that of the first start",
@@ -326,7 +326,7 @@ def test_ten_thousand_answers_through_a_promotion_and_a_rollback(town):
             await asyncio.sleep(0.01)
 
     async def director():
-        order = lambda *a, **k: asyncio.to_thread(town.order, "r1", *a, **k)  # noqa: E731
+        order = lambda *a, **k: asyncio.to_thread(town.order, "r1", *a, **k)
         await reached(1_000)
         await asyncio.to_thread(
             town.begin, "r1", "sha256:good", QUICK | {"steps": [{"setWeight": 50}, {"analysis": ENDLESS}]}
@@ -401,7 +401,7 @@ def test_a_server_that_is_killed_in_every_step_goes_on_there(town):
     steps = [{"shadow": {"percent": 100}}, {"analysis": ENDLESS}, {"setWeight": 50}, {"analysis": ENDLESS}]
     town.begin("r1", "sha256:good", AFTER_SHADOW | {"steps": steps})
     with killed_at_the_end(town.folder) as url:
-        copied = lambda: list(Events(town.folder / "events.db").all("shadow"))  # noqa: E731
+        copied = lambda: list(Events(town.folder / "events.db").all("shadow"))
         until(lambda: set(ask_all(url)) == {a} and copied(), "copies")
         until(lambda: town.store.load("r1").window.pairs, "their numbers in the log")
     town.order("r1", "promote")  # nobody serves: the order waits in the log

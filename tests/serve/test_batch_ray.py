@@ -39,7 +39,7 @@ def test_each_line_once_although_a_worker_is_killed(tmp_path, monkeypatch):
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\nnonsense\n")
 
     def kill():
-        begun = lambda: sum(p.read_bytes().count(b"\n") for p in tmp_path.glob("*.part-*")) > 20 and workers()  # noqa: E731
+        begun = lambda: sum(p.read_bytes().count(b"\n") for p in tmp_path.glob("*.part-*")) > 20 and workers()
         until(begun, "some answers")
         victim = workers()[0]
         victim.kill()

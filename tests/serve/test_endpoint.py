@@ -51,7 +51,7 @@ def test_a_served_engine_measures_as_it_does_here(make_gateway, suite):
         assert [c.text for c in there.generate(ids, hot)] == [c.text for c in engine.generate(ids, hot)]
     assert texts[0] == pytest.approx(texts[1], abs=1e-3)
     assert far.digest == "", "nobody knows what an address serves, so nothing is cached"
-    values = lambda r: {(m.metric, m.slice): m.value for m in r.measurements}  # noqa: E731
+    values = lambda r: {(m.metric, m.slice): m.value for m in r.measurements}
     assert values(far) == pytest.approx(values(here), abs=1e-4)
     assert far.column("task/answer") == here.column("task/answer")
 

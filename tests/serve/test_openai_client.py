@@ -69,7 +69,7 @@ def test_async_client_many_at_a_time(dummy):
 def test_seed_temperature_and_n(dummy):
     gateway, url = dummy
     ask = {"model": "bank", "prompt": [1, 2, 3], "max_tokens": 12, "temperature": 1.2, "logprobs": 0}
-    run = lambda **more: client(url).completions.create(**ask, **more).choices  # noqa: E731
+    run = lambda **more: client(url).completions.create(**ask, **more).choices
     a, b, three = run(seed=7), run(seed=7), run(seed=7, n=3)
     assert a[0].logprobs.token_logprobs == b[0].logprobs.token_logprobs == three[0].logprobs.token_logprobs
     assert len({str(c.logprobs.token_logprobs) for c in three}) == 3 and [c.index for c in three] == [0, 1, 2]
@@ -81,7 +81,7 @@ def test_seed_temperature_and_n(dummy):
 
 def test_stop_and_max_tokens(dummy):
     _, url = dummy
-    run = lambda **more: client(url).completions.create(model="bank", prompt="count", temperature=0, **more).choices[0]  # noqa: E731
+    run = lambda **more: client(url).completions.create(model="bank", prompt="count", temperature=0, **more).choices[0]
     c = run(max_tokens=60, stop=[" five", "nothing"])
     assert (c.text, c.finish_reason) == ("one two three four", "stop")
     c = run(max_tokens=7)
@@ -166,7 +166,7 @@ def test_keys_and_limits(make_gateway, tmp_path):
     weak, _ = keys.create("other", ("metrics",))
     gateway = make_gateway(keys=keys, limits=Limits(tmp_path / "serve.db", Price(1.0, 1.0)))
     with serving(gateway) as url:
-        ask = lambda k=text, **more: client(url, k).completions.with_raw_response.create(  # noqa: E731
+        ask = lambda k=text, **more: client(url, k).completions.with_raw_response.create(
             model="bank", prompt="card", max_tokens=30, temperature=0, **more
         )
         with pytest.raises(openai.AuthenticationError):

@@ -147,7 +147,7 @@ def test_a_delta_is_loaded_asked_and_unloaded_while_the_server_runs(project, tmp
         prompt = e.tokenizer.encode(LINES[3])
         want = e.generate([prompt], Sampling(10, stop_ids=()))[0]
     with serving(gateway, adapters=adapters) as url, httpx.Client(timeout=PATIENCE, base_url=url, headers=admin) as c:
-        load = lambda **more: c.post("/v1/load_lora_adapter", json={"lora_name": "tone", "lora_path": delta, **more})  # noqa: E731
+        load = lambda **more: c.post("/v1/load_lora_adapter", json={"lora_name": "tone", "lora_path": delta, **more})
         assert (
             c.post("/v1/load_lora_adapter", json={"lora_name": "tone", "lora_path": delta}, headers=user).status_code
             == 403

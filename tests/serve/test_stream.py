@@ -196,7 +196,7 @@ def test_a_folder_with_two_consumers_and_kill_9(tmp_path, consumer):
         part = [event(i) for i in range(k * n, (k + 1) * n)]
         (tmp_path / f"in/{k}.ndjson").write_text("\n".join([*part, event(k * n), event(0)]) + "\n")
     answers = tmp_path / "out/answers.ndjson"
-    count = lambda: answers.read_text().count("\n") if answers.exists() else 0  # noqa: E731
+    count = lambda: answers.read_text().count("\n") if answers.exists() else 0
     first, second = consumer("in", "out"), consumer("in", "out")
     until(lambda: count() >= 30, "some answers")
     for p in (first, second):
