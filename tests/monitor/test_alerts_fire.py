@@ -17,6 +17,7 @@ from llmkit.monitor.wiring import alerts_write
 SILENT = {
     "llmkit_ratelimit_rejections_total",
     "llmkit_fallback_total",
+    "llmkit_unloaded_total",
     "llmkit_answers_checked_total",
 }  # did not happen
 ROOT = Path(__file__).parents[2]
