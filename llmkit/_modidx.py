@@ -3055,6 +3055,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'llmkit.serve.store.Store.write': ('08_serve/store.html#store.write', 'llmkit/serve/store.py'),
                                     'llmkit.serve.store.hurried': ('08_serve/store.html#hurried', 'llmkit/serve/store.py'),
                                     'llmkit.serve.store.locked': ('08_serve/store.html#locked', 'llmkit/serve/store.py'),
+                                    'llmkit.serve.store.make_tables': ('08_serve/store.html#make_tables', 'llmkit/serve/store.py'),
                                     'llmkit.serve.store.patiently': ('08_serve/store.html#patiently', 'llmkit/serve/store.py'),
                                     'llmkit.serve.store.unlocked': ('08_serve/store.html#unlocked', 'llmkit/serve/store.py'),
                                     'llmkit.serve.store.write_ahead': ('08_serve/store.html#write_ahead', 'llmkit/serve/store.py')},

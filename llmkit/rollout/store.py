@@ -25,7 +25,7 @@ from .policy import RolloutPolicy, read_rollout
 from .reducer import Event, reduce
 from .state import Effect, Evidence, RolloutState, from_json, to_json
 from .window import Window, read_window, readable, window_json
-from ..serve.store import write_ahead
+from ..serve.store import make_tables, write_ahead
 
 # %% ../../nbs/09_rollout/08_store.ipynb #6998cf2d
 class Fold:
@@ -117,8 +117,7 @@ class Store:
             write_ahead(self._db, WAIT)
             self._db.execute("pragma synchronous=full")
             with self._transaction() as db:
-                for statement in filter(str.strip, _TABLES.split(";")):
-                    db.execute(statement)
+                make_tables(db, _TABLES)
         except (sqlite3.Error, OSError) as e:
             fix = "Check that the folder is writable and the file is a database of this kit"
             raise KitError(f"cannot open the rollouts: {e}", file=self.path, remedy=fix) from e
