@@ -19,7 +19,7 @@ from ..core.artifact import MANIFEST
 from ..core.digests import digest_file, digest_files, digest_json, short
 from ..core.errors import KitError
 from ..core.files import atomic_folder, read_jsonl
-from ..core.params import ParamsError, conform, did_you_mean, load_params
+from ..core.params import ParamsError, conform, did_you_mean, load_params, read_options
 from ..core.plugins import Registry
 from ..core.ranges import check_ranges
 from ..core.report import Measurement, Report, read_report, write_report
@@ -410,7 +410,7 @@ def asked(
 ) -> tuple[str, dict[str, Any] | None]:
     "The suite to run and its options, None for a file of questions; raises `KitError`."
     if suite in SUITES.names():
-        return suite, suite_options(suite, {**((project or {}).get(suite) or {}), **_options(given, suite)})
+        return suite, suite_options(suite, {**((project or {}).get(suite) or {}), **read_options(given)})
     if not Path(suite).is_file():
         raise KitError("is neither a suite nor a file", value=suite, remedy=f"Suites: {', '.join(SUITES.names())}")
     kind = file_kind(suite)
@@ -420,7 +420,7 @@ def asked(
             raise KitError("a file of questions takes no options", file=suite, key="--set", value=given, remedy=fix)
         return "", None
     name, key, own = ("safety", "files", [suite]) if kind == "cases" else ("grounding", "file", suite)
-    options = _options(given, name)
+    options = read_options(given)
     if key in options:
         raise KitError("the file is named already", file=suite, key=f"--set {key}", value=options[key], remedy=f"Run the suite by its name: llmkit eval {name}")  # fmt: skip
     alone = {"families": []} if kind == "cases" else {}
@@ -455,17 +455,6 @@ def eval_run(
     if out:
         write_report(report, out)
     return 0
-
-
-def _options(text: str, suite: str) -> dict[str, Any]:
-    "Options as they were written on the command line."
-    import yaml
-
-    try:
-        given = yaml.safe_load(text) if text else {}
-    except yaml.YAMLError as e:
-        raise ParamsError("is not YAML", key="--set", value=text, remedy=str(e).splitlines()[0]) from e
-    return conform(given, dict[str, Any], suite)
 
 
 def _stage(params: str) -> tuple[dict[str, Any], int]:

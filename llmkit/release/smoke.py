@@ -19,6 +19,7 @@ from typing import Any
 from ..core.artifact import MANIFEST, open_artifact
 from ..core.errors import KitError
 from ..core.files import read_json, read_jsonl, read_object
+from ..core.params import read_options
 from ..data.records import RowError, check_messages
 from .bundle import verify_bundle
 from ..runtime.engine import Completion, Engine, is_address, load_engine
@@ -55,13 +56,14 @@ def base_of(
 def open_any(
     folder: str | Path,  # a delta, a bundle, an engine, a model or a base, or the address of a server up to /v1
     base: str | Path | None = None,  # for a delta: what it was made for; None: the one that it names
+    said: Mapping[str, Any] | None = None,  # options of the engine, as somebody wrote them
 ) -> Engine:
     "An engine for a folder of any kind, whose bytes are checked first, or for a server; raises `KitError`."
     if is_address(folder):
-        return load_engine(folder)
+        return load_engine(folder, said=said)
     folder, kind = Path(folder), kind_of(folder)
     if kind == "bundle":
-        return load_engine(verify_bundle(folder) / "engine")
+        return load_engine(verify_bundle(folder) / "engine", said=said)
     if kind not in ("delta", "engine", "model", "base"):
         raise KitError(
             f"a {kind} cannot answer", file=folder, remedy="Give a delta, a bundle, an engine, a model or a base"
@@ -70,7 +72,7 @@ def open_any(
         base = base_of(folder)
     if (folder / MANIFEST).is_file():
         open_artifact(folder)
-    return load_engine(base, "torch", delta=folder) if kind == "delta" else load_engine(folder)
+    return load_engine(base, "torch", said, delta=folder) if kind == "delta" else load_engine(folder, said=said)
 
 # %% ../../nbs/07_release/03_smoke.ipynb #a511dc79
 FIXTURE = ("I lost my card yesterday.", "Why was I charged a fee?", "What is the capital of France?")
@@ -186,12 +188,13 @@ def run_smoke(
     *,
     base: str = "",  # for a delta: what it was made for; empty: the one that it names
     questions: str = "",  # a JSONL file of records to ask instead of the built-in prompts
+    set: str = "",  # options of the engine, as YAML: "{device: cuda}"
     seconds: float = 30.0,  # all of it must take less
 ) -> int:
     "Load a model, ask it a few questions and check the answers; exit code 1 when something is wrong."
     start = time.monotonic()
     chats, expected, max_tokens = prompts_of(path, questions)
-    engine = open_any(path, base or None)
+    engine = open_any(path, base or None, read_options(set))
     try:
         result = smoke(engine, chats, expected, max_tokens)
     finally:
@@ -211,6 +214,7 @@ def ask(
     *,
     base: str = "",  # for a delta: what it was made for; empty: the one that it names
     system: str | None = None,  # the system message; a bundle knows its own
+    set: str = "",  # options of the engine, as YAML: "{device: cuda}"
     max_tokens: int = 64,  # of the answer
     wait: float = 30.0,  # seconds that a server may take until it is ready
 ) -> int:
@@ -220,7 +224,7 @@ def ask(
     chat = [{"role": "user", "content": question}]
     if told := system if system is not None else system_of(path):
         chat.insert(0, {"role": "system", "content": told})
-    engine = open_any(path, base or None)
+    engine = open_any(path, base or None, read_options(set))
     try:
         print(engine.generate([engine.tokenizer.chat(chat)], Sampling(max_tokens=max_tokens))[0].text)
     finally:

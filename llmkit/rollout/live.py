@@ -365,7 +365,7 @@ def _copies(live: Live) -> list:
 def opener(
     conf: Settings,
     model: str,  # the registered name
-    options: Mapping[str, int],  # of `open_backend`
+    options: Mapping[str, Any],  # of `open_backend`
 ) -> Callable[[str], Backend]:
     "A function that loads a release of the registry by its digest; it raises `KitError`."
 
@@ -401,7 +401,9 @@ def serve(
     drain: float = 30.0,  # seconds that running requests get at the end
     max_output: int = 4096,  # tokens of an answer at most
     context: int = 0,  # tokens of prompt and answer that a slot holds, which take memory; 0: as many as the model
+    set: str = "",  # options of the engine, as YAML: "{threads: 2}"
     base: str = "",  # a folder; deltas that were made for it can then be loaded while the server runs
+    base_set: str = "",  # options of the engine that runs those deltas
     price_prompt: float = -1.0,  # USD per million prompt tokens; -1: not known
     price_completion: float = -1.0,  # USD per million generated tokens
     days: float = 30.0,  # that events are kept, those of rollouts too
@@ -413,7 +415,7 @@ def serve(
     "Serve a release, a folder or another server as an OpenAI-compatible API."
     s = set_up(
         target, model=model, alias=alias, host=host, port=port, keys=keys, slots=slots, queue=queue, timeout=timeout,
-        max_output=max_output, context=context, base=base, price_prompt=price_prompt, price_completion=price_completion, days=days,
+        max_output=max_output, context=context, set=set, base=base, base_set=base_set, price_prompt=price_prompt, price_completion=price_completion, days=days,
         policy=policy, settings=settings,
     )  # fmt: skip
     aside = _pushing(s, judge)

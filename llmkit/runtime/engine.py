@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['GREEDY', 'ENGINES', 'EngineInfo', 'Token', 'Completion', 'Batch', 'Engine', 'Request', 'EngineBase', 'check_ids',
            'run_all', 'per_prompt', 'generate', 'stream', 'score', 'groups_by_length', 'each_logits', 'is_address',
-           'load_engine']
+           'fitting', 'load_engine']
 
 # %% ../../nbs/05_runtime/03_engine.ipynb #ec06e2fc
+import inspect
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -18,6 +19,7 @@ import numpy as np
 
 from ..core.artifact import MANIFEST, open_artifact
 from ..core.errors import KitError
+from ..core.params import ParamsError, conform, did_you_mean
 from ..core.plugins import Registry
 from .sampling import Sampling, choose, log_softmax, stream_of, token_logprob
 from .text import Detokenizer, StopStrings
@@ -320,18 +322,38 @@ def is_address(
     return str(place).startswith(("http://", "https://"))
 
 
+_OURS = ("delta", "slots", "verify")  # said elsewhere
+
+
+def fitting(
+    engine: Callable[..., Engine],  # a class
+    said: Mapping[str, Any],  # options as somebody wrote them
+) -> dict[str, Any]:
+    "Options that an engine takes, with their types conformed; raises `ParamsError`."
+    known = {p.name: p for p in list(inspect.signature(engine, eval_str=True).parameters.values())[1:]}
+    known = {n: p.annotation for n, p in known.items() if n not in _OURS and p.kind is not p.VAR_KEYWORD}
+    for name in said:
+        if name not in known:
+            fix = did_you_mean(name, known) if known else "It has none"
+            raise ParamsError("this engine has no such option", key=name, value=said[name], remedy=fix)
+    return {n: conform(v, known[n], n) for n, v in said.items()}
+
+
 def load_engine(
     folder: str | Path,  # an engine artifact, a base or model, or the address of a server up to and with /v1
     kind: str | None = None,  # "onnx", "torch", "endpoint", or a registered name; None: as the folder says
+    said: Mapping[str, Any] | None = None,  # options as somebody wrote them; they are checked
     **options,  # of the engine: `delta`, `device`, `slots`, `threads`
 ) -> Engine:
     "Open a model for use; raises `KitError`."
     if is_address(folder):
-        return ENGINES.load(kind or "endpoint")(str(folder), **options)
+        engine = ENGINES.load(kind or "endpoint")
+        return engine(str(folder), **options, **fitting(engine, said or {}))
     folder = Path(folder)
     if not folder.is_dir():
         raise KitError("no such folder", file=folder, remedy="Run the stage that makes it")
     if kind is None:
         made = open_artifact(folder, verify=False).kind if (folder / MANIFEST).is_file() else ""
         kind = "onnx" if made == "engine" or (folder / "engine.json").is_file() else "torch"
-    return ENGINES.load(kind)(folder, **options)
+    engine = ENGINES.load(kind)
+    return engine(folder, **options, **fitting(engine, said or {}))

@@ -23,10 +23,12 @@ from .sampling import Sampling
 
 # %% ../../nbs/05_runtime/05_torch_engine.ipynb #3d84d034
 def torch_device(
-    name: str,  # "cpu", "cuda" or "cuda:1"
+    name: str,  # "auto", "cpu", "cuda" or "cuda:1"
 ) -> Any:  # a `torch.device`
     "The device of that name; raises `KitError` when this machine or this torch has none."
     torch = need("torch")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         fix = "Set device: cpu, or run on a machine with a GPU and a CUDA build of torch"
         raise KitError("torch sees no CUDA device", key="device", value=name, remedy=fix)
@@ -40,7 +42,7 @@ class TorchEngine(EngineBase):
         self,
         folder: str | Path,  # a base or a model
         delta: str | Path | None = None,  # a delta folder, made for that base
-        device: str = "cpu",  # or "cuda"
+        device: str = "auto",  # a GPU where there is one; or "cpu", "cuda", "cuda:1"
         precision: str = "fp32",  # or "bf16"
         slots: int = 16,  # rows that run together
     ):
@@ -54,10 +56,10 @@ class TorchEngine(EngineBase):
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.tokenizer = Tokenizer.load(folder) if (Path(folder) / "tokenizer.json").is_file() else None
         self.info = EngineInfo(
-            name=f"torch {precision} {device}" + (" with delta" if delta else ""),
+            name=f"torch {precision} {self.device}" + (" with delta" if delta else ""),
             digest=digest_json([a.digest for a in (base, tuned) if a]) if tuned else base.digest if base else "",
             precision=precision,
-            device=device,
+            device=str(self.device),
             vocab_size=model.config.vocab_size,
             context_length=model.config.max_position_embeddings,
             size_bytes=sum(f.stat().st_size for d in (folder, delta) if d for f in Path(d).glob("*.safetensors")),

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import KitError
+from ..core.params import read_options
 from ..core.plugins import need
 from ..core.settings import load_settings
 from .call import SHARED, parse
@@ -275,6 +276,7 @@ def batch_run(
     alias: str = "",  # in the registry; default: champion, else challenger
     shard: str = "1/1",  # the part of the lines that this machine answers, such as 3/8
     slots: int = 8,  # requests that run together
+    set: str = "",  # options of the engine, as YAML: "{device: cuda}"
     settings: str = "settings.ini",  # where the registry is
 ) -> int:
     "Answer a file of requests; exit code 1 when some could not be answered."
@@ -284,7 +286,7 @@ def batch_run(
         raise KitError("is there already", file=out, remedy="Add --resume to go on with it, or name another file")
     done = cut_off(out)
     found = resolve(target, load_settings(settings), model, alias)
-    backend = open_backend(found, slots=slots, queue=queue_for(slots))
+    backend = open_backend(found, slots=slots, queue=queue_for(slots), said=read_options(set))
     gateway = Gateway(found.model, {"baseline": backend}, timeout=None)
     errors.unlink(missing_ok=True)
     answers, failures, lines = Appender(out), Appender(errors), read_lines(source, part)

@@ -86,6 +86,7 @@ def batch_ray(
     model: str = "",  # the name for clients; in the registry, the model
     alias: str = "",  # in the registry; default: champion, else challenger
     slots: int = 8,  # requests that run together in a task
+    set: str = "",  # options of the engine, as YAML: "{device: cuda}"
     settings: str = "settings.ini",  # where the registry is
 ) -> int:
     "Answer a file of requests on a Ray cluster; exit code 1 when some could not be answered."
@@ -105,7 +106,7 @@ def batch_ray(
     ray.init(address=address or None, include_dashboard=False if not address else None, log_to_driver=True)
     try:
         task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(run_part)
-        how = {"target": target, "model": model, "alias": alias, "slots": slots, "settings": settings}
+        how = {"target": target, "model": model, "alias": alias, "slots": slots, "set": set, "settings": settings}
         args = (os.getcwd(), source, out)
         codes: Sequence[int] = ray.get([task.remote(*args, k, shards, how) for k in range(1, shards + 1)])
     finally:

@@ -13,9 +13,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..core.artifact import MANIFEST, open_artifact
 from ..core.digests import short
 from ..core.errors import KitError
 from ..core.files import read_json
+from ..core.params import read_options
 from ..core.plugins import need
 from ..core.settings import Settings, load_settings
 from ..release.bundle import verify_bundle
@@ -115,19 +117,22 @@ def open_backend(
     queue: int = 64,  # requests that may wait
     max_output: int = 4096,  # tokens of an answer at most
     context: int = 0,  # tokens of prompt and answer that a slot holds; 0: as many as the model
+    said: Mapping[str, Any] | None = None,  # options of the engine, as somebody wrote them
     upstream_model: str = "",  # what an upstream calls it; default: the first that it lists
 ) -> Backend:
     "Verify and load a target; raises `KitError`."
     if target.where.startswith(("http://", "https://")):
+        if said:
+            raise KitError("another server has its own options", key="--set", value=dict(said), remedy="Set them there")
         more = {"release": target.release, "max_output": max_output, "connections": slots + queue}
         return UpstreamBackend(target.where, upstream_model, **more)
     test: dict[str, Any] = {}
     if target.bundle:
-        said = read_json(verify_bundle(target.where, target.bundle) / "bundle.json")["self_test"]
-        chats, tokens = [p["messages"] for p in said["prompts"]], [p["tokens"] for p in said["prompts"]]
-        test = {"chats": chats, "expected": tokens, "test_tokens": said["max_tokens"]} if chats else {}
+        known = read_json(verify_bundle(target.where, target.bundle) / "bundle.json")["self_test"]
+        chats, tokens = [p["messages"] for p in known["prompts"]], [p["tokens"] for p in known["prompts"]]
+        test = {"chats": chats, "expected": tokens, "test_tokens": known["max_tokens"]} if chats else {}
     options = {"release": target.release, "slots": slots, "queue": queue, "max_output": max_output, "context": context}
-    backend = EngineBackend(open_any(target.where), **options, **test)
+    backend = EngineBackend(open_any(target.where, said=said), **options, **test)
     backend.bundle = Path(target.where) if target.bundle else None  # with the reports of before the release
     return backend
 
@@ -231,7 +236,7 @@ class Setup:
     settings: Settings
     host: str
     port: int
-    options: dict[str, int]  # of `open_backend`, for further variants
+    options: dict[str, Any]  # of `open_backend`, for further variants
     about: str  # for people
     adapters: Adapters | None = None
     expire: Callable[[], Any] | None = None  # deletes old events
@@ -301,7 +306,9 @@ def set_up(
     timeout: float = 300.0,  # seconds for a request
     max_output: int = 4096,  # tokens of an answer at most
     context: int = 0,  # tokens of prompt and answer that a slot holds; 0: as many as the model
+    set: str = "",  # options of the engine, as YAML: "{threads: 2}"
     base: str = "",  # a folder; deltas that were made for it can then be loaded while the server runs
+    base_set: str = "",  # options of the engine that runs those deltas
     price_prompt: float = -1.0,  # USD per million prompt tokens; -1: not known
     price_completion: float = -1.0,  # USD per million generated tokens
     days: float = 30.0,  # that events are kept
@@ -310,6 +317,7 @@ def set_up(
 ) -> Setup:
     "Verify, load and connect everything that a server consists of; raises `KitError`."
     options = {"slots": slots, "queue": queue, "max_output": max_output, "context": context}
+    said, load = read_options(set), partial(open_any, said=read_options(base_set, "--base-set"))
     check_options(**options, timeout=timeout, days=days)
     conf = load_settings(settings)
     host, port = host or conf.get("host", "127.0.0.1"), port_of(conf, port)
@@ -325,7 +333,7 @@ def set_up(
     sampler = Sampler(shares, texts) if shares.texts or shares.claims else None
     gateway = Gateway(
         found.model,
-        {"baseline": open_backend(found, **options)},
+        {"baseline": open_backend(found, **options, said=said)},
         keys=asked,
         limits=Limits(path, price),
         traces=open_traces(conf),
@@ -343,8 +351,8 @@ def set_up(
         if texts is not None:
             texts.expire(shares.days * 86400)
 
-    deltas = Adapters(gateway, base, **options) if base else None
-    return Setup(gateway, found, conf, host, port, options, about, deltas, forget)
+    deltas = Adapters(gateway, base, load, **options) if base else None
+    return Setup(gateway, found, conf, host, port, options | {"said": said}, about, deltas, forget)
 
 
 @asynccontextmanager

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..core.errors import KitError
+from ..core.params import read_options
 from ..core.plugins import need
 from ..core.settings import load_settings
 from .batch import Places, answer_one, queue_for
@@ -249,6 +250,7 @@ def stream_run(
     model: str = "",  # the name for clients; in the registry, the model
     alias: str = "",  # in the registry; default: champion, else challenger
     slots: int = 8,  # requests that run together
+    set: str = "",  # options of the engine, as YAML: "{device: cuda}"
     drain: float = 30.0,  # seconds that running events get at the end
     settings: str = "settings.ini",  # where the registry is
 ) -> int:
@@ -256,12 +258,12 @@ def stream_run(
     for key, value in (("attempts", attempts), ("slots", slots), ("patience", patience), ("remember", remember)):
         if value <= 0:
             raise KitError("must be above 0", key=key, value=value)
-    found = resolve(target, load_settings(settings), model, alias)
+    found, said = resolve(target, load_settings(settings), model, alias), read_options(set)
     run = dict(together=2 * slots, patience=patience, once=once, drain=drain)
 
     async def work() -> Counts:
         source_, sink, dead = await open_ends(source, out, group, patience, remember * 3600, once)
-        backend = open_backend(found, slots=slots, queue=queue_for(slots))
+        backend = open_backend(found, slots=slots, queue=queue_for(slots), said=said)
         gateway = Gateway(found.model, {"baseline": backend}, timeout=None)
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
         for s in (signal.SIGTERM, signal.SIGINT):

@@ -21,7 +21,7 @@ def project(tmp_path, monkeypatch):
     Path("settings.ini").write_text("[DEFAULT]\n")
     for module in (batch, stream):
         monkeypatch.setattr(module, "resolve", lambda *a: Target("bank", "here"))
-        monkeypatch.setattr(module, "open_backend", lambda found, **how: EngineBackend(DummyEngine(), **how))
+        monkeypatch.setattr(module, "open_backend", lambda found, said=None, **how: EngineBackend(DummyEngine(), **how))
 
 
 def body(**more):

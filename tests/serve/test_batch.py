@@ -29,7 +29,7 @@ class Paced(DummyEngine):
         return super().next_logits(prompt, answer)
 
 batch.resolve = lambda *a: Target("bank", "here")
-batch.open_backend = lambda found, **how: EngineBackend(Paced(replies=lambda p: "yes"), **how)
+batch.open_backend = lambda found, said=None, **how: EngineBackend(Paced(replies=lambda p: "yes"), **how)
 sys.exit(batch.batch_run("in.jsonl", "out.jsonl", resume=True, slots=4))
 """
 

@@ -29,7 +29,7 @@ def set_up(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("settings.ini").write_text("[DEFAULT]\n")
     monkeypatch.setattr(server, "resolve", lambda *a: server.Target("bank", "here"))
-    monkeypatch.setattr(server, "open_backend", lambda found, **how: EngineBackend(DummyEngine(), **how))
+    monkeypatch.setattr(server, "open_backend", lambda found, said=None, **how: EngineBackend(DummyEngine(), **how))
     return server.set_up
 
 

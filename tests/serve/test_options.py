@@ -32,6 +32,6 @@ def test_a_drain_below_zero_is_refused_before_anybody_is_served(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     (tmp_path / "settings.ini").write_text("[DEFAULT]\n")
     monkeypatch.setattr(server, "resolve", lambda *a: server.Target("bank", "here"))
-    monkeypatch.setattr(server, "open_backend", lambda found, **how: EngineBackend(DummyEngine(), **how))
+    monkeypatch.setattr(server, "open_backend", lambda found, said=None, **how: EngineBackend(DummyEngine(), **how))
     assert main(["serve", "--target", "here", "--drain", "-1", "--port", "0"]) == 2
     assert "--drain: must be at least 0 (got -1.0). 30 is usual" in capsys.readouterr().err

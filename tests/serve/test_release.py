@@ -16,6 +16,7 @@ from serve_server import PATIENCE, serving, until
 from llmkit.core.artifact import open_artifact
 from llmkit.core.digests import short
 from llmkit.core.errors import KitError
+from llmkit.core.params import ParamsError
 from llmkit.core.files import read_json, write_json, write_text
 from llmkit.core.settings import load_settings
 from llmkit.runtime.sampling import Sampling
@@ -94,6 +95,23 @@ def test_another_bundle_than_the_registered_one_is_not_served(project):
     t = from_registry(load_settings())
     with pytest.raises(KitError, match="it is bundle"):
         open_backend(replace(t, bundle="sha256:" + "0" * 64))
+
+
+def test_options_of_the_engine_are_passed_on_and_checked(project):
+    found = resolve(BUNDLE, load_settings())
+    usual, fast = open_backend(found), open_backend(found, said={"threads": 1, "exact": False})
+    assert usual.engine._decode.get_session_options().intra_op_num_threads == 0
+    assert fast.engine._decode.get_session_options().intra_op_num_threads == 1 and not fast.engine.even
+    with pytest.raises(ParamsError, match="treads: this engine has no such option .* Did you mean 'threads'"):
+        open_backend(found, said={"treads": 1})
+    with pytest.raises(ParamsError, match="exact: must be a bool"):
+        open_backend(found, said={"exact": "no"})
+    with pytest.raises(KitError, match="device: was built for cpu"):
+        open_backend(found, said={"device": "cuda"})
+    model = resolve("artifacts/merge/model", load_settings())
+    assert open_backend(model, said={"precision": "bf16"}).engine.info.precision == "bf16"
+    with pytest.raises(ParamsError, match="exact: this engine has no such option"):
+        open_backend(model, said={"exact": False})
 
 
 def test_the_onnx_engine_answers_over_http_as_it_does_alone(project):

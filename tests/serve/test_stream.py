@@ -28,7 +28,7 @@ class Paced(DummyEngine):
         return super().next_logits(prompt, answer)
 
 stream.resolve = lambda *a: Target("bank", "here")
-stream.open_backend = lambda found, **how: EngineBackend(Paced(replies=lambda p: "yes"), **how)
+stream.open_backend = lambda found, said=None, **how: EngineBackend(Paced(replies=lambda p: "yes"), **how)
 sys.exit(main(["stream", "run", *sys.argv[1:]]))
 """
 
