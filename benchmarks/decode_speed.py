@@ -68,7 +68,7 @@ def onnx_subject(folder: Path, threads: int, exact: bool) -> Callable:
     e = OnnxEngine(folder, threads=threads, exact=exact)
 
     def run(prompts, tokens):
-        m = Slots(e._decode, e.shape, len(prompts), len(prompts[0]) + tokens, even=e.even)
+        m = Slots(e._decode, e.shape, len(prompts), len(prompts[0]) + tokens, idle=e.idle)
         nexts: list[int] = []
         prefill = timed(lambda: nexts.extend(int(m.join(p).argmax()) for p in prompts))
 

@@ -62,13 +62,14 @@ def test_rows_do_not_feel_each_other(open_onnx, prompts, precision, block, sampl
             assert got == want[: len(got)]
 
 
-def test_served_logits_are_bit_identical_to_solo(open_onnx, prompts):
+@pytest.mark.parametrize("precision", ["int4", "int8", "fp32"])
+def test_served_logits_are_bit_identical_to_solo(open_onnx, prompts, precision):
     from llmkit.runtime.slots import Slots
 
-    with open_onnx("int4") as e:
+    with open_onnx(precision) as e:
 
         def path(rows):
-            m = Slots(e._decode, e.shape, len(rows), 64, even=e.even)
+            m = Slots(e._decode, e.shape, len(rows), 64, idle=e.idle)
             out = [[m.join(r[:1]).copy()] for r in rows]
             for t in range(1, 3):
                 for o, x in zip(out, m.step([r[t] for r in rows]), strict=True):
@@ -76,8 +77,11 @@ def test_served_logits_are_bit_identical_to_solo(open_onnx, prompts):
             return out
 
         rows = [p for p in prompts if len(p) > 2]
-        for row, got in zip(rows, path(rows), strict=True):
-            np.testing.assert_array_equal(np.stack(got), np.stack(path([row])[0]))
+        rows += [p[::-1] for p in rows]
+        solo = [np.stack(path([row])[0]) for row in rows]
+        for n in range(2, len(rows) + 1):
+            for want, got in zip(solo, path(rows[:n]), strict=False):
+                np.testing.assert_array_equal(np.stack(got), want)
 
 
 @pytest.mark.parametrize("kind", ["torch", "onnx", "dummy"])

@@ -16,8 +16,8 @@ from serve_server import PATIENCE, serving, until
 from llmkit.core.artifact import open_artifact
 from llmkit.core.digests import short
 from llmkit.core.errors import KitError
-from llmkit.core.params import ParamsError
 from llmkit.core.files import read_json, write_json, write_text
+from llmkit.core.params import ParamsError
 from llmkit.core.settings import load_settings
 from llmkit.runtime.sampling import Sampling
 from llmkit.serve.adapters import Adapters
@@ -101,7 +101,7 @@ def test_options_of_the_engine_are_passed_on_and_checked(project):
     found = resolve(BUNDLE, load_settings())
     usual, fast = open_backend(found), open_backend(found, said={"threads": 1, "exact": False})
     assert usual.engine._decode.get_session_options().intra_op_num_threads == 0
-    assert fast.engine._decode.get_session_options().intra_op_num_threads == 1 and not fast.engine.even
+    assert fast.engine._decode.get_session_options().intra_op_num_threads == 1 and fast.engine.idle == "never"
     with pytest.raises(ParamsError, match="treads: this engine has no such option .* Did you mean 'threads'"):
         open_backend(found, said={"treads": 1})
     with pytest.raises(ParamsError, match="exact: must be a bool"):
