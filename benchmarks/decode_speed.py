@@ -222,7 +222,7 @@ def subjects(work: Path, model: Path, threads: int) -> dict[str, Callable[[], Ca
         options = {} if precision == "fp32" else {"block_size": block}
         write_json(folder / "engine.json", export(model, folder, precision, **options))
         found[f"onnx {name}"] = lambda f=folder: onnx_subject(f, threads, exact=True)
-        if block == 128:
+        if precision == "int4":
             found[f"onnx {name} inexact"] = lambda f=folder: onnx_subject(f, threads, exact=False)
     plain = work / "genai"
     plain.mkdir()

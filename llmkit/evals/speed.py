@@ -210,6 +210,7 @@ def measure(
     "Everything about one engine's speed, in this process: measurements, requests and facts."
     start = time.perf_counter()
     engine = load_engine(folder, kind, **options)
+    engine.reuse = False  # every prompt is computed whole, whatever was asked before
     loaded = time.perf_counter() - start
     for p in prompts[:warmup]:
         time_request(engine, p, tokens)

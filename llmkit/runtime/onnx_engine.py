@@ -20,7 +20,7 @@ from ..core.plugins import need
 from ..model.tokenizer import Tokenizer
 from .engine import EngineBase, EngineInfo, Request, Token
 from .sampling import Sampling
-from .slots import Idle, Slots, idle_beside
+from .slots import Idle, Slots, idle_beside, reuses_exactly
 
 # %% ../../nbs/05_runtime/07_onnx_engine.ipynb #35aef240
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -69,6 +69,7 @@ class OnnxEngine(EngineBase):
         threads: int = 0,  # 0: one for each core that the process may use
         spin: bool = True,  # wait for work without sleeping
         exact: bool = True,  # answers do not depend on the batch, bit for bit; an idle row runs along where kernels ask for it
+        reuse: bool = True,  # a prompt takes over the beginning that it shares with another one; exact, or not done
         verify: bool = True,  # compare the digests of all files first
     ):
         self.folder, self.slots, self._open = Path(folder), slots, (threads, spin)
@@ -87,7 +88,12 @@ class OnnxEngine(EngineBase):
         if odd != {"input_ids", "attention_mask"}:
             fix = "Only decoders whose state is keys and values can run here"
             raise KitError("the graph has other inputs", file=folder, value=sorted(odd), remedy=fix)
-        self.idle: Idle = idle_beside(self._decode, s, self.device) if exact else "never"
+        idle = idle_beside(self._decode, s, self.device)
+        self.idle: Idle = idle if exact else "never"
+        alike = (
+            s["precision"].startswith("int") or not exact
+        )  # threads share the rows of a float product as it suits them
+        self.reuse = reuse and alike and reuses_exactly(self._decode, s, self.device, idle)
         size = sum((self.folder / n).stat().st_size for n in ("weights.bin", "decode.onnx", "score.onnx"))
         block = f"/{s['options'].get('block_size', 32)}" if s["precision"].startswith("int") else ""
         name = f"onnx {s['precision']}{block} {self.device}"
@@ -123,9 +129,14 @@ class OnnxBatch:
 
     def __init__(self, engine: OnnxEngine, slots: int, length: int):
         self.engine, self.slots, self.length, self.count = engine, slots, length, 0
-        self.memory = Slots(engine._decode, engine.shape, slots, length, engine.device, engine.idle)
+        self.memory = Slots(engine._decode, engine.shape, slots, length, engine.device, engine.idle, engine.reuse)
         self.waiting: list[tuple[int, Request]] = []
         self.rows: list[tuple[int, Request]] = []  # in the order of the buffer
+
+    @property
+    def taken(self) -> int:
+        "Tokens of prompts that were taken over from another prompt."
+        return self.memory.taken
 
     def free(self) -> int:
         "How many may still join."

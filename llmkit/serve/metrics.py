@@ -132,11 +132,13 @@ def watch(
             depth = core.GaugeMetricFamily("llmkit_queue_depth", "Requests that wait for a slot.", labels=["variant"])
             busy = core.GaugeMetricFamily("llmkit_running", "Requests that run in the batch.", labels=["variant"])
             bad = core.CounterMetricFamily("llmkit_failed_steps", "Steps of a batch that failed.", labels=["variant"])
+            known = core.CounterMetricFamily("llmkit_prompt_tokens_reused", "Tokens of prompts that were taken over from another prompt.", labels=["variant"])  # fmt: skip
             for variant, s in stats().items():
                 depth.add_metric([variant], s.get("waiting", 0))
                 busy.add_metric([variant], s.get("running", 0))
                 bad.add_metric([variant], s.get("failed_steps", 0))
-            return [depth, busy, bad]
+                known.add_metric([variant], s.get("reused", 0))
+            return [depth, busy, bad, known]
 
     self.registry.register(Backends())
 

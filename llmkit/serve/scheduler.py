@@ -295,7 +295,8 @@ def stats(self: Scheduler) -> dict[str, int]:
     "How many wait and run, and how many ended how."
     with self._wake:
         waiting = self._places()
-    return {"waiting": waiting, "running": len(self.running), **self.counts}
+    reused = getattr(self._batch, "taken", 0)  # tokens of prompts
+    return {"waiting": waiting, "running": len(self.running), "reused": reused, **self.counts}
 
 
 Scheduler.drain, Scheduler.close, Scheduler.stats = drain, close, stats

@@ -84,6 +84,39 @@ def test_served_logits_are_bit_identical_to_solo(open_onnx, prompts, precision):
                 np.testing.assert_array_equal(np.stack(got), want)
 
 
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+def test_beginnings_that_are_taken_over_change_no_bit(open_onnx, precision):
+    "Chats that share a system message, go on, come and go in any order, beside each of them computed whole."
+    from llmkit.runtime.slots import Slots
+
+    rng = np.random.default_rng(4)
+    systems = [rng.integers(2, 300, n).tolist() for n in (40, 32, 70, 3)]
+    with open_onnx(precision) as e:
+        assert e.reuse, "this machine's kernels allow it, or the test says nothing"
+        m, running, waiting = Slots(e._decode, e.shape, 4, 96, idle=e.idle, reuse=True), [], []
+        checked = 0
+        for _ in range(60):
+            if len(running) < 4:
+                old = waiting.pop(int(rng.integers(len(waiting)))) if waiting and rng.random() < 0.5 else None
+                prompt = (old or systems[int(rng.integers(4))]) + rng.integers(2, 300, rng.integers(1, 6)).tolist()
+                whole = Slots(e._decode, e.shape, 1, 96, idle=e.idle)
+                running.append((prompt, whole))
+                np.testing.assert_array_equal(m.join(prompt), whole.join(prompt))
+            tokens = rng.integers(2, 300, len(running)).tolist()
+            for (seen, whole), t, got in zip(running, tokens, m.step(tokens), strict=True):
+                seen.append(t)
+                np.testing.assert_array_equal(got, whole.step([t])[0])
+                checked += 1
+            gone = [i for i, (seen, _) in enumerate(running) if len(seen) > 85 or rng.random() < 0.2]
+            for i in reversed(gone):
+                waiting.append(running[i][0][:80])
+                running[i] = running[m.leave(i)]
+                running.pop()
+    assert m.taken > 300 and checked > 100
+    with open_onnx("fp32") as e, open_onnx("fp32", exact=False) as other:
+        assert (e.reuse, other.reuse) == (False, True)
+
+
 @pytest.mark.parametrize("kind", ["torch", "onnx", "dummy"])
 def test_stop_strings_and_streaming(llama, open_onnx, kind):
     e = {"torch": lambda: TorchEngine(llama), "onnx": lambda: open_onnx("fp32"), "dummy": DummyEngine}[kind]()
