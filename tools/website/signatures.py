@@ -21,7 +21,7 @@ def table(obj: object) -> str:
     if isinstance(obj, type) and "__init__" not in vars(obj):
         return ""
     docs = {"returns" if k == "return" else k: v for k, v in docments(obj).items() if v}
-    head = re.split(r'\n *"', inspect.getsource(obj))[0]
+    head = re.split(r'\n *"', inspect.getsource(obj))[0] if inspect.isfunction(obj) else ""
     for name, text in re.findall(r"^ +\*\*(\w+)\b[^#\n]*# *(.+)$", head, re.M):  # docments takes it for the result's
         docs = {k: v for k, v in docs.items() if v != text} | {f"**{name}": text}
     words = {k: re.sub(r"(# *)?\bnoqa(: *[A-Z]+\d+)?", "", v).strip() for k, v in docs.items()}
