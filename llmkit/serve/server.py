@@ -317,7 +317,8 @@ def set_up(
 ) -> Setup:
     "Verify, load and connect everything that a server consists of; raises `KitError`."
     options = {"slots": slots, "queue": queue, "max_output": max_output, "context": context}
-    said, load = read_options(set), partial(open_any, said=read_options(base_set, "--base-set"))
+    hosted = options | {"said": read_options(set)}
+    load = partial(open_any, said=read_options(base_set, "--base-set"))
     check_options(**options, timeout=timeout, days=days)
     conf = load_settings(settings)
     host, port = host or conf.get("host", "127.0.0.1"), port_of(conf, port)
@@ -333,7 +334,7 @@ def set_up(
     sampler = Sampler(shares, texts) if shares.texts or shares.claims else None
     gateway = Gateway(
         found.model,
-        {"baseline": open_backend(found, **options, said=said)},
+        {"baseline": open_backend(found, **hosted)},
         keys=asked,
         limits=Limits(path, price),
         traces=open_traces(conf),
@@ -352,7 +353,7 @@ def set_up(
             texts.expire(shares.days * 86400)
 
     deltas = Adapters(gateway, base, load, **options) if base else None
-    return Setup(gateway, found, conf, host, port, options | {"said": said}, about, deltas, forget)
+    return Setup(gateway, found, conf, host, port, hosted, about, deltas, forget)
 
 
 @asynccontextmanager
