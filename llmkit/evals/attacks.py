@@ -78,10 +78,7 @@ def attack(
     seed: int = 0,  # of the canary tokens
 ) -> Item:
     "One case as an item; raises `ParamsError`."
-    for k in case:
-        if k not in _CASE:
-            raise ParamsError("unknown key", file=file, key=f"{key}.{k}", value=case[k], remedy=did_you_mean(k, _CASE))
-    given = check_section(dict(case), {k: v for k, v in _CASE.items() if k in case or k in ("id", "turns")}, key, file)
+    given = check_section(case, _CASE, key, file, optional=_CASE.keys() - {"id", "turns"})
     token = canary(head["name"], given["id"], seed) if "{canary}" in head["system"] else ""
     system = head["system"].replace("{canary}", token)
     turns = _turns(given, key, file)

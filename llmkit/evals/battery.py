@@ -19,7 +19,7 @@ from ..core.artifact import MANIFEST
 from ..core.digests import digest_file, digest_files, digest_json, short
 from ..core.errors import KitError
 from ..core.files import atomic_folder, read_jsonl
-from ..core.params import ParamsError, conform, did_you_mean, load_params, read_options
+from ..core.params import ParamsError, check_section, conform, did_you_mean, load_params, read_options
 from ..core.plugins import Registry
 from ..core.ranges import check_ranges
 from ..core.report import Measurement, Report, read_report, write_report
@@ -298,17 +298,15 @@ def suite_options(
         raise ParamsError("no such suite", file=file, key=key, remedy=did_you_mean(name, SUITES.names()))
     func = SUITES.load(name)
     known = {p.name: p for p in inspect.signature(func, eval_str=True).parameters.values() if p.kind == p.KEYWORD_ONLY}
-    given = conform(dict(given or {}), dict[str, Any], key, file)
-    if unknown := next((k for k in given if k not in known), None):
-        raise ParamsError("unknown option", file=file, key=f"{key}.{unknown}", value=given[unknown], remedy=did_you_mean(unknown, known))  # fmt: skip
-    if missing := next((k for k, p in known.items() if p.default is p.empty and k not in given), None):
+    given = check_section(given or {}, {k: p.annotation for k, p in known.items()}, key, file, optional=known)
+    out = {k: p.default for k, p in known.items()} | given
+    if missing := next((k for k, v in out.items() if v is inspect.Parameter.empty), None):
         raise ParamsError(
-            "missing option",
+            "missing parameter",
             file=file,
             key=f"{key}.{missing}",
             remedy=f"Name it under evaluate.suites.{name}, or as --set '{{{missing}: ...}}'",
         )
-    out = {k: conform(given[k], p.annotation, f"{key}.{k}", file) if k in given else p.default for k, p in known.items()}  # fmt: skip
     check_ranges(out, SPANS.get(name, {}), key, file)
     for k, v in out.items():
         _exists(v if k in _PATHS and k not in _LATER else None, f"{key}.{k}", file)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from ..core.digests import digest_json
-from ..core.params import ParamsError, conform, did_you_mean
+from ..core.params import ParamsError, conform, did_you_mean, refuse_unknown
 
 # %% ../../nbs/02_gate/03_policy.ipynb #1f6dc34a
 TESTS = ("min", "max", "max_ratio", "noninferiority", "superiority")
@@ -64,10 +64,7 @@ def read_rule(
     if not isinstance(entry, Mapping):
         fix = "Write it as {metric: accuracy, min: 0.8}"
         raise ParamsError(f"must be a dict, not a {type(entry).__name__}", file=file, key=key, value=entry, remedy=fix)
-    for name in map(str, entry):
-        if name not in _TYPES:
-            fix = did_you_mean(name, _TYPES)
-            raise ParamsError("unknown key", file=file, key=f"{key}.{name}", value=entry.get(name), remedy=fix)
+    refuse_unknown(entry, _TYPES, key, file)
     given = {n: _read(v, n, f"{key}.{n}", file) for n, v in entry.items()}
     tests = [t for t in TESTS if t in given]
     if len(tests) != 1 or "metric" not in given:
@@ -153,10 +150,7 @@ def read_policy(
     if not isinstance(section, Mapping):
         fix = "Write alpha and rules under it"
         raise ParamsError(f"must be a dict, not a {type(section).__name__}", file=file, key=name, value=section, remedy=fix)  # fmt: skip
-    for key in map(str, section):
-        if key not in ("alpha", "rules"):
-            fix = did_you_mean(key, ("alpha", "rules"))
-            raise ParamsError("unknown key", file=file, key=f"{name}.{key}", value=section.get(key), remedy=fix)
+    refuse_unknown(section, ("alpha", "rules"), name, file)
     alpha = _read(section.get("alpha", 0.05), "alpha", f"{name}.alpha", file)
     entries = section.get("rules", [])
     if not isinstance(entries, list):

@@ -104,7 +104,7 @@ def read_guardrail(
     key: str = "guardrail",  # where it stands, for errors
 ) -> Guardrail:
     "A guardrail from its entry; raises `ParamsError` on what is unknown, missing or contradictory."
-    given = _known(entry, _GUARDRAIL, key)
+    given = check_section(entry, _GUARDRAIL, key, optional=_GUARDRAIL)
     metric = given.get("metric")
     if metric not in METRICS:
         raise ParamsError("no such metric of traffic", key=f"{key}.metric", value=metric, remedy=did_you_mean(str(metric), METRICS))  # fmt: skip
@@ -115,15 +115,6 @@ def read_guardrail(
     if fault := _contradiction(rail):
         raise ParamsError(fault, key=key, value=dict(entry))
     return rail
-
-
-def _known(entry: Any, types: Mapping[str, Any], key: str) -> dict[str, Any]:
-    "The entry with its values conformed; raises `ParamsError` on an unknown key."
-    entry = conform(entry, dict[str, Any], key)
-    for name in entry:
-        if name not in types:
-            raise ParamsError("unknown key", key=f"{key}.{name}", value=entry[name], remedy=did_you_mean(name, types))
-    return {n: conform(v, types[n], f"{key}.{n}") for n, v in entry.items()}
 
 # %% ../../nbs/09_rollout/01_policy.ipynb #d91169f1
 def _contradiction(g: Guardrail) -> str | None:
@@ -173,7 +164,7 @@ def read_step(
 
 
 def _shadow(body: Any, key: str) -> Step:
-    given = check_section(conform(body, dict[str, Any], key), {"percent": float}, key)
+    given = check_section(body, {"percent": float}, key)
     return Step("shadow", percent=_percent(given["percent"], f"{key}.percent"))
 
 
@@ -204,7 +195,7 @@ def _analysis(body: Any, key: str) -> Step:
 
 
 def _pause(body: Any, key: str) -> Step:
-    given = _known(body or {}, {"duration": str}, key)
+    given = check_section(body or {}, {"duration": str}, key, optional=("duration",))
     return Step("pause", duration=seconds(given["duration"], f"{key}.duration") if given else None)
 
 
@@ -253,7 +244,7 @@ def read_rollout(
     file: str | None = None,  # for errors
 ) -> RolloutPolicy:
     "The policy of a section; raises `ParamsError` on whatever is unknown, missing or contradictory."
-    s = check_section(conform(section, dict[str, Any], "rollout", file), _SECTION, "rollout", file)
+    s = check_section(section, _SECTION, "rollout", file)
     valid = check_section(s["validity"], _VALIDITY, "rollout.validity", file)
     valid["stale_after"] = seconds(valid["stale_after"], "rollout.validity.stale_after")
     rails = tuple(read_guardrail(e, s["alpha"], f"rollout.canary[{i}]") for i, e in enumerate(s["canary"]))

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..core.artifact import MANIFEST, open_artifact
 from ..core.errors import KitError
-from ..core.params import ParamsError, conform, did_you_mean
+from ..core.params import ParamsError, check_section
 from ..core.plugins import Registry
 from .sampling import Sampling, choose, log_softmax, stream_of, token_logprob
 from .text import Detokenizer, StopStrings
@@ -332,11 +332,7 @@ def fitting(
     "Options that an engine takes, with their types conformed; raises `ParamsError`."
     known = {p.name: p for p in list(inspect.signature(engine, eval_str=True).parameters.values())[1:]}
     known = {n: p.annotation for n, p in known.items() if n not in _OURS and p.kind is not p.VAR_KEYWORD}
-    for name in said:
-        if name not in known:
-            fix = did_you_mean(name, known) if known else "It has none"
-            raise ParamsError("this engine has no such option", key=name, value=said[name], remedy=fix)
-    return {n: conform(v, known[n], n) for n, v in said.items()}
+    return check_section(said, known, "engine", optional=known)
 
 
 def load_engine(

@@ -8,6 +8,7 @@ __all__ = ['PROVIDERS', 'open_session', 'OnnxEngine', 'OnnxBatch']
 # %% ../../nbs/05_runtime/07_onnx_engine.ipynb #7e1dbd28
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -88,17 +89,30 @@ class OnnxEngine(EngineBase):
         if odd != {"input_ids", "attention_mask"}:
             fix = "Only decoders whose state is keys and values can run here"
             raise KitError("the graph has other inputs", file=folder, value=sorted(odd), remedy=fix)
-        idle = idle_beside(self._decode, s, self.device)
-        self.idle: Idle = idle if exact else "never"
-        alike = (
-            s["precision"].startswith("int") or not exact
-        )  # threads share the rows of a float product as it suits them
-        self.reuse = reuse and alike and reuses_exactly(self._decode, s, self.device, idle)
+        self._exact, self._reuse = exact, reuse
         size = sum((self.folder / n).stat().st_size for n in ("weights.bin", "decode.onnx", "score.onnx"))
         block = f"/{s['options'].get('block_size', 32)}" if s["precision"].startswith("int") else ""
         name = f"onnx {s['precision']}{block} {self.device}"
         kind, vocab = s["precision"], s["vocab_size"]
         self.info = EngineInfo(name, digest, kind, self.device, vocab, s["context_length"], size)
+
+    @cached_property
+    def _beside(self) -> Idle:
+        "When these kernels ask for an idle row; tried out once."
+        return idle_beside(self._decode, self.shape, self.device)
+
+    @property
+    def idle(self) -> Idle:
+        "When an idle row runs beside the others."
+        return self._beside if self._exact else "never"
+
+    @cached_property
+    def reuse(self) -> bool:
+        "Whether prompts take over the beginnings of others; tried out once."
+        # threads share the rows of a float product as it suits them
+        if not self._reuse or self._exact and not self.shape["precision"].startswith("int"):
+            return False
+        return reuses_exactly(self._decode, self.shape, self.device, self._beside)
 
     def forward(self, rows: list[list[int]]) -> list[np.ndarray]:
         "The logits of each row, through the score graph."

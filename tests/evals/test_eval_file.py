@@ -72,7 +72,7 @@ def test_in_a_project_the_task_is_asked_as_its_stage_asks(folder):
 
 
 def test_golden_prompts_are_asked_for_by_name(folder):
-    with pytest.raises(ParamsError, match=r"golden.folder: missing option.*--set '\{folder: ...\}'"):
+    with pytest.raises(ParamsError, match=r"golden.folder: missing parameter.*--set '\{folder: ...\}'"):
         eval_run("golden", engine=".", kind="dummy")
 
 
@@ -107,5 +107,5 @@ def test_options_that_name_another_file_or_none_are_refused(folder):
     shutil.copy(DATA / "safety/direct.yaml", "mine.yaml")
     with pytest.raises(KitError, match="mine.yaml: --set files: the file is named already"):
         run("mine.yaml", set="{files: [other.yaml]}")
-    with pytest.raises(ParamsError, match="safety.familes: unknown option"):
+    with pytest.raises(ParamsError, match="safety.familes: unknown parameter"):
         run("mine.yaml", set="{familes: []}")

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     "was, now, says",
     [
-        ("{metric: accuracy, min: 0.80,", "{metric: accuracy, mim: 0.80,", "gates.rules[0].mim: unknown key"),
+        ("{metric: accuracy, min: 0.80,", "{metric: accuracy, mim: 0.80,", "gates.rules[0].mim: unknown parameter"),
         ("  precision: auto\n  # for auto", "  precision: int3\n  # for auto", "quantize.precision: cannot be built"),
         ("    hidden: 128", "    hiden: 128", "base.tiny.hiden: unknown parameter"),
         ("[engine, merged]", "[engine, mergd]", "evaluate.speed_subjects[1]: must be one of"),
