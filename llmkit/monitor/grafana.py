@@ -45,7 +45,7 @@ ROWS: dict[str, Sequence[tuple[str, str, Sequence[tuple[str, str]]]]] = {
         ("Answered by another variant", "reqps", ((rate("llmkit_fallback_total", "variant"), "could not: {{variant}}"), (rate("llmkit_unloaded_total", "variant"), "still loading: {{variant}}"))),
     ),
     "What does it cost?": (
-        ("Tokens", "short", ((rate("gen_ai_client_token_usage_sum", "gen_ai_token_type"), "{{gen_ai_token_type}} per second"),)),
+        ("Tokens", "short", ((rate("gen_ai_client_token_usage_sum", "gen_ai_token_type"), "{{gen_ai_token_type}} per second"), ("sum(rate(llmkit_prompt_tokens_reused_total[$__rate_interval]))", "input taken over from another prompt"))),
         ("Cost", "currencyUSD", (("sum(increase(llmkit_cost_usd_total[1h]))", "last hour"),)),
         ("Power", "watt", ((rate("llmkit_energy_joules_total", "method"), "{{method}}"),)),
         ("Memory", "bytes", (("process_resident_memory_bytes", "resident"),)),
