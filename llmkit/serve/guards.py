@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 
 from ..core.errors import KitError
 from ..core.params import did_you_mean
-from ..data.privacy import find_pii, mask
+from ..data.privacy import WIDTHLESS, find_pii, mask, plain
 from .call import Call
 from .wire import ApiError
 
@@ -61,13 +61,20 @@ INJECTION = {
     "ignore_instructions": r"\b(?:ignore|disregard|forget|override)\b.{0,30}\b(?:previous|prior|above|earlier|all|your|system)\b.{0,20}\b(?:instructions?|prompts?|rules?|guidelines|messages?)\b",
     "reveal_prompt": r"\b(?:reveal|show|print|repeat|output|tell me|what (?:is|are))\b.{0,30}\b(?:your|the) (?:system|initial|hidden|original|secret) (?:prompt|instructions?|message|rules)\b",
     "new_role": r"\byou are (?:now|no longer)\b.{0,40}\b(?:dan|jailbroken|unrestricted|developer mode|without (?:any )?(?:rules|restrictions|filters))\b|\bdo anything now\b",
-    "control_token": r"<\|(?:im_start|im_end|system|endoftext|start_header_id|eot_id)\|>|\[/?INST\]|<</?SYS>>",
+    "control_token": r"<\|\w{1,32}\|>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>",
 }
 _INJECTION = {k: re.compile(p, re.IGNORECASE | re.DOTALL) for k, p in INJECTION.items()}
 
 
+_LATIN = str.maketrans(
+    "аеорсухіјѕһԁАЕОРСУХІЈЅοανΟΑ", "aeopcyxijshdAEOPCYXIJSoavOA"
+)  # Cyrillic and Greek letters that look like it
+
+
 def find_injection(text: str) -> list[str]:
     "The kinds of attack whose phrases a text holds."
+    if not text.isascii():
+        text = plain(text).replace(WIDTHLESS, "").translate(_LATIN)
     return [k for k, p in _INJECTION.items() if p.search(text)]
 
 # %% ../../nbs/08_serve/06_guards.ipynb #b653012b
@@ -106,7 +113,9 @@ def _masked(call: Call) -> Call:
     return replace(call, messages=messages, prompts=tuple(hide(p) if isinstance(p, str) else p for p in call.prompts))
 
 # %% ../../nbs/08_serve/06_guards.ipynb #8682c953
-UNFINISHED = re.compile(r"(?:[\w.+@:%-]+|(?:\+|\(|[A-Za-z]{2}\d{2}|\d)[\dA-Za-z ./():-]{0,63})\Z")
+UNFINISHED = re.compile(
+    rf"(?:[\w.+@:%{WIDTHLESS}-]+|(?:\+|\(|[A-Za-z]{{2}}\d{{2}}|\d)[\dA-Za-z ./():{WIDTHLESS}-]{{0,63}})\Z"
+)
 TAIL = 700  # characters that are searched for an unfinished finding; an e-mail address has at most 320
 
 
@@ -147,7 +156,7 @@ class OutputGuard:
         "Guard, entity, action, start and end of all findings, canaries first, without overlaps."
         out = []
         if self._canary and self.policy.output_canary != "off":
-            spans = [m.span() for m in self._canary.finditer(text)]
+            spans = [m.span() for m in self._canary.finditer(plain(text))]
             out += [("output_canary", "CANARY", self.policy.output_canary, *s) for s in spans]
         if self.policy.output_pii != "off":
             free = [f for f in find_pii(text) if all(f.end <= a or f.start >= b for *_, a, b in out)]
@@ -157,7 +166,7 @@ class OutputGuard:
 # %% ../../nbs/08_serve/06_guards.ipynb #f4fa874a
 def _safe(self: OutputGuard) -> int:
     "How much of the text cannot be part of an unfinished finding."
-    text, start = self._text, max(0, len(self._text) - TAIL)
+    text, start = plain(self._text), max(0, len(self._text) - TAIL)
     m = UNFINISHED.search(text, start)
     cut, low = (m.start() if m else len(text)), text.lower()
     for c in self.canaries:
