@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 from serve_server import PATIENCE, until
 
+import llmkit.serve.batch as batch
 from llmkit.core.errors import KitError
 from llmkit.runtime.dummy import DummyEngine
 from llmkit.serve.backend import EngineBackend
 from llmkit.serve.batch import Line, batch_run, run_batch
 from llmkit.serve.gateway import Gateway
+from llmkit.serve.server import Target
 
 PROGRAM = """
 import sys, time
@@ -65,6 +67,55 @@ def test_kill_9_and_resume_answer_each_request_once(tmp_path):
     assert all(json.loads(x)["response"]["body"]["choices"][0]["text"] == "yes" for x in out.read_text().splitlines())
     (error,) = [json.loads(x) for x in Path(f"{out}.errors.jsonl").read_text().splitlines()]
     assert (error["line"], error["error"]["code"]) == (n + 1, "invalid_line")
+
+
+def test_a_second_run_of_the_same_batch_is_refused(tmp_path):
+    n = 100
+    (tmp_path / "in.jsonl").write_text("\n".join(json.dumps(request(i)) for i in range(n)))
+    (tmp_path / "settings.ini").write_text("[DEFAULT]\n")
+    out = tmp_path / "out.jsonl"
+    first = subprocess.Popen([sys.executable, "-c", PROGRAM], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    until(lambda: out.exists() and out.read_text().count("\n") >= 10, "some answers")
+    first.send_signal(signal.SIGSTOP)  # so that it is there as long as the second one needs
+    command = [sys.executable, "-c", "import sys; from llmkit.cli import main; sys.exit(main(sys.argv[1:]))"]
+    command += ["batch", "run", "in.jsonl", "out.jsonl"]
+    for more in ([], ["--resume"]):
+        second = subprocess.run(command + more, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
+        assert second.returncode and "another run is writing to it" in second.stderr and "out.jsonl" in second.stderr
+    first.send_signal(signal.SIGCONT)
+    assert first.wait(PATIENCE) == 0
+    assert sorted(ids(out)) == sorted(f"q{i}" for i in range(n)), "each once"
+
+
+def test_a_batch_is_not_resumed_by_another_release(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("settings.ini").write_text("[DEFAULT]\n")
+    asked = [json.dumps(request(i)) for i in range(2)] + ["nonsense"]
+    Path("in.jsonl").write_text("\n".join(asked))
+    monkeypatch.setattr(batch, "resolve", lambda *a: Target("bank", "here"))
+
+    def run(release):
+        monkeypatch.setattr(
+            batch, "open_backend", lambda found, said=None, **how: EngineBackend(DummyEngine(), release=release, **how)
+        )
+        return batch_run("in.jsonl", "out.jsonl", resume=True)
+
+    assert run("sha256:aaaa") == 1
+    before = {p: p.read_text() for p in (Path("out.jsonl"), Path("out.jsonl.errors.jsonl"))}
+    Path("in.jsonl").write_text("\n".join([*asked, json.dumps(request(3))]))
+    with pytest.raises(KitError, match="llmkit-aaaa.*llmkit-bbbb.*another file"):
+        run("sha256:bbbb")
+    assert {p: p.read_text() for p in before} == before, "nothing was touched"
+    assert run("sha256:aaaa") == 1 and ids(Path("out.jsonl")) == ["q0", "q1", "q3"]
+
+
+def test_a_run_that_could_not_begin_leaves_the_name_free(tmp_path, monkeypatch, dummy):
+    monkeypatch.chdir(tmp_path)
+    Path("settings.ini").write_text("[DEFAULT]\n")
+    Path("in.jsonl").write_text(json.dumps(request(1)))
+    with pytest.raises(KitError):
+        batch_run("in.jsonl", "out.jsonl", target="http://127.0.0.1:9/v1")
+    assert batch_run("in.jsonl", "out.jsonl", target=f"{dummy[1]}/v1") == 0
 
 
 def test_an_existing_file_is_not_touched_unasked(tmp_path, monkeypatch):

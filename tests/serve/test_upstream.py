@@ -1,14 +1,21 @@
 "Our server behind our server: an upstream answers as an engine does, and its failures are told as what they are."
 
 import asyncio
+import json
+from contextlib import contextmanager
 
 import httpx
 import openai
 import pytest
-from serve_server import PATIENCE, REPLIES, Gated, serving, until
+from serve_server import PATIENCE, REPLIES, Gated, listening, serving, until
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route
 
 from llmkit.core.errors import KitError
 from llmkit.serve.gateway import Gateway
+from llmkit.serve.keys import Keys
+from llmkit.serve.limits import Limits, Price
 from llmkit.serve.upstream import UpstreamBackend
 
 
@@ -86,6 +93,72 @@ def test_hanging_up_in_front_frees_the_slot_behind(make_gateway):
             engine.gate.set()
             until(lambda: not inner.baseline.scheduler.running, "the free slot")
             assert front.baseline.open == 0
+
+
+CHUNK = {"choices": [{"index": 0, "delta": {"content": "a"}, "finish_reason": None}]}
+END = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+ASK = {"model": "front", "messages": [{"role": "user", "content": "secret"}]}
+
+
+@contextmanager
+def mocked(gateway, chunks, context=None):
+    "The address of a front server whose upstream is a mock that streams these chunks; and what that was sent."
+    sent = []
+
+    async def models(request):
+        return JSONResponse({"data": [{"id": "m", "max_model_len": context}]})
+
+    async def answer(request):
+        sent.append(await request.json())
+        if sent[-1].get("max_tokens", 0) >= (context or 100):
+            return JSONResponse({"error": {"message": "max_tokens is too large"}}, 400)
+        return StreamingResponse(f"data: {json.dumps(c)}\n\n" for c in chunks)
+
+    routes = [Route("/v1/models", models), Route("/v1/completions", answer, methods=["POST"])]
+    routes += [Route("/v1/chat/completions", answer, methods=["POST"])]
+    with listening(Starlette(routes=routes)) as url:
+        gateway.set_variant("baseline", UpstreamBackend(f"{url}/v1"))
+        with serving(gateway, check=True) as outside:
+            until(lambda: httpx.get(f"{outside}/ready").status_code == 200, "the self-test")
+            yield outside, sent
+
+
+@pytest.mark.parametrize("context", [None, 2048])
+def test_a_chat_without_a_limit_fits_a_mock_of_a_small_server_and_all_it_wrote_is_charged(tmp_path, context):
+    keys, path = Keys(tmp_path / "serve.db"), tmp_path / "serve.db"
+    key, _ = keys.create("team")
+    keys.allow("team", tpm=100_000, budget=1.0)
+    limits = Limits(path, Price(1.0, 1.0))
+    gateway = Gateway("front", {"baseline": UpstreamBackend("")}, keys=keys, limits=limits)
+    usage = {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 9000}}
+    with mocked(gateway, [CHUNK, END, usage], context) as (url, sent):
+        got = httpx.post(f"{url}/v1/chat/completions", json=ASK, headers={"authorization": f"Bearer {key}"})
+        assert (got.status_code, got.json()["usage"]["total_tokens"]) == (200, 9009)
+        assert "max_tokens" not in sent[-1]
+        until(lambda: limits.spent("team") == pytest.approx(9009 / 1e6), "the settlement")
+        listed = httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {key}"}).json()["data"]
+        assert listed[0]["max_model_len"] == context
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"choices": [{"delta": {"content": "secret"}}]},
+        {"choices": [None]},
+        {"choices": [], "usage": {"prompt_tokens": None, "completion_tokens": None}},
+        {"choices": [{"index": 0, "text": "secret", "logprobs": {"tokens": ["secret"], "token_logprobs": []}}]},
+        "secret",
+    ],
+)
+def test_what_is_no_chunk_is_the_failure_of_a_mock_upstream(bad):
+    gateway = Gateway("front", {"baseline": UpstreamBackend("")})
+    with mocked(gateway, [CHUNK, bad, END]) as (url, _):
+        got = httpx.post(f"{url}/v1/chat/completions", json=ASK, timeout=PATIENCE)
+        assert (got.status_code, got.json()["error"]["code"]) == (502, "upstream_error") and "secret" not in got.text
+        got = httpx.post(f"{url}/v1/chat/completions", json={**ASK, "stream": True}, timeout=PATIENCE)
+        *_, error = [json.loads(x[6:]) for x in got.text.split("\n\n") if x.startswith("data: {")]
+        assert error["error"]["code"] == "upstream_error" and "secret" not in got.text
+        until(lambda: gateway.open == 0 and gateway.baseline.open == 0, "the end")
 
 
 def test_the_self_test_finds_a_wrong_address_or_model(dummy):
