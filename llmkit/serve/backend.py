@@ -86,12 +86,8 @@ class EngineBackend:
 
     def prepare(self, call: Call) -> Work:
         "The prompts as tokens, and how many may follow."
+        self.glance(call)
         param = "messages" if call.kind == "chat" else "prompt"
-        said = [p for p in call.prompts if isinstance(p, str)] or [
-            "".join(str(m.get("content")) for m in call.messages)
-        ]
-        for text in said:
-            self._glance(text, param, len(call.messages))
         try:
             ids = [self._encode(p) for p in call.prompts] or [self.tokenizer.chat(call.messages)]
         except KitError as e:
@@ -108,12 +104,16 @@ class EngineBackend:
         "A text as the model is used to see it, or ids as they are."
         return self.tokenizer.encode(prompt, special=True) if isinstance(prompt, str) else list(prompt)
 
-    def _glance(self, text: str, param: str, pieces: int) -> None:
-        "Refuse a text whose beginning alone is too long: reading all of a megabyte takes seconds."
-        start = 16 * self.context
-        least = len(self.tokenizer.encode(text[:start])) - 1 - pieces if len(text) > start else 0
-        if least >= self.context:
-            raise self._too_long(f"more than {least}", param)
+    def glance(self, call: Call) -> None:
+        "Refuse what can be seen to be too much before anything is spent on it: reading all of a megabyte takes seconds."
+        self.scheduler.bounded(call.choices)
+        param, start = "messages" if call.kind == "chat" else "prompt", 16 * self.context
+        for p in call.prompts or ["".join(m["content"] for m in call.messages)]:
+            least = len(p) if not isinstance(p, str) else 0
+            if isinstance(p, str) and len(p) > start:
+                least = len(self.tokenizer.encode(p[:start])) - 1 - len(call.messages)
+            if least >= self.context:
+                raise self._too_long(f"more than {least}" if isinstance(p, str) else str(least), param)
 
     def _too_long(self, tokens: str, param: str) -> ApiError:
         "What a prompt of so many tokens is told."

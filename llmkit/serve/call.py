@@ -65,10 +65,10 @@ COMPLETION = {
         "anyOf": [
             {"type": "string", "minLength": 1},
             _IDS,
-            {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
-            {"type": "array", "items": _IDS, "minItems": 1},
+            {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1, "maxItems": 2048},
+            {"type": "array", "items": _IDS, "minItems": 1, "maxItems": 2048},
         ],
-        "description": "must be a text, a list of texts, a list of token ids, or a list of such lists, none empty",
+        "description": "must be a text, a list of texts, a list of token ids, or a list of such lists, at most 2048 and none empty",
     },
     "max_tokens": _maybe("integer", minimum=0, maximum=2**31),
     "logprobs": _maybe("integer", minimum=0, maximum=20),

@@ -112,14 +112,14 @@ gateway = Gateway(
     "bank", {"baseline": EngineBackend(Paced(), slots=4)}, events=Events(f"{folder}/events.db"),
     keys=Keys(f"{folder}/serve.db") if keyed else None, limits=Limits(f"{folder}/serve.db", Price(1.0, 1.0)),
 )
-sys.exit(run(gateway, port=0, drain=60, started=lambda line: print(line, flush=True)))
+sys.exit(run(gateway, port=0, drain=float(sys.argv[4]), started=lambda line: print(line, flush=True)))
 """
 
 
 @contextmanager
-def process(folder, pause=0.0, keys=False):
+def process(folder, pause=0.0, keys=False, drain=60):
     "A server in a process of its own: the process and its address."
-    args = [sys.executable, "-c", PROGRAM, str(folder), str(pause), "keys" if keys else "open"]
+    args = [sys.executable, "-c", PROGRAM, str(folder), str(pause), "keys" if keys else "open", str(drain)]
     p = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
     try:
         line = p.stdout.readline()

@@ -54,10 +54,38 @@ def test_sigterm_answers_what_was_accepted(tmp_path):
     assert not p.stderr.read()
 
 
+def test_what_outlasts_the_drain_is_told_so(tmp_path):
+    with process(tmp_path, pause=0.05, drain=0.5) as (p, url):
+
+        async def ask(client, stream):
+            got = await client.post(f"{url}/v1/completions", json={**ASK, "max_tokens": 900, "stream": stream})
+            return got.status_code, got.text
+
+        async def main():
+            async with httpx.AsyncClient(timeout=PATIENCE) as c:
+                tasks = [asyncio.create_task(ask(c, i % 2 == 0)) for i in range(8)]
+                while 'llmkit_running{variant="baseline"} 4.0' not in (await c.get(f"{url}/metrics")).text:
+                    await asyncio.sleep(0.05)
+                p.send_signal(signal.SIGTERM)
+                return await asyncio.gather(*tasks)
+
+        got = asyncio.run(main())
+        assert p.wait(PATIENCE) == 0
+    # running or waiting, streamed or not: an error object, and no word of the inside in the log
+    assert all(status in (200, 503) and '"shutting_down"' in text for status, text in got), got
+    assert sum(status == 200 for status, _ in got) == 2, "streams that had begun"
+    events = list(Events(tmp_path / "events.db").all("request"))
+    assert [(e["status"], e["code"]) for e in events] == [("error", 503)] * 8
+    assert not p.stderr.read()
+
+
 def test_a_failed_self_test_stops_the_server(tmp_path):
     broken = PROGRAM.replace("slots=4)", "slots=4, expected=[[1]] * 3)")
     done = subprocess.run(
-        [sys.executable, "-c", broken, str(tmp_path), "0", "open"], capture_output=True, text=True, timeout=PATIENCE * 2
+        [sys.executable, "-c", broken, str(tmp_path), "0", "open", "60"],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE * 2,
     )
     assert done.returncode == 1 and "self-test failed" in done.stderr and "Traceback" not in done.stderr
 
