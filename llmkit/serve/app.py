@@ -22,7 +22,7 @@ from .gateway import Gateway, aside
 from .http import answer, careful, error_response, log, read_request, unless_gone
 from .store import patiently
 from .tokens import DETOKENIZE, TOKENIZE, detokenize, tokenize, tokenizer_info
-from .wire import ApiError, busy, checked
+from .wire import ApiError, busy, checked, read_body
 
 # %% ../../nbs/08_serve/13_app.ipynb #f4db3634
 FEEDBACK = {
@@ -192,7 +192,7 @@ def _inference_routes(app: Any, gateway: Gateway, state: Mapping[str, Any], max_
             key = gateway.authenticate(request.headers.get("authorization"))
             if not state["ready"]:
                 raise busy("The server is not ready", 5, "not_ready")
-            call = parse(kind, await read_request(request, max_body))
+            call = await read_request(request, max_body, read=lambda body: parse(kind, read_body(body)))
             parent = request.headers.get("traceparent", "")[:128]
             session = (request.headers.get("x-session-id") or "")[:512] or None
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.plugins import need
-from .gateway import Exchange
+from .gateway import LARGE, Exchange, aside
 from .reply import DONE, Piece, sse
 from .store import unlocked
 from .wire import ApiError, read_body
@@ -61,8 +61,9 @@ async def read_request(
     request: Any,  # of starlette
     limit: int,  # bytes
     patience: float = PATIENCE,  # seconds until the body must be there
-) -> dict[str, Any]:
-    "The JSON object in a body; raises `ApiError`: 413 before more than `limit` bytes are in memory, 408 when it takes too long."
+    read: Callable[[bytes], Any] = read_body,  # gives what the body says
+) -> Any:
+    "What a body says, read in a thread when it is large; raises `ApiError`: 413 before more than `limit` bytes are in memory, 408 when it takes too long."
     too_large = ApiError(413, f"The body may have {limit} bytes", code="request_too_large")
     said = request.headers.get("content-length", "")
     if said.isdigit() and int(said) > limit:
@@ -80,7 +81,8 @@ async def read_request(
         raise ApiError(408, f"The body did not come within {patience:g} seconds", **late) from e
     except need("starlette.requests", "serve").ClientDisconnect as e:
         raise ApiError(499, "The client hung up", code="client_disconnected") from e
-    return read_body(b"".join(parts))
+    body = b"".join(parts)
+    return await aside(read, body) if size > LARGE else read(body)
 
 
 async def unless_gone(request: Any, work: Awaitable[Any]) -> Any:
