@@ -2159,6 +2159,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'llmkit.rollout.policy._shadow': ('09_rollout/policy.html#_shadow', 'llmkit/rollout/policy.py'),
                                        'llmkit.rollout.policy._shadow_rule': ( '09_rollout/policy.html#_shadow_rule',
                                                                                'llmkit/rollout/policy.py'),
+                                       'llmkit.rollout.policy._too_wide': ('09_rollout/policy.html#_too_wide', 'llmkit/rollout/policy.py'),
                                        'llmkit.rollout.policy._unsound': ('09_rollout/policy.html#_unsound', 'llmkit/rollout/policy.py'),
                                        'llmkit.rollout.policy._weight': ('09_rollout/policy.html#_weight', 'llmkit/rollout/policy.py'),
                                        'llmkit.rollout.policy.read_guardrail': ( '09_rollout/policy.html#read_guardrail',

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from ..core.digests import digest_json
 from ..core.params import ParamsError, check_section, conform, did_you_mean
-from ..gate.policy import Rule, read_rule
+from ..gate.policy import PAIRED, Rule, read_rule
 
 # %% ../../nbs/09_rollout/01_policy.ipynb #1974a089
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -114,7 +114,16 @@ def read_guardrail(
     rail = Guardrail(**{"alpha": alpha, "test": METRICS[metric].test} | given)
     if fault := _contradiction(rail):
         raise ParamsError(fault, key=key, value=dict(entry))
+    span = (METRICS[metric].high or rail.most or 1) - METRICS[metric].low
+    if (rail.margin or 0) >= span:
+        raise _too_wide(metric, rail.margin, span, f"{key}.margin")
     return rail
+
+
+def _too_wide(metric: str, margin: float, span: float, key: str) -> ParamsError:
+    "A margin that no difference can exceed."
+    fix = "Write 0.03 for three points" if span == 1 else "Write it in the metric's unit"
+    return ParamsError(f"nothing fails a margin that is not below {span:g}, the range of {metric}", key=key, value=margin, remedy=fix)  # fmt: skip
 
 # %% ../../nbs/09_rollout/01_policy.ipynb #d91169f1
 def _contradiction(g: Guardrail) -> str | None:
@@ -269,6 +278,8 @@ def _shadow_rule(entry: Any, alpha: float, key: str) -> Rule:
     if rule.metric not in SHADOW_METRICS or rule.on != "shadow" or rule.against not in (None, "baseline"):
         fix = f"Rules on shadow, against baseline or nothing, of {', '.join(SHADOW_METRICS)}"
         raise ParamsError("cannot be judged in the shadow", key=key, value=str(rule), remedy=fix)
+    if rule.test in PAIRED and rule.limit >= 1 and not rule.metric.startswith("latency"):
+        raise _too_wide(rule.metric, rule.limit, 1, f"{key}.{rule.test}")
     return rule
 
 # %% ../../nbs/09_rollout/01_policy.ipynb #11a78a3e
