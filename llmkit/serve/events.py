@@ -125,11 +125,16 @@ def joined(
     cursor: int = 0,  # requests after this number
     limit: int = 10_000,
 ) -> list[tuple[int, dict[str, Any], dict[str, Any] | None]]:
-    "Requests with their numbers and their latest feedback, or None."
-    sql = """SELECT r.seq, r.body, (SELECT f.body FROM events f WHERE f.id = r.id AND f.kind = 'feedback'
-             ORDER BY f.seq DESC LIMIT 1) AS said FROM events r WHERE r.kind = 'request' AND r.seq > ? ORDER BY r.seq LIMIT ?"""
-    rows = self.store.read(sql, cursor, limit)
-    return [(r["seq"], json.loads(r["body"]), json.loads(r["said"]) if r["said"] else None) for r in rows]
+    "Requests with their numbers and the last word of their feedback on each thing, or None."
+    sql = """SELECT r.seq, r.body, f.body AS said FROM
+             (SELECT seq, id, body FROM events WHERE kind = 'request' AND seq > ? ORDER BY seq LIMIT ?) r
+             LEFT JOIN events f ON f.id = r.id AND f.kind = 'feedback' ORDER BY r.seq, f.seq"""
+    out: dict[int, tuple[dict[str, Any], dict[str, Any] | None]] = {}
+    for r in self.store.read(sql, cursor, limit):
+        request, known = out.get(r["seq"]) or (json.loads(r["body"]), None)
+        said = json.loads(r["said"]) if r["said"] else {}
+        out[r["seq"]] = request, (known or said) | {k: v for k, v in said.items() if v is not None} or None
+    return [(seq, *both) for seq, both in out.items()]
 
 
 def expire(
