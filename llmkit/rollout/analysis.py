@@ -219,6 +219,8 @@ def analyse(
     now: float,  # seconds since the epoch
 ) -> Evidence:
     "What the measurements of a stage say at this moment; the same log gives the same evidence."
+    if state.stage_kind == "canary" and now < window.since and window.early:  # the clock was set back
+        return documented(_analyse_canary(policy, state, window.early, now), state, window.early)
     kinds = {"canary": _analyse_canary, "shadow": _analyse_shadow}
     return kinds[state.stage_kind](policy, state, window, now) if state.stage_kind else Evidence()
 

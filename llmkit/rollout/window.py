@@ -63,7 +63,9 @@ class Window:
         stage: int = 0,  # which stage of the rollout
         since: float = 0.0,  # when it began, seconds since the epoch
     ):
-        self.stage, self.since, self.strata, self.lag = stage, since, policy.strata, policy.label_lag
+        self.policy, self.stage, self.since = policy, stage, since
+        self.strata, self.lag = policy.strata, policy.label_lag
+        self.early: Window | None = None  # of requests that were over before `since`, by their times
         watched = {g.metric: g for g in policy.canary}
         self.most = {m: g.most for m, g in watched.items() if g.most}
         self.labelled = any(METRICS[m].labelled for m in watched)
@@ -130,8 +132,13 @@ def readable(e: Any) -> bool:
 # %% ../../nbs/09_rollout/05_window.ipynb #e1320acf
 def _request(self: Window, e: Mapping[str, Any]) -> None:
     "Take in a finished request."
-    if e["time"] - (e["latency"] or 0.0) < self.since:
+    began = e["time"] - (e["latency"] or 0.0)
+    if began < self.since:
         self.counts["before"] += 1
+        if e["time"] < self.since:  # late, or the clock was set back
+            if self.early is None or e["time"] < self.early.since:
+                self.early = Window(self.policy, self.stage, began)
+            self.early.add(e)
         return
     if e.get("unloaded"):
         self.counts["unloaded"] += 1
@@ -193,6 +200,8 @@ Window._request, Window._answer = _request, _answer
 # %% ../../nbs/09_rollout/05_window.ipynb #3b453c9b
 def _feedback(self: Window, e: Mapping[str, Any]) -> None:
     "Take in a rating or an outcome."
+    if self.early is not None and e["id"] in self.early.labels:
+        return self.early.add(e)
     self.mature(e["time"])
     known = self.labels.get(e["id"])
     if known is None or e["time"] > known[3] + self.lag:
@@ -256,6 +265,7 @@ def window_json(w: Window) -> dict[str, Any]:
         "units": [[str(u), v] for u, v in w.units.items()],
         "open": [list(x) for x in w.open],
         "arms": {v: _arm_json(a) for v, a in w.arms.items()},
+        "early": window_json(w.early) if w.early else None,
     }
 
 
@@ -276,6 +286,7 @@ def read_window(
         setattr(w, k, body[k] if k != "counts" else w.counts | body[k])  # an older snapshot lacks some
     w.units = {int(u): v for u, v in body["units"]}
     w.open = deque(tuple(x) for x in body["open"])
+    w.early = read_window(body["early"], policy) if body.get("early") else None
     for v, said in body["arms"].items():
         a = w.arm(v)
         a.n, a.release, a.last = said["n"], said["release"], -math.inf if said["last"] is None else said["last"]

@@ -91,6 +91,18 @@ def test_each_metric_of_users_and_costs_stops_a_worse_candidate_by_itself(tmp_pa
         assert w.c.state.stage > 1 or w.c.state.phase == "Healthy", "harm was ruled out, on this metric"
 
 
+@pytest.mark.parametrize("seen", [0, 40], ids=["at the start", "under way"])
+def test_a_clock_that_is_set_back_hides_no_harm_and_promotes_nothing(tmp_path, seen):
+    w = World(tmp_path)
+    w.traffic(seen)
+    w.now -= H
+    w.traffic(2000)
+    assert (w.c.state.phase, w.c.state.stage, w.canary() <= seen) == ("Progressing", 1, True)
+    w.traffic(1000, errors=(0.01, 1.0))
+    assert w.c.state.aborted and "error_rate" in w.c.state.reason and w.n < seen + 2000 + 400
+    assert w.store.replay("r1").state == w.store.load("r1").state == w.c.state
+
+
 def test_an_abort_is_latched_and_retry_begins_anew(tmp_path):
     w = World(tmp_path)
     w.traffic(400, errors=(0.01, 0.9))
