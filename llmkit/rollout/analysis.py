@@ -20,6 +20,7 @@ from llmkit.gate.sequential import (
     quantile_ratio,
     rate_difference,
     rate_excess,
+    rate_sequence,
     ratio_mismatch_sequence,
 )
 from ..gate.verdict import RuleResult, Verdict, worst
@@ -121,15 +122,15 @@ def _sentence(g: Guardrail, variant: str, gap: Gap, outcome: str) -> str:
     return f"{said}: a loss of {g.margin:g} {asked[outcome]}"
 
 # %% ../../nbs/09_rollout/06_analysis.ipynb #1593b96c
-def _hard_stops(policy: RolloutPolicy, w: Window, variants: list[str]) -> list[RuleResult]:
-    "Guardrails whose absolute limit is exceeded."
+def _hard_stops(policy: RolloutPolicy, w: Window, variants: list[str], alpha: float) -> list[RuleResult]:
+    "Guardrails whose absolute limit is exceeded, at `alpha` each."
     out = []
     for g in policy.canary:
         for v in variants if g.hard_stop and not g.dry_run else ():
             k, n = w.arms[v].rates.get(g.metric, (0, 0)) if v in w.arms else (0, 0)
-            if n >= g.hard_stop.min_n and k / n > g.hard_stop.max:
-                text = f"{v} {g.metric} is {k / n:.4g} ({k} of {n}): the hard stop at {g.hard_stop.max:g} acts at once"
-                out.append(RuleResult(f"{v} {g.metric}: hard stop {g.hard_stop.max:g}", "fail", text, g.metric, v, test="max", value=k / n, limit=g.hard_stop.max, n=n))  # fmt: skip
+            if n >= g.hard_stop.min_n and (low := rate_sequence(k, n, alpha).low) > g.hard_stop.max:
+                text = f"{v} {g.metric} is {k / n:.4g} ({k} of {n}), at least {low:.4g} at every look: the hard stop at {g.hard_stop.max:g} acts at once"
+                out.append(RuleResult(f"{v} {g.metric}: hard stop {g.hard_stop.max:g}", "fail", text, g.metric, v, test="max", value=k / n, low=low, limit=g.hard_stop.max, n=n))  # fmt: skip
     return out
 
 
@@ -166,13 +167,14 @@ def _analyse_canary(policy: RolloutPolicy, s: RolloutState, w: Window, now: floa
     "The evidence of a stage in which a canary answers users."
     variants = [v for v in s.weights if v != "baseline"]
     samples = min(w.arms[v].n if v in w.arms else 0 for v in variants)
-    if stops := _hard_stops(policy, w, variants):
+    stages, rails = sum(step.kind == "setWeight" for step in policy.steps), [g for g in policy.canary if not g.dry_run]
+    tests = len(rails) + sum(g.hard_stop is not None for g in rails)
+    harm = policy.alpha / (max(1, tests) * stages * len(variants))
+    if stops := _hard_stops(policy, w, variants, harm):
         return Evidence(Verdict("fail", tuple(stops), policy.digest), samples=samples, silent=False)
     fresh, split = _freshness(policy, w, ["baseline", *variants], now), _split(policy, w, s.weights)
     if bad := [r for r in (fresh, split) if r.outcome == "error"]:
         return Evidence(Verdict("error", tuple(bad), policy.digest), samples=samples, silent=fresh.outcome != "pass")
-    stages = sum(step.kind == "setWeight" for step in policy.steps)
-    harm = policy.alpha / (max(1, sum(not g.dry_run for g in policy.canary)) * stages * len(variants))
     base = w.arms.get("baseline", Arm())
     found = [_judge(g, v, base, w.arms.get(v, Arm()), harm) for v in variants for g in policy.canary]
     reasons = (fresh, split, *_enough(policy, s, samples, now), *found)

@@ -3,6 +3,7 @@
 import threading
 import time
 
+import numpy as np
 import pytest
 from rollout_road import CANARY, SECTION, H, Recorder, World
 
@@ -58,7 +59,16 @@ def test_a_crashing_canary_is_stopped_at_once(tmp_path):
 def test_a_hard_stop_needs_no_comparison(tmp_path):
     w = World(tmp_path)
     w.traffic(400, step=5, errors=(0.4, 0.4))
-    assert w.c.state.aborted and "hard stop" in w.c.state.reason and 30 <= w.n < 300
+    assert w.c.state.aborted and "hard stop" in w.c.state.reason and 30 <= w.n < 500
+
+
+def test_a_service_that_fails_below_the_hard_stop_is_not_stopped_by_chance(tmp_path):
+    for seed in range(8):
+        (folder := tmp_path / str(seed)).mkdir()
+        w = World(folder)
+        w.rng = np.random.default_rng(seed)
+        w.traffic(600, errors=(0.15, 0.15), refusals=(0, 0))
+        assert w.c.state.phase == "Progressing", (seed, w.c.state.reason)
 
 
 ALONE = {  # what a worse candidate does to one metric: of the requests of each arm, and of the feedback on them
