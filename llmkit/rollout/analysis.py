@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from ..core.digests import digest_json
 from ..core.report import report_digest
 from ..gate.judge import judge
-from ..gate.policy import Policy
+from ..gate.policy import Policy, Rule
 from llmkit.gate.sequential import (
     Gap,
     Running,
@@ -195,6 +195,9 @@ def _enough(policy: RolloutPolicy, s: RolloutState, samples: int, now: float) ->
     return out
 
 # %% ../../nbs/09_rollout/06_analysis.ipynb #233b489b
+_COMPARED = ("agreement", "exact_match_rate", "label_agreement")  # of two answers
+
+
 def _analyse_shadow(policy: RolloutPolicy, s: RolloutState, w: Window, now: float) -> Evidence:
     "The evidence of a stage in which copies are answered; nothing between two looks."
     n, step = len(w.pairs), policy.steps[s.step]
@@ -206,12 +209,21 @@ def _analyse_shadow(policy: RolloutPolicy, s: RolloutState, w: Window, now: floa
     early = n < max(step.min_samples, 1) or now - s.step_since < step.min_duration
     if step.kind != "analysis" or not n or (not late and (early or n < 2 * s.look_n)) or n == s.look_n:
         when = f"{max(step.min_samples, 2 * s.look_n)} pairs after {step.min_duration:g} s"
-        wait = RuleResult("looks at the shadow", "inconclusive", f"{n} pairs so far, {w.counts['dropped']} copies dropped; the next look is at {when}", "pairs", "shadow", n=n)  # fmt: skip
+        wait = RuleResult("looks at the shadow", "inconclusive", f"{n} pairs so far, {w.counts['dropped']} copies dropped, {w.counts['sampled']} sampled and not compared; the next look is at {when}", "pairs", "shadow", n=n)  # fmt: skip
         return Evidence(Verdict("inconclusive", (fresh, wait), policy.digest), samples=n, silent=silent)
     rules = tuple(replace(r, alpha=r.alpha / 2 ** (s.looks + 1)) for r in policy.shadow)
-    v = judge(Policy(rules, policy.digest), shadow_reports(w))
-    reasons = (fresh, *v.reasons)
+    reports = shadow_reports(w)
+    measured = {m.metric for m in reports["shadow"].measurements}
+    odd = [r for r in rules if r.metric in _COMPARED and r.metric not in measured] if w.counts["sampled"] else []
+    v = judge(Policy(tuple(r for r in rules if r not in odd), policy.digest), reports)
+    reasons = (fresh, *v.reasons, *(_uncompared(r, w.counts["sampled"]) for r in odd))
     return Evidence(Verdict(worst([r.outcome for r in reasons]), reasons, policy.digest, v.reports), samples=n, silent=silent, look=True)  # fmt: skip
+
+
+def _uncompared(r: Rule, n: int) -> RuleResult:
+    "A rule on answers, all of which were drawn by chance."
+    text = f"{r}: not measured. {n} copies were sampled, and of those even the same release gives other answers. Send temperature 0, or leave the rule out"
+    return RuleResult(str(r), "inconclusive", text, r.metric, "shadow")
 
 # %% ../../nbs/09_rollout/06_analysis.ipynb #23fd90ea
 def analyse(

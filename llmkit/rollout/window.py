@@ -78,7 +78,7 @@ class Window:
             str, list
         ] = {}  # id → shadow's latency, error, agreement, exact, label_same: waits for its live request
         self.pairs: list[list] = []  # id, live latency, live error, and what the shadow said
-        self.counts = {"ok": 0, "failed": 0, "dropped": 0, "late": 0, "before": 0, "unloaded": 0}
+        self.counts = {"ok": 0, "failed": 0, "dropped": 0, "late": 0, "before": 0, "unloaded": 0, "sampled": 0}
 
     def arm(self, variant: str) -> Arm:
         "The statistics of a variant, made when it is new."
@@ -238,6 +238,7 @@ def _shadow(self: Window, e: Mapping[str, Any]) -> None:
     a = self.arm("shadow")
     a.last, a.release = max(a.last, e["time"]), e.get("release") or a.release
     self.counts[e["result"]] += 1
+    self.counts["sampled"] += e.get("reason") == "sampled"
     if e["result"] == "dropped":
         return
     said = [e["latency"], int(e["result"] == "failed"), e["agreement"], e["exact"], e["label_same"]]

@@ -95,12 +95,13 @@ class World:
         self.c.observe(event | also)
         return event
 
-    def shadow(self, live, failed=False, slower=1.0, same=True):
+    def shadow(self, live, failed=False, slower=1.0, same=True, sampled=False):
         "What the shadow made of a copy."
+        said = dict.fromkeys(("agreement", "exact", "label_same")) | {"reason": "sampled"}
         self.c.observe({
             "kind": "shadow", "time": self.now, "id": live["id"], "variant": "shadow", "release": "sha256:b",
             "result": "failed" if failed else "ok", "latency": live["latency"] * slower, "agreement": 1.0 if same else 0.2,
-            "exact": same, "label_same": same, "reason": None,
+            "exact": same, "label_same": same, "reason": None, **(said if sampled else {}),
         })  # fmt: skip
 
     def traffic(self, n, step=25, **how):

@@ -129,6 +129,21 @@ def test_a_worse_shadow_is_aborted_and_nobody_was_served_by_it(tmp_path):
     assert "canary" not in w.c.fold.window.arms
 
 
+@pytest.mark.parametrize(("every", "ends"), [(1, "pause"), (2, "go on"), (0, "go on")], ids=["all", "half", "none"])
+def test_sampled_answers_are_not_held_against_the_same_release(tmp_path, every, ends):
+    w = World(tmp_path, SECTION)
+    while w.c.state.stage == 1 and w.c.state.phase == "Progressing" and w.now < 80 * H:
+        live = w.request(every=60.0)
+        drawn = bool(every) and w.n % every == 0
+        w.shadow(live, same=not drawn or w.n % 3 > 0, sampled=drawn)
+        if w.n % 10 == 0:
+            w.c.step()
+    assert (w.c.state.phase, w.c.state.stage) == (("Paused", 1) if ends == "pause" else ("Progressing", 2))
+    if ends == "pause":
+        assert "Send temperature 0" in w.c.state.reason
+        assert w.store.replay("r1").state == w.c.state
+
+
 def test_a_shadow_that_is_silent_pauses(tmp_path):
     w = World(tmp_path, SECTION)
     for _ in range(100):
