@@ -2132,6 +2132,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                              'llmkit/rollout/live.py'),
                                      'llmkit.rollout.live._let_go': ('09_rollout/live.html#_let_go', 'llmkit/rollout/live.py'),
                                      'llmkit.rollout.live._pushing': ('09_rollout/live.html#_pushing', 'llmkit/rollout/live.py'),
+                                     'llmkit.rollout.live._real': ('09_rollout/live.html#_real', 'llmkit/rollout/live.py'),
                                      'llmkit.rollout.live._run': ('09_rollout/live.html#_run', 'llmkit/rollout/live.py'),
                                      'llmkit.rollout.live._take': ('09_rollout/live.html#_take', 'llmkit/rollout/live.py'),
                                      'llmkit.rollout.live._tell': ('09_rollout/live.html#_tell', 'llmkit/rollout/live.py'),

@@ -130,7 +130,7 @@ def look(self: Live) -> None:
         elif self._ended is None:
             self._ended = self.clock()
         elif self.clock() - self._ended >= self.hold:
-            self._let_go(state)
+            self._close(*self._let_go(state))
     elif state.finished and not held:
         self._follow_end(state)
 
@@ -138,7 +138,8 @@ def look(self: Live) -> None:
 def _take(self: Live, id: str, state: RolloutState) -> None:
     "Load what a rollout names, and route by it; what cannot be loaded ends it."
     controller = self.coming = Controller(self.store, id, self.registry, self.clock)
-    have = {b.release: b for b in self.gateway.variants.values()}
+    g = self.gateway
+    have = {b.release: _real(b) for b in g.variants.values()}
     fresh: dict[str, Backend] = {}
     try:
         for release in dict.fromkeys(state.releases.values()):
@@ -151,33 +152,30 @@ def _take(self: Live, id: str, state: RolloutState) -> None:
         controller.command("abort", "llmkit serve", f"a release cannot be served: {self.trouble}"[:300])
         self._close(*fresh.values())
         return
-    self._let_go(self.controller.state if self.controller else None)
+    old = [_real(b) for n, b in g.variants.items() if n not in g.adapters]
+    if self.controller:
+        self._let_go(self.controller.state)
     have |= fresh
-    old = dict(self.gateway.variants)
     for variant, release in state.releases.items():
-        bad = self.drill if variant != self.gateway.main else 0.0
-        self.gateway.set_variant(variant, Drill(have[release], bad) if bad else have[release])
+        bad = self.drill if variant != g.main else 0.0
+        g.set_variant(variant, Drill(have[release], bad) if bad else have[release])
     self.controller, self.coming, self._ended = controller, None, None
-    self._close(
-        *(b for n, b in old.items() if n not in self.gateway.adapters and b not in self.gateway.variants.values())
-    )
+    self._close(*(b for b in old if b not in map(_real, g.variants.values())))
     log.info("following rollout %s", id)
 
 
-def _let_go(self: Live, state: RolloutState | None) -> None:
-    "Make the winner of a rollout the main variant, and give the others back."
-    if state is None:
-        return
+def _let_go(self: Live, state: RolloutState) -> list[Backend]:
+    "Make the winner of a rollout the main variant; gives the others, which the caller closes or uses again."
     g, main = self.gateway, self.gateway.main
-    best = g.variants[winner(state)]
-    others = [b for v in state.releases if (b := g.variants.get(v)) is not None and b is not best]
-    g.set_variant(main, best.real if isinstance(best, Drill) else best)
+    best = _real(g.variants[winner(state)])
+    others = [b for v in state.releases if v in g.variants and (b := _real(g.variants[v])) is not best]
+    g.set_variant(main, best)
     self.controller, self._ended = None, None
     self._end_shadow()
     for v in state.releases:
         if v != main:
             g.variants.pop(v, None)
-    self._close(*others)
+    return others
 
 
 def _follow_end(self: Live, state: RolloutState) -> None:
@@ -266,6 +264,11 @@ class Drill:
             return answer
         self._owed -= 1
         return _Failing(answer)
+
+
+def _real(backend: Backend) -> Backend:
+    "A backend without its drill."
+    return backend.real if isinstance(backend, Drill) else backend
 
 
 class _Failing:

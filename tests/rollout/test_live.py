@@ -120,6 +120,11 @@ class Town:
         "Where a rollout stands."
         return self.store.load(id).state.phase
 
+    def canary(self, id):
+        "How many of the canary's answers the log knows."
+        arm = self.store.load(id).window.arms.get("canary")
+        return arm.n if arm else 0
+
     def recent(self, since):
         "Who answered from some answer on."
         return Counter(name for _, _, name in self.answers[since:])
@@ -276,6 +281,27 @@ def test_memory_is_given_back_after_a_while(town):
         assert set(town.recent(mark + 10)) == {fingerprint("sha256:good")}
         assert newest(live.store, "bank-support")[1].phase == "Healthy"
     assert {code for _, code, _ in town.answers} == {200}
+
+
+@pytest.mark.parametrize("ended", ["aborted", "promoted"])
+@pytest.mark.parametrize("drill", [0.0, 0.2])
+def test_releases_that_are_still_held_serve_the_next_rollout(town, ended, drill):
+    waits = QUICK | {"steps": [{"setWeight": 50}, {"analysis": ENDLESS}]}
+    with town.server(drill=drill) as (url, live), town.customers(url):
+        town.begin("r1", "sha256:good", waits)
+        until(lambda: town.recent(-20)[fingerprint("sha256:good")] > 3, "answers of the candidate")
+        until(lambda: town.canary("r1") > 10, "its numbers in the log")
+        town.order("r1", "abort") if ended == "aborted" else town.order("r1", "promote", full=True)
+        until(lambda: live.controller.state.finished, "the server's knowledge")
+        now, new = ("sha256:a", "sha256:good") if ended == "aborted" else ("sha256:good", "sha256:a")
+        town.begin("r2", new, waits, champion=now)
+        until(lambda: live.controller.id == "r2", "the next rollout")
+        mark = len(town.answers)
+        until(lambda: town.recent(mark)[fingerprint(new)] > 20, "answers of the next candidate")
+        until(lambda: town.canary("r2") > 20, "its numbers in the log")
+    events = [e for e in Events(town.folder / "events.db").all("request") if e["variant"] == "canary"]
+    assert not any(e["fallback"] for e in events)
+    assert {e["reason"] for e in events if e["status"] != "ok"} == ({"drill"} if drill else set())
 
 
 def test_a_drill_stops_a_good_release(town):
