@@ -50,12 +50,16 @@ def newest(
     store: Store,
     model: str,  # the served name
 ) -> tuple[str, RolloutState] | None:
-    "The last rollout of a model that was started, with its state."
-    for (id,) in store.rows("select id from rollouts order by rowid desc"):
+    "The rollout of a model that is under way, else the one that something was decided in last, with its state."
+    last = (
+        "select time from events indexed by decided where rollout = id and state is not null order by seq desc limit 1"
+    )
+    found = store.under_way(model)
+    for (id,) in [] if found else store.rows(f"select id from rollouts order by ({last}) desc, rowid desc"):
         state = store.standing(id)
         if state is not None and state.model == model:
             return id, state
-    return None
+    return found
 
 # %% ../../nbs/09_rollout/14_live.ipynb #5992c2d3
 class Live:
@@ -84,7 +88,10 @@ class Live:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = threading.Event()
         self._ended: float | None = None  # when the rollout that is held was first seen to be over
-        self._refused = ""  # the rollout whose releases could not be loaded
+        self._refused: tuple[str, int | str] = (
+            "",
+            0,
+        )  # the rollout, and the attempt or release that could not be loaded
         gateway.metrics.registry.register(_Scrape(self))
 
     def assign(self, unit: str) -> str:
@@ -119,7 +126,7 @@ def look(self: Live) -> None:
         return
     id, state = found
     held = self.controller.id if self.controller else ""
-    if id != held and not state.finished and id != self._refused:
+    if id != held and not state.finished and (id, state.attempt) != self._refused:
         self._take(id, state)
     elif id == held:
         state = self.controller.step()
@@ -131,8 +138,10 @@ def look(self: Live) -> None:
             self._ended = self.clock()
         elif self.clock() - self._ended >= self.hold:
             self._close(*self._let_go(state))
-    elif state.finished and not held:
-        self._follow_end(state)
+    elif state.finished:
+        if held:
+            self._close(*self._let_go(self.controller.state))
+        self._follow_end(id, state)
 
 
 def _take(self: Live, id: str, state: RolloutState) -> None:
@@ -147,7 +156,7 @@ def _take(self: Live, id: str, state: RolloutState) -> None:
                 fresh[release] = self.open(release)
                 self._run(fresh[release].check())
     except Exception as e:  # whatever it is, the candidate cannot be served
-        self._refused, self.trouble, self.coming = id, f"{type(e).__name__}: {e}", None
+        self._refused, self.trouble, self.coming = (id, state.attempt), f"{type(e).__name__}: {e}", None
         log.error("rollout %s: a release cannot be served: %s", id, self.trouble)
         controller.command("abort", "llmkit serve", f"a release cannot be served: {self.trouble}"[:300])
         self._close(*fresh.values())
@@ -178,16 +187,16 @@ def _let_go(self: Live, state: RolloutState) -> list[Backend]:
     return others
 
 
-def _follow_end(self: Live, state: RolloutState) -> None:
+def _follow_end(self: Live, id: str, state: RolloutState) -> None:
     "Serve the winner of a rollout that ended elsewhere, such as by an undo after its releases were given back."
     release = state.releases[winner(state)]
-    if release == self.gateway.baseline.release or release == self._refused:
+    if release == self.gateway.baseline.release or (id, release) == self._refused:
         return
     try:
         backend = self.open(release)
         self._run(backend.check())
     except Exception as e:
-        self._refused, self.trouble = release, f"{type(e).__name__}: {e}"
+        self._refused, self.trouble = (id, release), f"{type(e).__name__}: {e}"
         log.error("release %s cannot be served: %s", short(release), self.trouble)
         return
     self._close(self.gateway.set_variant(self.gateway.main, backend))

@@ -270,6 +270,33 @@ def test_a_release_that_cannot_be_loaded_is_aborted(town):
     assert {name for _, _, name in town.answers} == {fingerprint("sha256:a")}
 
 
+def test_a_retry_after_a_release_could_not_be_loaded_loads_it_again(town, monkeypatch):
+    with town.server() as (url, live):
+        town.begin("r1", "sha256:lost")
+        until(lambda: town.phase("r1") == "Degraded" and live.trouble, "the abort")
+        monkeypatch.setitem(ENGINES, "sha256:lost", Slow)
+        town.order("r1", "retry")
+        until(lambda: live.controller is not None and not live.trouble, "the second try")
+        assert live.gateway.variants["canary"].release == "sha256:lost" and town.phase("r1") == "Progressing"
+
+
+@pytest.mark.parametrize("hold", [0.2, 600.0])
+def test_an_older_rollout_is_undone_or_retried_after_a_newer_one_was_aborted(town, hold):
+    waits = QUICK | {"steps": [{"setWeight": 50}, {"analysis": ENDLESS}]}
+    with town.server(hold=hold) as (url, live), town.customers(url):
+        town.begin("r1", "sha256:good", waits)
+        until(lambda: town.canary("r1") > 10, "numbers in the log")
+        town.order("r1", "promote", full=True)
+        town.begin("r2", "sha256:bad", waits, champion="sha256:good")
+        until(lambda: live.controller and live.controller.id == "r2", "the next rollout")
+        town.order("r2", "abort")
+        town.order("r1", "undo")
+        until(lambda: set(town.recent(-20)) == {fingerprint("sha256:a")}, "the way back")
+        town.order("r1", "retry")
+        until(lambda: live.controller and live.controller.id == "r1", "the retry")
+        until(lambda: town.recent(-20)[fingerprint("sha256:good")] > 3, "answers of its candidate")
+
+
 def test_memory_is_given_back_after_a_while(town):
     with town.server(hold=0.5) as (url, live), town.customers(url):
         town.begin("r1", "sha256:good")
