@@ -36,15 +36,16 @@ def open_store(
 
 def latest(
     store: Store,
-    id: str = "",  # of a rollout; default: the last one that was begun
+    id: str = "",  # of a rollout; default: the one under way, else the last one that was begun
 ) -> str:
     "The rollout that is meant; raises `KitError` when there is none."
-    known = [r[0] for r in store.rows("select id from rollouts order by rowid desc")]
+    begun = "select id from rollouts where id in (select rollout from events) order by rowid desc"
+    known = [r[0] for r in store.rows(begun)]
     if not known:
         raise KitError("no rollout was begun", file=store.path, remedy="llmkit rollout start")
     if id and id not in known:
         raise KitError("no such rollout", file=store.path, value=id, remedy=did_you_mean(id, known))
-    return id or known[0]
+    return id or active(store) or known[0]
 
 
 def active(
@@ -52,7 +53,7 @@ def active(
 ) -> str | None:
     "The rollout that is under way, for a server that starts; None when there is none."
     for (id,) in store.rows("select id from rollouts order by rowid desc"):
-        state = store.load(id).state
+        state = store.standing(id)
         if state is not None and not state.finished:
             return id
     return None
@@ -89,18 +90,23 @@ def rollout_start(
         return _first(new, old, first, _registry(settings))
     if old.release == new.release:
         raise KitError("the challenger is the champion already", key=model, value=short(new.release), remedy="Register another release first")  # fmt: skip
-    store = open_store(settings)
-    if busy := active(store):
-        raise KitError("a rollout is under way", file=store.path, value=busy, remedy="Promote or abort it first")
-    id = id or _free_id(store, f"{model}-{new.version}")
-    section = load_params(policy, "rollout")
+    store, section = open_store(settings), load_params(policy, "rollout")
     names = read_rollout(section, policy).variants
-    store.create(id, section)
     releases = {"baseline": old.release} | {v: new.release if v == "canary" else _held(found, model, v).release for v in names}  # fmt: skip
-    c = Controller(store, id, _registry(settings))
-    c.command("start", actor(), because, model=model, releases=releases | {"canary": new.release})
+    with store.alone():  # of several that start at once, one does
+        _only(store)
+        id = id or _free_id(store, f"{model}-{new.version}")
+        store.create(id, section)
+        c = Controller(store, id, _registry(settings))
+        c.command("start", actor(), because, model=model, releases=releases | {"canary": new.release})
     print(view(c.fold, c.clock()))
     return 0
+
+
+def _only(store: Store, id: str = "") -> None:
+    "Raise `KitError` when another rollout than this one is under way."
+    if (busy := active(store)) not in (None, id):
+        raise KitError("a rollout is under way", file=store.path, value=busy, remedy="Promote or abort it first")
 
 
 def _held(found: list[Version], model: str, name: str) -> Version:
@@ -157,13 +163,40 @@ def _order(kind: str, id: str, because: str, settings: str, **more) -> int:
     "Give an order and show where it led."
     store = open_store(settings)
     c = Controller(store, latest(store, id), _registry(settings))
-    c.command(kind, actor(), because, **more)
+    champion = _champion(c.state.model, settings) if kind in _AGAIN else ""
+    with store.alone():
+        store.catch_up(c.id, c.fold)
+        if c.state.phase == _AGAIN.get(kind):
+            _only(store, c.id)
+            _unmoved(c, kind, champion)
+        c.command(kind, actor(), because, **more)
+    c._keep()  # the order is on the disk now
     print(view(c.fold, c.clock()))
     if c.trouble:
         print(f"still to be done: {c.trouble}")
     elif kind in ("abort", "undo"):
         print(f"done: release {short(c.state.releases['baseline'])} answers everybody again")
     return 4 if c.trouble else 0
+
+
+_AGAIN = {"retry": "Degraded", "undo": "Healthy"}  # orders for a rollout that has ended, and how it did
+
+
+def _champion(model: str, settings: str) -> str:
+    "The release that the registry calls champion; empty when it cannot be asked, which stops no undo."
+    try:
+        found = versions(registry_uri(load_settings(settings)), model)
+    except Exception:  # what MLflow raises when its server is away
+        return ""
+    return next((v.release for v in found if "champion" in v.aliases), "")
+
+
+def _unmoved(c: Controller, kind: str, champion: str) -> None:
+    "Raise `KitError` when the champion was moved since the rollout ended; not while it waits for its own moves."
+    ours, s = {"retry": "baseline", "undo": "canary"}[kind], c.state
+    if champion not in ("", s.releases[ours]) and not c.store.promises(c.id):
+        fix = f"Undo the rollout that made it so, or start a new one: llmkit rollout start --canary {short(s.releases['canary' if kind == 'retry' else 'baseline'])}"
+        raise KitError(f"cannot {kind} it: its {ours} is not the champion", key=s.id, value=short(champion), remedy=fix)
 
 # %% ../../nbs/09_rollout/12_commands.ipynb #44edb54c
 def rollout_pause(

@@ -175,8 +175,7 @@ Controller._decide, Controller._propose = _decide, _propose
 # %% ../../nbs/09_rollout/09_controller.ipynb #ed316846
 def _keep(self: Controller) -> None:
     "Do what was promised, in order; what fails is tried again later."
-    todo = self.store.promises(self.id)
-    if not todo or self.clock() < self._retry_at:
+    if self.store.writing or not self.store.promises(self.id) or self.clock() < self._retry_at:
         return
     with open(f"{self.store.path}.effects.lock", "a") as lock:
         try:

@@ -143,6 +143,12 @@ class Store:
         with self._transaction():
             yield
 
+    @property
+    def writing(self) -> bool:
+        "Whether this thread has written what may still be taken back."
+        with self._lock:
+            return self._db.in_transaction
+
     def rows(self, query: str, *values: Any) -> list[tuple]:
         "The rows of a query."
         with self._lock:

@@ -8,6 +8,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
 import pytest
@@ -22,6 +24,7 @@ from llmkit.rollout import commands
 from llmkit.rollout.controller import Controller, MlflowRegistry
 from llmkit.rollout.judge_server import answer, judge_app
 from llmkit.rollout.state import Effect
+from llmkit.rollout.store import Store
 
 
 @pytest.fixture
@@ -113,6 +116,99 @@ def test_from_the_first_champion_to_a_promotion_and_back(project, capsys):
     with pytest.raises(KitError, match="retry starts it again"):
         commands.rollout_resume()
     assert "ann: not fixed" in capsys.readouterr().out
+
+
+def test_an_older_rollout_is_left_alone_by_undo_and_retry(project):
+    uri = "sqlite:///mlflow.db"
+    one, two = versions(uri, "bank-support")
+    register(Release("bank-support", "sha256:bundle3", "sha256:verdict3", "sha256:card3"), uri, "file:///bundle3")
+    three = versions(uri, "bank-support")[2]
+
+    def promote(id, release):
+        assert commands.rollout_start("bank-support", canary=release, id=id) == 0
+        serve(Controller(commands.open_store(), id, MlflowRegistry(uri)))
+        assert commands.rollout_promote(full=True) == 0
+
+    commands.rollout_start("bank-support", canary=one.release, first=True)
+    promote("a", two.release)
+    assert commands.rollout_start("bank-support", canary=three.release, id="b") == 0
+    with pytest.raises(KitError, match="a rollout is under way .got 'b'"):
+        commands.rollout_undo("a")
+    assert commands.rollout_abort() == 0 and aliases(uri)["champion"] == 2
+    assert commands.rollout_undo("a") == 0 and aliases(uri)["champion"] == 1
+    with pytest.raises(KitError, match="cannot retry it: its baseline is not the champion"):
+        commands.rollout_retry("b")
+    assert commands.rollout_retry("a") == 0
+    with pytest.raises(KitError, match="cannot retry a rollout that is Progressing"):
+        commands.rollout_retry("a")
+    with pytest.raises(KitError, match="a rollout is under way .got 'a'"):
+        commands.rollout_retry("b")
+    serve(Controller(commands.open_store(), "a", MlflowRegistry(uri)))
+    assert commands.rollout_promote(full=True) == 0, "of the one that is under way"
+    promote("c", three.release)
+    with pytest.raises(KitError, match="cannot undo it: its canary is not the champion"):
+        commands.rollout_undo("a")
+    assert aliases(uri)["champion"] == 3
+
+
+def test_a_promotion_is_undone_while_the_registry_is_away(project, monkeypatch):
+    uri = "sqlite:///mlflow.db"
+    one = versions(uri, "bank-support")[0]
+    commands.rollout_start("bank-support", canary=one.release, first=True)
+    commands.rollout_start("bank-support")
+    serve(Controller(commands.open_store(), "bank-support-2", MlflowRegistry(uri)))
+
+    def away(*_):
+        raise OSError("nobody answers")
+
+    with monkeypatch.context() as m:
+        m.setattr("llmkit.rollout.controller._client", away)
+        assert commands.rollout_promote(full=True) == 4 and aliases(uri)["champion"] == 1
+        m.setattr("llmkit.rollout.commands.versions", away)
+        assert commands.rollout_undo() == 4
+    Controller(commands.open_store(), "bank-support-2", MlflowRegistry(uri)).step()
+    assert aliases(uri)["champion"] == 1 and not commands.open_store().promises("bank-support-2")
+
+
+def test_of_four_that_start_at_once_one_does(project, monkeypatch):
+    commands.rollout_start(
+        "bank-support", canary=versions("sqlite:///mlflow.db", "bank-support")[0].release, first=True
+    )
+    ready, read = threading.Barrier(4), commands.load_params
+
+    def read_together(*args):
+        ready.wait(60)
+        return read(*args)
+
+    def start(i):
+        try:
+            return commands.rollout_start("bank-support", id=f"r{i}")
+        except KitError as e:
+            return e.problem
+
+    monkeypatch.setattr(commands, "load_params", read_together)
+    with ThreadPoolExecutor(4) as pool:
+        assert Counter(pool.map(start, range(4))) == {0: 1, "a rollout is under way": 3}
+    assert len(commands.open_store().rows("select id from rollouts")) == 1
+
+
+def test_a_start_that_dies_half_way_leaves_nothing(project, monkeypatch):
+    commands.rollout_start(
+        "bank-support", canary=versions("sqlite:///mlflow.db", "bank-support")[0].release, first=True
+    )
+
+    def dies(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as m, pytest.raises(MemoryError):
+        m.setattr(Store, "append", dies)
+        commands.rollout_start("bank-support")
+    assert not commands.open_store().rows("select id from rollouts")
+    commands.rollout_start("bank-support", id="r1")
+    commands.open_store().create("empty", CANARY)  # as older versions may have left it
+    assert commands.rollout_abort() == 0 and commands.rollout_status() == 1
+    with pytest.raises(KitError, match="no such rollout"):
+        commands.rollout_abort("empty")
 
 
 def serve(c, n=300):
