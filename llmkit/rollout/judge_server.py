@@ -129,7 +129,7 @@ def judge_app(
         return to_json(s) | {"weights": s.weights} if s else {"id": id, "phase": None}
 
     @app.get("/v1/rollouts/{id}/verdict", responses={404: {}})
-    def verdict(id: str, at: float | None = None, step: int | None = None) -> dict:
+    def verdict(id: str, at: float | None = fastapi.Query(None, allow_inf_nan=False), step: int | None = None) -> dict:
         if follow and step is not None:
             try:
                 reader.follow(id, step, clock())
