@@ -121,6 +121,7 @@ class Reader:
             if not self.rollouts.is_file():
                 return {}
             self.store = Store(self.rollouts)
+        self.store.check()
         newest = [r[0] for r in self.store.rows("select id from rollouts order by rowid desc limit 1")]
         if not newest:
             return {}
@@ -187,9 +188,8 @@ def rollout_section(b: Board) -> str:
     "Who answers, where the rollout stands, and why."
     v = b.rollout
     if v is None or v.state is None:
-        return (
-            '<section class="wide" id="rollout"><h2>Rollout</h2><p class="headline">No rollout was begun.</p></section>'
-        )
+        said = "It cannot be read, see above." if b.trouble.startswith("rollout: ") else "No rollout was begun."
+        return f'<section class="wide" id="rollout"><h2>Rollout</h2><p class="headline">{said}</p></section>'
     s = v.state
     shares = sorted(s.weights.items(), key=lambda x: (x[0] != "baseline", x[0]))
     names = "".join(

@@ -40,7 +40,7 @@ def latest(
 ) -> str:
     "The rollout that is meant; raises `KitError` when there is none."
     begun = "select id from rollouts where id in (select rollout from events) order by rowid desc"
-    known = [r[0] for r in store.rows(begun)]
+    known = [r[0] for r in store.rows(begun)] if store.path.exists() else []
     if not known:
         raise KitError("no rollout was begun", file=store.path, remedy="llmkit rollout start")
     if id and id not in known:

@@ -84,7 +84,7 @@ class Live:
         self.coming: Controller | None = None  # of the rollout whose releases are being loaded
         self.shadow: Mirror | None = None
         self.mirrors: list[Mirror] = []  # every shadow since the start: what they counted is never forgotten
-        self.trouble = ""  # the last thing that went wrong
+        self.faults: dict[str, str] = {}  # where something goes wrong, and what
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = threading.Event()
         self._ended: float | None = None  # when the rollout that is held was first seen to be over
@@ -93,6 +93,12 @@ class Live:
             0,
         )  # the rollout, and the attempt or release that could not be loaded
         gateway.metrics.registry.register(_Scrape(self))
+
+    @property
+    def trouble(self) -> str:
+        "What goes wrong now; empty when nothing does."
+        c = self.controller
+        return "; ".join(filter(None, (c.trouble if c else "", *self.faults.values())))
 
     def assign(self, unit: str) -> str:
         "The variant that answers a unit."
@@ -130,7 +136,6 @@ def look(self: Live) -> None:
         self._take(id, state)
     elif id == held:
         state = self.controller.step()
-        self.trouble = self.controller.trouble
         self._follow_shadow(state)
         if not state.finished:
             self._ended = None
@@ -156,9 +161,9 @@ def _take(self: Live, id: str, state: RolloutState) -> None:
                 fresh[release] = self.open(release)
                 self._run(fresh[release].check())
     except Exception as e:  # whatever it is, the candidate cannot be served
-        self._refused, self.trouble, self.coming = (id, state.attempt), f"{type(e).__name__}: {e}", None
-        log.error("rollout %s: a release cannot be served: %s", id, self.trouble)
-        controller.command("abort", "llmkit serve", f"a release cannot be served: {self.trouble}"[:300])
+        self._refused, self.coming, why = (id, state.attempt), None, f"{type(e).__name__}: {e}"
+        self._note("release", why)
+        controller.command("abort", "llmkit serve", f"a release cannot be served: {why}"[:300])
         self._close(*fresh.values())
         return
     old = [_real(b) for n, b in g.variants.items() if n not in g.adapters]
@@ -169,6 +174,7 @@ def _take(self: Live, id: str, state: RolloutState) -> None:
         bad = self.drill if variant != g.main else 0.0
         g.set_variant(variant, Drill(have[release], bad) if bad else have[release])
     self.controller, self.coming, self._ended = controller, None, None
+    self._note("release")
     self._close(*(b for b in old if b not in map(_real, g.variants.values())))
     log.info("following rollout %s", id)
 
@@ -196,10 +202,11 @@ def _follow_end(self: Live, id: str, state: RolloutState) -> None:
         backend = self.open(release)
         self._run(backend.check())
     except Exception as e:
-        self._refused, self.trouble = (id, release), f"{type(e).__name__}: {e}"
-        log.error("release %s cannot be served: %s", short(release), self.trouble)
+        self._refused = (id, release)
+        self._note("release", f"{type(e).__name__}: {e}")
         return
     self._close(self.gateway.set_variant(self.gateway.main, backend))
+    self._note("release")
 
 
 Live.look, Live._take, Live._let_go, Live._follow_end = look, _take, _let_go, _follow_end
@@ -307,14 +314,22 @@ def _close(self: Live, *backends: Backend | None) -> None:
             asyncio.run_coroutine_threadsafe(b.close(None), self._loop)
 
 
+def _note(self: Live, where: str, fault: str = "") -> None:
+    "Keep what goes wrong somewhere, and log it when it is new; nothing: it works again."
+    if fault and fault != self.faults.get(where):
+        log.error("rollout: %s: %s", where, fault)
+    self.faults[where] = fault
+
+
 def _follow(self: Live) -> None:
     "Look until told to stop."
     while not self._stop.is_set():
-        try:
-            self.look()
-        except Exception as e:  # a full disk, say: users are answered as before, and the next look tries again
-            self.trouble = f"{type(e).__name__}: {e}"
-            log.error("rollout: %s", self.trouble)
+        for where, do in (("look", self.look), ("file", self.store.check)):
+            try:
+                do()
+                self._note(where)
+            except Exception as e:  # a full disk, say: users are answered as before, and the next look tries again
+                self._note(where, f"{type(e).__name__}: {e}")
         self._stop.wait(self.every)
 
 
@@ -331,7 +346,7 @@ async def beside(self: Live):
             await asyncio.to_thread(self.controller.step)
 
 
-Live._run, Live._close, Live._follow, Live.beside = _run, _close, _follow, beside
+Live._run, Live._close, Live._note, Live._follow, Live.beside = _run, _close, _note, _follow, beside
 
 # %% ../../nbs/09_rollout/14_live.ipynb #bddf2a4a
 class _Scrape:
@@ -449,7 +464,10 @@ def serve(
         live.store.expire(time.time() - days * 86400)
 
     s.expire = expire
-    found = newest(live.store, s.gateway.model)
-    if found is not None:
-        print(status_line(found[1], time.time()), flush=True)
+    try:
+        found = newest(live.store, s.gateway.model)
+        if found is not None:
+            print(status_line(found[1], time.time()), flush=True)
+    except KitError as e:  # who is champion answers all the same
+        print(f"trouble with the rollouts: {e}", flush=True)
     return run_setup(s, drain, live.beside(), *aside)

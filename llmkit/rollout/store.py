@@ -11,8 +11,9 @@ import json
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ class Fold:
 
 # %% ../../nbs/09_rollout/08_store.ipynb #49e7eebf
 WAIT = 60.0  # seconds for another writer
+_DAMAGED = "If it is damaged, put a copy back, or move it away: its rollouts are forgotten then, and the champion stays"
 _TABLES = """
 create table if not exists rollouts (id text primary key, policy text not null);
 create table if not exists events (rollout text, seq integer, kind text, time real, body text not null, state text, primary key (rollout, seq)) without rowid;
@@ -111,21 +113,39 @@ class Store:
         path: str | Path,  # made when missing
     ):
         self.path, self._lock = Path(path), threading.RLock()
+        self._file: tuple[int, int] | None = None  # device and inode of what is open
+
+    @cached_property
+    def _db(self) -> sqlite3.Connection:
+        "The file, opened when it is first asked; a server runs before it can be."
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(self.path, timeout=WAIT, isolation_level=None, check_same_thread=False)
-            write_ahead(self._db, WAIT)
-            self._db.execute("pragma synchronous=full")
-            with self._transaction() as db:
+            with sqlite3.connect(self.path, timeout=WAIT, isolation_level=None, check_same_thread=False) as db:
+                write_ahead(db, WAIT)
+                db.execute("pragma synchronous=full")
+                db.execute("begin immediate")
                 make_tables(db, _TABLES)
         except (sqlite3.Error, OSError) as e:
-            fix = "Check that the folder is writable and the file is a database of this kit"
+            fix = f"Check that the folder is writable. {_DAMAGED}"
             raise KitError(f"cannot open the rollouts: {e}", file=self.path, remedy=fix) from e
+        self._file = _file(self.path)
+        return db
+
+    @contextmanager
+    def _asked(self) -> Iterator[None]:
+        "Nobody else of this process; an error of the database names the file."
+        try:
+            with self._lock:
+                yield
+        except sqlite3.DatabaseError as e:
+            if type(e) not in (sqlite3.DatabaseError, sqlite3.OperationalError):
+                raise
+            raise KitError(f"cannot read or write the rollouts: {e}", file=self.path, remedy=_DAMAGED) from e
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         "All or nothing, one writer at a time; inside another one, a part of it."
-        with self._lock:
+        with self._asked():
             if self._db.in_transaction:
                 yield self._db
                 return
@@ -133,7 +153,7 @@ class Store:
             try:
                 yield self._db
             except BaseException:
-                self._db.execute("rollback")
+                self._db.rollback()
                 raise
             self._db.execute("commit")
 
@@ -151,13 +171,33 @@ class Store:
 
     def rows(self, query: str, *values: Any) -> list[tuple]:
         "The rows of a query."
-        with self._lock:
+        with self._asked():
             return self._db.execute(query, values).fetchall()
 
+    def check(self) -> None:
+        "Raise `KitError` when the file is gone, is another one than was opened, or cannot be read by whoever opens it now."
+        with self._asked():
+            self._db.execute("select 1")
+            if _file(self.path) != self._file:
+                fix = "Put the file back, or start again what holds it: what it writes now is lost then"
+                raise KitError("the file that was opened is not here any more", file=self.path, remedy=fix)
+            with closing(sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True, timeout=WAIT)) as db:
+                db.execute("select 1 from rollouts").fetchone()
+
     def close(self) -> None:
-        "Close the file."
+        "Close the file, if it was opened."
         with self._lock:
-            self._db.close()
+            if "_db" in vars(self):
+                self._db.close()
+
+
+def _file(path: Path) -> tuple[int, int] | None:
+    "Device and inode of a file; None when there is none."
+    try:
+        s = path.stat()
+    except FileNotFoundError:
+        return None
+    return s.st_dev, s.st_ino
 
 # %% ../../nbs/09_rollout/08_store.ipynb #19d3e686
 def create(

@@ -297,6 +297,47 @@ def test_an_older_rollout_is_undone_or_retried_after_a_newer_one_was_aborted(tow
         until(lambda: town.recent(-20)[fingerprint("sha256:good")] > 3, "answers of its candidate")
 
 
+def damaged(path):
+    "Write nonsense over the whole file."
+    path.write_bytes(b"nonsense" * (path.stat().st_size // 8))
+
+
+def gone(path):
+    "Take the file away."
+    path.rename(path.with_suffix(".away"))
+
+
+@pytest.mark.parametrize("harm", [damaged, gone])
+def test_a_log_that_is_damaged_or_gone_is_told_and_costs_no_answer(town, harm, tmp_path):
+    path = town.folder / "rollouts.db"
+    trouble = lambda: httpx.get(f"{url}/metrics").text.split("\nllmkit_rollout_trouble ")[1].split()[0]
+    town.begin("r1", "sha256:good", QUICK | {"steps": [{"setWeight": 50}, {"analysis": ENDLESS}]})
+    with town.server() as (url, live):
+        until(
+            lambda: live.controller is not None and set(live.gateway.variants) == {"baseline", "canary"}, "the canary"
+        )
+        town.store.rows("pragma wal_checkpoint(truncate)")
+        assert trouble() == "0.0"
+        harm(path)
+        until(lambda: trouble() == "1.0", "the trouble")
+        assert str(path) in live.trouble and set(ask_all(url)) <= {fingerprint("sha256:a"), fingerprint("sha256:good")}
+        if harm is gone:
+            path.with_suffix(".away").rename(path)
+            until(lambda: trouble() == "0.0", "the end of the trouble")
+
+
+def test_a_server_starts_with_a_damaged_log_and_goes_on_when_it_is_put_right(town):
+    path = town.folder / "other" / "rollouts.db"
+    path.parent.mkdir()
+    path.write_bytes(b"nonsense" * 999)
+    town.folder = path.parent
+    with town.server() as (url, live):
+        until(lambda: "cannot open the rollouts" in live.trouble, "the trouble")
+        assert set(ask_all(url)) == {fingerprint("sha256:a")}
+        path.unlink()
+        until(lambda: not live.trouble, "the end of the trouble")
+
+
 def test_memory_is_given_back_after_a_while(town):
     with town.server(hold=0.5) as (url, live), town.customers(url):
         town.begin("r1", "sha256:good")

@@ -211,6 +211,23 @@ def test_a_start_that_dies_half_way_leaves_nothing(project, monkeypatch):
         commands.rollout_abort("empty")
 
 
+@pytest.mark.parametrize("order", [commands.rollout_status, commands.rollout_abort])
+def test_a_log_that_is_damaged_is_named_and_one_that_is_missing_is_not_made(project, order):
+    path = project / "rollouts.db"
+    with pytest.raises(KitError, match="no rollout was begun"):
+        order()
+    assert not path.exists()
+    store = commands.open_store()
+    store.create("r1", CANARY)
+    store.close()
+    for start, size in ((0, 100), (4096, path.stat().st_size - 4096)):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:start] + b"\xff" * size + whole[start + size :])
+        with pytest.raises(KitError, match=r"rollouts\.db: cannot .* the rollouts: .* put a copy back"):
+            order()
+        path.write_bytes(whole)
+
+
 def serve(c, n=300):
     "Requests in the current second, all answered well."
     for i in range(n):
