@@ -119,7 +119,12 @@ def attach(
     if getattr(model, "is_loaded_in_4bit", False):
         model = peft.prepare_model_for_kbit_training(model)
     torch.manual_seed(seed)
-    return peft.get_peft_model(model, config)
+    try:
+        return peft.get_peft_model(model, config)
+    except ValueError as e:  # PEFT knows which layers a delta does nothing for, such as Mamba's out_proj
+        fix = "Name others under finetune.targets; the model has " + ", ".join(linear_names(model))
+        told = f"stage finetune: PEFT cannot adapt a layer: {' '.join(str(e).split())}"
+        raise KitError(told, key="targets", value=targets, remedy=fix) from e
 
 
 def _tied(model: Any) -> bool:

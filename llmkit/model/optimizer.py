@@ -35,13 +35,14 @@ def orthogonal(
 def linear_layers(
     model: Any,  # a transformers model, or a PEFT model of one
 ) -> dict[str, Any]:  # name → module
-    "The linear layers but for the output head."
+    "The linear layers but for the output head, and for routers, which give more than a tensor."
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
     heads = set(head.modules()) if head is not None else set()
     kinds = (need("torch").nn.Linear, Conv1D)
-    return {n: m for n, m in model.named_modules() if isinstance(m, kinds) and m not in heads}
+    found = {n: m for n, m in model.named_modules() if isinstance(m, kinds) and m not in heads}
+    return {n: m for n, m in found.items() if not type(m).__name__.endswith("Router")}
 
 
 def matrix_names(

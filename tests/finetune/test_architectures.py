@@ -5,12 +5,15 @@ import pytest
 import torch
 import transformers as t
 
+from llmkit.core.errors import KitError
 from llmkit.model.batches import Example, collate
 from llmkit.model.lora import attach, delta_tensors, linear_names, load_delta, save_delta
-from llmkit.model.train import answer_loss
+from llmkit.model.train import answer_loss, check_packing
 
 SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 WIDE = SMALL | {"intermediate_size": 64, "num_key_value_heads": 1, "pad_token_id": 0}
+FEW = {"num_experts_per_tok": 2}
+LOCAL = FEW | {"num_local_experts": 4}
 CONFIGS = {
     "llama": lambda: t.LlamaConfig(**WIDE),
     "mistral": lambda: t.MistralConfig(**WIDE),
@@ -21,6 +24,15 @@ CONFIGS = {
         vocab_size=96, n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0
     ),
 }
+EXPERTS = {
+    "gpt-oss": lambda: t.GptOssConfig(
+        **WIDE, **LOCAL, head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": 1e4}
+    ),
+    "mixtral": lambda: t.MixtralConfig(**WIDE, **LOCAL),
+    "qwen3moe": lambda: t.Qwen3MoeConfig(**WIDE, **FEW, head_dim=16, num_experts=4, moe_intermediate_size=32),
+    "phimoe": lambda: t.PhimoeConfig(**WIDE, **LOCAL),
+}
+CONFIGS |= EXPERTS
 
 
 def model_of(name):
@@ -47,13 +59,18 @@ def test_loss(name):
         logp = model(input_ids=torch.tensor([e.ids])).logits[0].log_softmax(-1)
         by_hand -= sum(logp[i - 1, e.ids[i]].item() for i in range(1, len(e.ids)) if e.mask[i])
     assert loss.item() == pytest.approx(by_hand, rel=1e-4)
+    if name == "gpt-oss":  # transformers gives its mask no positions
+        with pytest.raises(KitError, match="batching: packed examples see each other in gpt_oss.*batching: length"):
+            check_packing(model)
+        return
+    check_packing(model)
     packed, _ = answer_loss(model, collate([some[:2], some[2:]], 0), packed=True)
     assert packed.item() == pytest.approx(by_hand, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gradients_without_what_nobody_reads(name):
-    """The last block's feed-forward sees only the tokens that count, and no weight's gradient is another for it."""
+    """The last block's feed-forward sees only the tokens that count, experts all; no weight's gradient is another for it."""
     model, batch = model_of(name), collate([[e] for e in examples()], 0)
     last, seen = model.get_decoder().children(), []
     mlp = next(b for b in last if isinstance(b, torch.nn.ModuleList))[-1].mlp
@@ -65,7 +82,7 @@ def test_gradients_without_what_nobody_reads(name):
         model.zero_grad()
         answer_loss(model, batch)[0].backward()
         assert mlp.forward == before if hooked else "forward" not in vars(mlp)
-    assert seen == [(len(batch["targets"]), 32)]
+    assert seen == [batch["input_ids"].shape + (32,) if name in EXPERTS else (len(batch["targets"]), 32)]
     got = {n: p.grad for n, p in model.named_parameters()}
     again = model_of(name)
     logits = again(
@@ -90,3 +107,11 @@ def test_delta_round_trip(name, tmp_path):
     assert torch.equal(again(ids).logits, tuned.eval()(ids).logits)
     assert not torch.allclose(again(ids).logits, model_of(name)(ids).logits, atol=1e-4)
     assert len(linear_names(model_of(name))) >= 3 and "lm_head" not in str(list(delta_tensors(tuned)))
+
+
+def test_layers_that_peft_cannot_adapt_are_told():
+    torch.manual_seed(0)
+    model = t.AutoModelForCausalLM.from_config(t.MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2))
+    with pytest.raises(KitError, match="stage finetune: PEFT cannot adapt a layer.*out_proj.*finetune.targets.*x_proj"):
+        attach(model, rank=2, alpha=4)
+    attach(model, rank=2, alpha=4, targets=["in_proj", "x_proj", "dt_proj"])
