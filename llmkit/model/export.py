@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'EPSILONS', 'TEXT_FILES', 'builder_folder', 'known_architectures', 'check_exportable', 'mute_builder',
-           'run_builder', 'save_graph', 'prune_head', 'attention_windows', 'set_windows', 'set_epsilon', 'export',
-           'describe']
+           'gemma3_rope', 'run_builder', 'save_graph', 'prune_head', 'attention_windows', 'set_windows', 'set_epsilon',
+           'export', 'describe']
 
 # %% ../../nbs/04_model/08_export.ipynb #f7e15425
 import contextlib
@@ -59,6 +59,34 @@ def mute_builder() -> Iterator[None]:
         logging.disable(before)
 
 
+@contextlib.contextmanager
+def gemma3_rope(
+    builder: Any,  # the module
+) -> Iterator[None]:
+    "Give the builder's Gemma 3 its rotary settings in the form that it reads; transformers 5 keeps them by layer type."
+    known = builder.Gemma3Model
+
+    class Gemma3Model(known):
+        def make_config_init(self, config: Any) -> None:
+            kinds = config.rope_parameters
+            config.rope_local_base_freq = kinds["sliding_attention"]["rope_theta"]
+            config.rope_parameters = kinds["full_attention"]
+            super().make_config_init(config)
+
+        def make_rotary_embedding_caches_from_scratch(self) -> tuple:
+            made = super().make_rotary_embedding_caches_from_scratch()
+            self.rope_attrs["rescale_factors"] = (
+                1  # the global layers' cache comes first; the local ones are not scaled
+            )
+            return made
+
+    builder.Gemma3Model = Gemma3Model
+    try:
+        yield
+    finally:
+        builder.Gemma3Model = known
+
+
 def run_builder(
     model: str | Path,  # a base or model folder
     out: Path,  # an empty folder
@@ -73,7 +101,8 @@ def run_builder(
         with mute_builder():
             builder = need("onnxruntime_genai.models.builder", "onnx")
             checked = builder.parse_extra_options(*args, [f"{k}={v}" for k, v in pairs.items()])
-            builder.create_model(*args, **checked)
+            with gemma3_rope(builder):
+                builder.create_model(*args, **checked)
     except Exception as e:
         why = " ".join(f"{type(e).__name__}: {e}".split())[:300]
         fix = "Choose another precision or block size, or another base"
