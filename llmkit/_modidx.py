@@ -210,6 +210,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llmkit.data.sources._json_row': ('03_data/sources.html#_json_row', 'llmkit/data/sources.py'),
                                      'llmkit.data.sources._no_constant': ('03_data/sources.html#_no_constant', 'llmkit/data/sources.py'),
                                      'llmkit.data.sources._noting': ('03_data/sources.html#_noting', 'llmkit/data/sources.py'),
+                                     'llmkit.data.sources._once': ('03_data/sources.html#_once', 'llmkit/data/sources.py'),
                                      'llmkit.data.sources._swallows': ('03_data/sources.html#_swallows', 'llmkit/data/sources.py'),
                                      'llmkit.data.sources._values': ('03_data/sources.html#_values', 'llmkit/data/sources.py'),
                                      'llmkit.data.sources.check_header': ('03_data/sources.html#check_header', 'llmkit/data/sources.py'),

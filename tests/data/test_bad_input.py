@@ -35,6 +35,8 @@ def test_malformed_json_line_is_quarantined_with_its_number(make):
         (b'{"prompt": "a"}', "has neither messages nor a completion"),
         (b'{"prompt": "", "completion": "b"}', "prompt: is empty"),
         (b'{"prompt": NaN, "completion": "b"}', "NaN is no JSON number"),
+        (b'{"prompt": "a", "prompt": "b", "completion": "c"}', "the key 'prompt' occurs twice"),
+        (b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "the key 'content' occurs twice"),
         (b'{"prompt": 3, "completion": "b"}', "prompt: must be a text, not a int"),
         (b'{"prompt": "\\ud800", "completion": "b"}', "lone surrogate"),
         (b'{"prompt": "a", "completion": "b", "split": "dev"}', "unknown split"),
@@ -70,6 +72,23 @@ def test_latin1_file_is_read_when_its_encoding_is_named(make):
 def test_empty_file(make, kind):
     with pytest.raises(KitError, match=rf"rows\.{kind}: the file is empty"):
         make(b"", kind)
+
+
+@pytest.mark.parametrize("splits", [("train", "test"), ()])
+def test_dataset_folder_without_rows(make, tmp_path, splits):
+    datasets = pytest.importorskip("datasets")
+    full, empty = (datasets.Dataset.from_dict({"prompt": x, "completion": x}) for x in (["a"], []))
+    data = datasets.DatasetDict(dict(zip(splits, (full, empty), strict=True))) if splits else empty
+    data.save_to_disk(str(tmp_path / "rows"))
+    with pytest.raises(KitError, match="rows/test: a dataset without rows" if splits else "rows: a dataset without"):
+        make(tmp_path / "rows", "hf")
+
+
+def test_a_link_that_leads_nowhere(make, tmp_path):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows/a.jsonl").symlink_to("gone.jsonl")
+    with pytest.raises(KitError, match=r"a\.jsonl: the link leads nowhere \(got 'gone.jsonl'\)\. Fetch"):
+        make(tmp_path / "rows")
 
 
 def test_file_without_rows(make):
