@@ -1394,6 +1394,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'llmkit.model.tiny.next_token_loss': ('04_model/tiny.html#next_token_loss', 'llmkit/model/tiny.py'),
                                    'llmkit.model.tiny.pretrain': ('04_model/tiny.html#pretrain', 'llmkit/model/tiny.py'),
                                    'llmkit.model.tiny.quiet': ('04_model/tiny.html#quiet', 'llmkit/model/tiny.py'),
+                                   'llmkit.model.tiny.saving': ('04_model/tiny.html#saving', 'llmkit/model/tiny.py'),
                                    'llmkit.model.tiny.steady': ('04_model/tiny.html#steady', 'llmkit/model/tiny.py'),
                                    'llmkit.model.tiny.tiny_model': ('04_model/tiny.html#tiny_model', 'llmkit/model/tiny.py'),
                                    'llmkit.model.tiny.tok_rows': ('04_model/tiny.html#tok_rows', 'llmkit/model/tiny.py'),

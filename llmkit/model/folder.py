@@ -15,7 +15,7 @@ from typing import Any, Literal
 from ..core.errors import KitError
 from ..core.files import read_json, read_object, write_json, write_text
 from ..core.plugins import need
-from .tiny import quiet
+from .tiny import quiet, saving
 from .tokenizer import Tokenizer, find_template
 
 # %% ../../nbs/04_model/02b_folder.ipynb #35af9095
@@ -225,7 +225,7 @@ def import_folder(
     inspect(source)
     model = load_checked(source, dtype)
     model.generation_config = need("transformers").GenerationConfig()
-    with quiet():
+    with quiet(), saving():
         model.save_pretrained(folder)
     if (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")

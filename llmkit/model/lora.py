@@ -17,7 +17,7 @@ from ..core.files import read_json, write_json
 from ..core.params import did_you_mean
 from ..core.plugins import need
 from .optimizer import linear_layers
-from .tiny import quiet
+from .tiny import quiet, saving
 
 # %% ../../nbs/04_model/04_lora.ipynb #e65819eb
 def load_frozen(
@@ -174,9 +174,9 @@ def save_delta(
     if Path(base).is_absolute():
         fix = "Name the base relative to the project"
         raise KitError("an absolute path would make the delta differ between machines", value=base, remedy=fix)
-    need("safetensors.torch").save_file(
-        dict(tensors or delta_tensors(model)), Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"}
-    )
+    path, tensors = Path(folder) / "adapter_model.safetensors", dict(tensors or delta_tensors(model))
+    with saving():
+        need("safetensors.torch").save_file(tensors, path, metadata={"format": "pt"})
     config = model.peft_config["default"].to_dict()
     config |= {"base_model_name_or_path": base, "inference_mode": True}
     write_json(Path(folder) / "adapter_config.json", {k: _plain(v) for k, v in config.items()})

@@ -23,7 +23,7 @@ from ..core.report import Measurement, Report
 from .folder import TOKENIZER_FILES
 from .lora import load_delta, load_frozen, read_tensors
 from .parity import compare, violations
-from .tiny import quiet
+from .tiny import quiet, saving
 from .tokenizer import Tokenizer
 
 # %% ../../nbs/04_model/07_merge.ipynb #6e20d47e
@@ -133,7 +133,8 @@ def _merge_into(folder: Path, base: Artifact, delta: Artifact, dtype: str, lengt
     whole = tuned.merge_and_unload(safe_merge=True).to(getattr(torch, dtype))
     whole.config.dtype = getattr(torch, dtype)
     whole.generation_config = need("transformers").GenerationConfig()
-    whole.save_pretrained(folder)
+    with saving():
+        whole.save_pretrained(folder)
     for name in (*TOKENIZER_FILES, "chat_template.jinja", "generation_config.json", *_licences(base)):
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)

@@ -27,7 +27,7 @@ from .batches import Example, collate, drop_words, plan
 from .lora import read_tensors, sum_first
 from .optimizer import OPTIMIZERS, Optimizer
 from .precision import PRECISIONS
-from .tiny import cosine
+from .tiny import cosine, saving
 from .tokenizer import Tokenizer, encode_example
 
 # %% ../../nbs/04_model/05_train.ipynb #73c96a64
@@ -242,7 +242,7 @@ def save_checkpoint(
 ) -> Path:
     "Write a checkpoint and remove the older ones."
     path = Path(folder) / f"step-{state.step:08d}"
-    with build(path, "checkpoint") as out:
+    with build(path, "checkpoint") as out, saving():
         need("safetensors.torch").save_file({k: v.contiguous() for k, v in tensors.items()}, out / "state.safetensors")
         write_json(out / "state.json", asdict(state) | {"best": state.best if math.isfinite(state.best) else None})
     for old in sorted(Path(folder).glob("step-*")):

@@ -60,12 +60,12 @@ def random_model(folder, family, **other):
     train_tokenizer(folder, LINES, 320)
 
 
-def train_by_hand(path, base, std=0.1):
+def train_by_hand(path, base, std=0.1, rank=4):
     "A delta as PEFT leaves it after training, with random numbers in place of what was learnt."
     import torch
 
     tok = Tokenizer.load(base.path)
-    tuned = attach(load_frozen(base.path), rank=4, alpha=8, seed=0)
+    tuned = attach(load_frozen(base.path), rank=rank, alpha=8, seed=0)
     for name, p in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=std)

@@ -104,6 +104,27 @@ def test_a_base_where_a_delta_should_be_and_the_other_way_round(pair, tmp_path):
         merge(tmp_path / "model", delta.path, delta.path)
 
 
+def test_full_disk(pair, tmp_path):
+    "Base, delta and merge, each on a file system of 64 KiB."
+    base, delta = pair
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("may not mount a tmpfs")
+    makers = {
+        "base": lambda path: make_base(path, source="folder", model=str(base.path)),
+        "delta": lambda path: train_by_hand(path, base, rank=64),
+        "model": lambda path: merge(path, base.path, delta.path),
+    }
+    try:
+        for name, maker in makers.items():
+            with pytest.raises(KitError, match=f"disk/{name}: cannot write: No space left on device. Free some space"):
+                maker(disk / name)
+            assert not [*disk.iterdir()]
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
 def test_merge_is_done_once(pair, tmp_path):
     base, delta = pair
     first = merge(tmp_path / "model", base.path, delta.path)
