@@ -7,6 +7,7 @@ __all__ = ['ParamsError', 'load_params', 'did_you_mean', 'conform', 'refuse_unkn
 
 # %% ../../nbs/01_core/04_params.ipynb #80fcfe14
 import difflib
+import math
 import types
 import typing
 from collections.abc import Collection, Mapping
@@ -67,6 +68,8 @@ def conform(
     file: str | Path | None = None,  # where it came from
 ) -> Any:
     "The value, if it fits the annotation; raises `ParamsError` otherwise."
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ParamsError("must be a finite number", file=file, key=key, value=value)
     if kind is Any:
         return value
     origin, args = typing.get_origin(kind), typing.get_args(kind)

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
         ("  precision: auto\n  # for auto", "  precision: int3\n  # for auto", "quantize.precision: cannot be built"),
         ("    hidden: 128", "    hiden: 128", "base.tiny.hiden: unknown parameter"),
         ("[engine, merged]", "[engine, mergd]", "evaluate.speed_subjects[1]: must be one of"),
+        ("  clip: 1.0", "  clip: .nan", "finetune.clip: must be a finite number (got nan)"),
         ("  clip: 1.0", "  clip: -1.0", "finetune.clip: must be 0 or more (got -1.0)"),
         ("  patience: 4", "  patience: -1", "finetune.patience: must be 0 or more"),
         ("  pii: mask", "  pii: hide", "prepare.pii: unknown policy"),
