@@ -124,20 +124,20 @@ def thin(table: Table, folder: Path, rules: Rules) -> None:
 
 
 def check_quarantine(table: Table, n: int, limit: float) -> None:
-    "Refuse a source of which too much is bad."
+    "Refuse a source of which too much is bad, or all."
     lost = table.one("SELECT count(*) FROM rows WHERE state = 'quarantined'")
-    if lost > limit * n:
+    if lost > limit * n or lost == n:
         first = table.all("SELECT file, line, reason FROM rows WHERE state = 'quarantined' ORDER BY seq LIMIT 3")
         said = "; ".join(f"{f}: line {i}: {r}" for f, i, r in first)
-        fix = f"Correct the rows, or raise the limit. The first of them: {said}"
+        most, fix = f"at most {limit:.2%} may be", "Correct the rows, or raise the limit"
+        if lost == n:
+            most, fix = "none is left", "Correct the rows"
         raise KitError(
-            f"{lost} of {n} rows are quarantined, and at most {limit:.2%} may be",
+            f"{lost} of {n} rows are quarantined, and {most}",
             key="max_quarantine_share",
             value=limit,
-            remedy=fix,
+            remedy=f"{fix}. The first of them: {said}",
         )
-    if lost == n:
-        raise KitError("no row is left", key="rows", value=n)
 
 # %% ../../nbs/03_data/10_prepare.ipynb #6de26821
 def of_split(table: Table, split: str) -> Iterator[dict]:

@@ -43,7 +43,7 @@ def expectations(
         expect("ExpectColumnValuesToNotBeNull", "every record has an id", "Report this: ids are made where absent", column="id"),
         expect("ExpectColumnValuesToBeUnique", "no id occurs twice", "Make the ids unique, or map another column", column="id"),
         expect("ExpectColumnValuesToBeInSet", "every record is in a split", "Use train, validation or test", column="split", value_set=list(SPLITS)),
-        expect("ExpectColumnDistinctValuesToContainSet", "every split with a share has records", "Add rows, or change the shares",
+        expect("ExpectColumnDistinctValuesToContainSet", "every split with a share has records", "Add rows, set its share to 0, or let the shares divide the rows of another split: prepare.splits: {train: null}",
                column="split", value_set=sorted(splits)),
         expect("ExpectColumnValuesToBeBetween", "no record is empty", "Report this: empty texts are quarantined", column="chars", min_value=2),
         expect("UnexpectedRowsExpectation", "no question is in two splits", "Let the shares decide, or give each question one split",
@@ -162,5 +162,7 @@ def validate(
 
 def seen(result: dict) -> str:
     "What was observed, for an error."
+    if missing := result.get("partial_missing_list"):
+        return f"none in {', '.join(missing)}"
     details = result.get("details") or {}
     return str(result.get("observed_value", details.get("observed_value", result.get("partial_unexpected_list"))))

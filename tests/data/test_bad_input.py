@@ -84,6 +84,22 @@ def test_dataset_folder_without_rows(make, tmp_path, splits):
         make(tmp_path / "rows", "hf")
 
 
+def test_a_dataset_folder_without_a_split(make, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list(good_rows())
+    parts = {"train": rows.select(range(30)), "test": rows.select(range(30, 40))}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "rows"))
+    with pytest.raises(KitError, match=r"none in validation.*prepare\.splits: \{train: null\}"):
+        make(tmp_path / "rows", "hf")
+    data = make(tmp_path / "rows", "hf", splits={"train": None})
+    assert [*read_json(data / "profile.json")["splits"]] == ["test", "train", "validation"]
+
+
+def test_no_row_is_left(make):
+    with pytest.raises(KitError, match=r"1 of 1 rows .*none is left .*rows\.jsonl: line 1: .*neither messages nor"):
+        make([{"prompt": "a"}], max_quarantine_share=1.0)
+
+
 def test_a_link_that_leads_nowhere(make, tmp_path):
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows/a.jsonl").symlink_to("gone.jsonl")
