@@ -2294,6 +2294,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'llmkit.rollout.store.create': ('09_rollout/store.html#create', 'llmkit/rollout/store.py'),
                                       'llmkit.rollout.store.expire': ('09_rollout/store.html#expire', 'llmkit/rollout/store.py'),
                                       'llmkit.rollout.store.history': ('09_rollout/store.html#history', 'llmkit/rollout/store.py'),
+                                      'llmkit.rollout.store.ids': ('09_rollout/store.html#ids', 'llmkit/rollout/store.py'),
                                       'llmkit.rollout.store.kept': ('09_rollout/store.html#kept', 'llmkit/rollout/store.py'),
                                       'llmkit.rollout.store.load': ('09_rollout/store.html#load', 'llmkit/rollout/store.py'),
                                       'llmkit.rollout.store.promises': ('09_rollout/store.html#promises', 'llmkit/rollout/store.py'),

@@ -209,9 +209,7 @@ def rollback(
     clock: Callable[[], float],  # seconds since the epoch
 ) -> Action:
     "Undo the promotion of a release, or abort its rollout; gives the action as it then stands."
-    ids = [
-        id for (id,) in store.rows("select id from rollouts order by rowid desc") if store.load(id).state is not None
-    ]
+    ids = store.ids()
     state = store.load(ids[0]).state if ids else None
     if state is None or state.releases["canary"] != a.release:
         return memory.move(a, "held", "no rollout brought this release last: a person decides")

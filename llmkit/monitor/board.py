@@ -116,13 +116,13 @@ class Reader:
         return Board(now, trouble="; ".join(trouble), **parts)
 
     def _rollout(self, now: float) -> dict[str, Any]:
-        "The newest rollout that was started."
+        "The rollout in which something was decided last."
         if self.store is None:
             if not self.rollouts.is_file():
                 return {}
             self.store = Store(self.rollouts)
         self.store.check()
-        newest = [r[0] for r in self.store.rows("select id from rollouts order by rowid desc limit 1")]
+        newest = self.store.ids()[:1]
         if not newest:
             return {}
         if newest[0] != self.id:

@@ -197,9 +197,8 @@ def phases(
     if not rollouts_file(load_settings(settings)).is_file():
         return {}
     store, out = open_store(settings), {}
-    for (id,) in store.rows("select id from rollouts order by rowid desc"):
+    for id in store.ids():
         state = store.load(id).state
-        if state is not None:
-            out.setdefault(state.model, state.phase)
+        out.setdefault(state.model, state.phase)
     store.close()
     return out

@@ -36,11 +36,10 @@ def open_store(
 
 def latest(
     store: Store,
-    id: str = "",  # of a rollout; default: the one under way, else the last one that was begun
+    id: str = "",  # of a rollout; default: the one under way, else the one in which something was decided last
 ) -> str:
     "The rollout that is meant; raises `KitError` when there is none."
-    begun = "select id from rollouts where id in (select rollout from events) order by rowid desc"
-    known = [r[0] for r in store.rows(begun)] if store.path.exists() else []
+    known = store.ids() if store.path.exists() else []
     if not known:
         raise KitError("no rollout was begun", file=store.path, remedy="llmkit rollout start")
     if id and id not in known:
@@ -52,7 +51,7 @@ def active(
     store: Store,
 ) -> str | None:
     "The rollout that is under way, for a server that starts; None when there is none."
-    for (id,) in store.rows("select id from rollouts order by rowid desc"):
+    for id in store.ids():
         state = store.standing(id)
         if state is not None and not state.finished:
             return id

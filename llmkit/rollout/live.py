@@ -51,11 +51,8 @@ def newest(
     model: str,  # the served name
 ) -> tuple[str, RolloutState] | None:
     "The rollout of a model that is under way, else the one that something was decided in last, with its state."
-    last = (
-        "select time from events indexed by decided where rollout = id and state is not null order by seq desc limit 1"
-    )
     found = store.under_way(model)
-    for (id,) in [] if found else store.rows(f"select id from rollouts order by ({last}) desc, rowid desc"):
+    for id in [] if found else store.ids():
         state = store.standing(id)
         if state is not None and state.model == model:
             return id, state

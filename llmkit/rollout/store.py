@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WAIT', 'Fold', 'rollouts_file', 'Promise', 'Store', 'create', 'append', 'load', 'catch_up', 'replay', 'history',
-           'standing', 'snapshot', 'expire', 'Receipt', 'under_way', 'receive', 'promises', 'kept']
+           'standing', 'snapshot', 'expire', 'Receipt', 'ids', 'under_way', 'receive', 'promises', 'kept']
 
 # %% ../../nbs/09_rollout/08_store.ipynb #5d3bfc3a
 import json
@@ -328,9 +328,18 @@ class Receipt:
     refused: int = 0  # unreadable, or of another release
 
 
+def ids(self: Store) -> list[str]:
+    "The rollouts that were started, beginning with the one in which something was decided last."
+    last = (
+        "select time from events indexed by decided where rollout = id and state is not null order by seq desc limit 1"
+    )
+    sql = f"select id from (select id, rowid as n, ({last}) as at from rollouts) where at is not null order by at desc, n desc"
+    return [id for (id,) in self.rows(sql)]
+
+
 def under_way(self: Store, model: str) -> tuple[str, RolloutState] | None:
-    "The newest rollout of a model that has not ended, with its state."
-    for (id,) in self.rows("select id from rollouts order by rowid desc"):
+    "The rollout of a model that has not ended, with its state."
+    for id in self.ids():
         state = self.standing(id)
         if state is not None and state.model == model and not state.finished:
             return id, state
@@ -372,7 +381,7 @@ def _known(state: RolloutState, event: Any) -> Mapping[str, Any] | None:
     return {**event, "variant": variant} if variant else None
 
 
-Store.under_way, Store.receive = under_way, receive
+Store.ids, Store.under_way, Store.receive = ids, under_way, receive
 
 # %% ../../nbs/09_rollout/08_store.ipynb #061c000e
 def promises(self: Store, id: str) -> list[Promise]:
