@@ -88,7 +88,9 @@ class OnnxEngine(EngineBase):
         odd = {x.name for x in self._decode.get_inputs() if not x.name.startswith("past_key_values.")}
         if odd != {"input_ids", "attention_mask"}:
             fix = "Only decoders whose state is keys and values can run here"
-            raise KitError("the graph has other inputs", file=folder, value=sorted(odd), remedy=fix)
+            more = ", ".join(sorted(odd - {"input_ids", "attention_mask"}))
+            what = f"quantize: {s['architecture']} gets a graph that no engine here can feed"
+            raise KitError(what, key="inputs", value=more, remedy=fix)
         self._exact, self._reuse = exact, reuse
         size = sum((self.folder / n).stat().st_size for n in ("weights.bin", "decode.onnx", "score.onnx"))
         block = f"/{s['options'].get('block_size', 32)}" if s["precision"].startswith("int") else ""
