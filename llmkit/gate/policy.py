@@ -6,7 +6,6 @@
 __all__ = ['TESTS', 'PAIRED', 'Bound', 'Rule', 'read_rule', 'Policy', 'read_policy']
 
 # %% ../../nbs/02_gate/03_policy.ipynb #5531e227
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -87,8 +86,6 @@ def _read(value: Any, name: str, key: str, file: str | None) -> Any:
     except ParamsError as e:
         e.remedy = _written(value, kind)
         raise
-    if kind is float and not math.isfinite(value):
-        raise ParamsError("must be a finite number", file=file, key=key, value=value, remedy="Write one, such as 0.05")
     if name == "alpha" and not 0 < value <= 0.5:
         fix = "Write 0.05 for one wrong bound in twenty"
         raise ParamsError("alpha lies between 0 and 0.5", file=file, key=key, value=value, remedy=fix)

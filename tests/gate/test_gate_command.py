@@ -61,7 +61,7 @@ BAD = {  # policy → what its error says behind the file
     'gates: {rules: [{metric: accuracy, min: "0.8"}]}': "gates.rules[0].min: must be a float, not a str (got '0.8'). Write it without quotes: 0.8",
     "gates: {rules: [{metric: accuracy, min: high}]}": "gates.rules[0].min: must be a float, not a str (got 'high'). Write a number",
     "gates: {alpha: 0.7, rules: [{metric: accuracy, min: 0.8}]}": "gates.alpha: alpha lies between 0 and 0.5 (got 0.7). Write 0.05",
-    "gates: {rules: [{metric: accuracy, min: .nan}]}": "gates.rules[0].min: must be a finite number (got nan). Write one",
+    "gates: {rules: [{metric: accuracy, min: .nan}]}": "gates.rules[0].min: must be a finite number (got nan). Write a number",
     "gates: {rules: [{metric: accuracy, min: 0.8}, {metric: accuracy, mni: 0.8}]}": "gates.rules[1].mni: unknown parameter (got 0.8). Did you mean 'min'",
     "gates: {rules: [{metric: accuracy, min: 0.8, min_n: 1.5}]}": "gates.rules[0].min_n: must be a int, not a float (got 1.5). Write a whole number",
     "gates: {rules: [{metric: accuracy, min: 0.8, min_n: 0}]}": "gates.rules[0].min_n: min_n is at least 1 (got 0). Leave it out",
