@@ -3015,6 +3015,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'llmkit.serve.reply.chat_logprobs': ('08_serve/reply.html#chat_logprobs', 'llmkit/serve/reply.py'),
                                     'llmkit.serve.reply.completion_logprobs': ( '08_serve/reply.html#completion_logprobs',
                                                                                 'llmkit/serve/reply.py'),
+                                    'llmkit.serve.reply.fingerprint': ('08_serve/reply.html#fingerprint', 'llmkit/serve/reply.py'),
                                     'llmkit.serve.reply.likeliest': ('08_serve/reply.html#likeliest', 'llmkit/serve/reply.py'),
                                     'llmkit.serve.reply.namer': ('08_serve/reply.html#namer', 'llmkit/serve/reply.py'),
                                     'llmkit.serve.reply.prompt_logprobs': ('08_serve/reply.html#prompt_logprobs', 'llmkit/serve/reply.py'),

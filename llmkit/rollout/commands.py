@@ -51,11 +51,8 @@ def active(
     store: Store,
 ) -> str | None:
     "The rollout that is under way, for a server that starts; None when there is none."
-    for id in store.ids():
-        state = store.standing(id)
-        if state is not None and not state.finished:
-            return id
-    return None
+    found = store.under_way()
+    return found[0] if found else None
 
 
 def open_registry(

@@ -337,11 +337,14 @@ def ids(self: Store) -> list[str]:
     return [id for (id,) in self.rows(sql)]
 
 
-def under_way(self: Store, model: str) -> tuple[str, RolloutState] | None:
-    "The rollout of a model that has not ended, with its state."
-    for id in self.ids():
+def under_way(
+    self: Store,
+    model: str = "",  # the registered name; default: any
+) -> tuple[str, RolloutState] | None:
+    "The rollout that has not ended, with its state."
+    for (id,) in self.rows("select id from rollouts order by rowid desc"):
         state = self.standing(id)
-        if state is not None and state.model == model and not state.finished:
+        if state is not None and model in ("", state.model) and not state.finished:
             return id, state
     return None
 

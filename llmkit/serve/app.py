@@ -18,7 +18,7 @@ from ..core.errors import KitError
 from ..core.plugins import need
 from .adapters import LOAD, UNLOAD, Adapters
 from .call import SCHEMAS, parse
-from .gateway import Gateway, aside
+from .gateway import Gateway
 from .http import answer, careful, error_response, log, read_request, unless_gone
 from .store import patiently
 from .tokens import DETOKENIZE, TOKENIZE, detokenize, tokenize, tokenizer_info
@@ -206,7 +206,9 @@ def _inference_routes(app: Any, gateway: Gateway, state: Mapping[str, Any], max_
     def compute(work: Callable, key_only: bool = False):
         async def handle(request):
             gateway.authenticate(request.headers.get("authorization"))
-            return work(gateway) if key_only else await aside(work, gateway, await read_request(request, max_body))
+            if key_only:
+                return work(gateway)
+            return await read_request(request, max_body, read=lambda body: work(gateway, read_body(body)))
 
         return handle
 

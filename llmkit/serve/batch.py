@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.digests import short
 from ..core.errors import KitError
 from ..core.files import cannot_write
 from ..core.params import read_options
@@ -27,6 +26,7 @@ from ..core.plugins import need
 from ..core.settings import load_settings
 from .call import SHARED, parse
 from .gateway import ANYONE, Gateway
+from .reply import fingerprint
 from .server import check_options, open_backend, resolve
 from .wire import ApiError, read_body
 
@@ -154,7 +154,7 @@ def same_release(
     out: str | Path,  # where the answers are
 ) -> None:
     "Refuse to mix the answers of several releases; raises `KitError`. A line without a fingerprint says nothing."
-    now, named = f"llmkit-{short(release)}", {"llmkit-": "a server whose release is unknown"}  # as `Gateway` writes it
+    now, named = fingerprint(release), {fingerprint(""): "a server whose release is unknown"}
     if others := sorted(named.get(b, b) for b in by - {now}):
         told = f"holds answers of {', '.join(others)}, not of {named.get(now, now)}"
         fix = "Ask the same release, by --target or --alias, or name another file"

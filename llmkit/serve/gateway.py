@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from ..core.digests import short
 from ..core.errors import KitError
 from ..core.params import did_you_mean
 from ..evals.energy import Meter
@@ -29,7 +28,7 @@ from .guards import Blocked, Found, OutputGuard, guard_input, refuse_logprobs
 from .keys import ANYONE, Account, Key, Keys
 from .limits import Limits, RateLimited, Reservation
 from .metrics import Metrics, best
-from .reply import Piece, Reply
+from .reply import Piece, Reply, fingerprint
 from .samples import Sampler
 from .store import Later, hurried, patiently
 from .traces import Traces
@@ -335,7 +334,7 @@ async def _start_on(self: Gateway, x: Exchange, name: str) -> None:
             raise busy("The variant is not loaded", code="variant_missing")
         x.release = backend.release
         x.work = await _aside(x.call, backend.prepare, x.call)
-        x.reply = Reply(x.call, x.call.model, f"llmkit-{short(backend.release)}", self.clock)
+        x.reply = Reply(x.call, x.call.model, fingerprint(backend.release), self.clock)
         if self.limits is not None and x.held is None:
             x.held = await patiently(self.limits.reserve, x.key.account, x.work.prompt_tokens, x.work.most)
         try:

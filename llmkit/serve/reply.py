@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DONE', 'TokenLogprob', 'Piece', 'namer', 'likeliest', 'prompt_logprobs', 'completion_logprobs', 'chat_logprobs',
-           'Usage', 'Reply', 'sse']
+           'Usage', 'fingerprint', 'Reply', 'sse']
 
 # %% ../../nbs/08_serve/02_reply.ipynb #6224c732
 import json
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ..core.digests import short
 from ..runtime.sampling import log_softmax
 from .call import Call
 
@@ -120,6 +121,13 @@ class Usage:
         "OpenAI's object."
         total = self.prompt + self.completion
         return {"prompt_tokens": self.prompt, "completion_tokens": self.completion, "total_tokens": total}
+
+
+def fingerprint(
+    release: str,  # digest of what answers; "" where nobody knows it
+) -> str:
+    "What tells a client who answered."
+    return f"llmkit-{short(release)}"
 
 
 class Reply:

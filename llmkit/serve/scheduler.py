@@ -42,7 +42,6 @@ class Scheduler:
         self.counts = dict.fromkeys(("finished", "cancelled", "expired", "rejected", "failed", "failed_steps"), 0)
         self.mean = 1.0  # seconds a request takes, a moving mean
         self.draining, self.closed, self._wake = False, False, threading.Condition()
-        self.cut = False  # what is left ends with an error
         self._batch = self.view.batch(slots, self.length)
         self._out: list[tuple[Ticket, Any]] = []
         self._busy = False  # the worker is in the middle of something
@@ -144,7 +143,7 @@ def _work(self: Scheduler) -> None:
 def _drop(self: Scheduler) -> None:
     "Let go of requests that were cancelled or are past their deadline."
     now = self.clock()
-    over = lambda t: self.cut or t.cancelled or (t.deadline is not None and now >= t.deadline)
+    over = lambda t: self.closed or t.cancelled or (t.deadline is not None and now >= t.deadline)
     with self._wake:
         gone = [t for t in self.waiting if over(t)]
         for t in gone:
@@ -154,8 +153,9 @@ def _drop(self: Scheduler) -> None:
         self._batch.leave(slot)
         del self.running[slot]
     for t in (*gone, *late.values()):
-        late = ApiError(504, "The request took longer than allowed", type="server_error", code="timeout")
-        error = busy("The server stopped before the answer was done", code="shutting_down") if self.cut else late
+        error = ApiError(504, "The request took longer than allowed", type="server_error", code="timeout")
+        if self.closed:
+            error = busy("The server stopped before the answer was done", code="shutting_down")
         self._end(t, "cancelled" if t.cancelled else "expired", error)
 
 
@@ -291,9 +291,9 @@ def drain(self: Scheduler, timeout: float | None = None) -> bool:
 
 def close(self: Scheduler, timeout: float | None = 30.0) -> None:
     "Drain for some seconds, end what is left with an error, and stop the worker."
-    done = self.drain(timeout)
+    self.drain(timeout)
     with self._wake:
-        self.closed, self.cut = True, not done
+        self.closed = True  # what is left ends with an error
         self._wake.notify_all()
     self._thread.join(GRACE)
 
