@@ -216,7 +216,7 @@ def ask(
     system: str | None = None,  # the system message; a bundle knows its own
     set: str = "",  # options of the engine, as YAML: "{device: cuda}"
     max_tokens: int = 64,  # of the answer
-    wait: float = 30.0,  # seconds that a server may take until it is ready
+    wait: float = 120.0,  # seconds that a server may take until it is ready
 ) -> int:
     "Ask one question and print the answer."
     if is_address(path):
@@ -247,7 +247,7 @@ def await_ready(
                 return
         except OSError:  # nobody listens yet
             if not told:
-                print(f"waiting for {url}", file=sys.stderr)
+                print(f"waiting for {url}, {seconds:g} s at most (--wait)", file=sys.stderr)
             told = True
         time.sleep(0.25)
 

@@ -118,4 +118,4 @@ def test_a_question_waits_until_the_server_is_ready(capsys):
     began = time.monotonic()
     await_ready("http://127.0.0.1:9/v1", 0.6)
     assert 0.5 < time.monotonic() - began < 5
-    assert "waiting for http://127.0.0.1:9/ready" in capsys.readouterr().err
+    assert "waiting for http://127.0.0.1:9/ready, 0.6 s at most (--wait)" in capsys.readouterr().err
