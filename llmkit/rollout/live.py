@@ -8,6 +8,7 @@ __all__ = ['log', 'HOLD', 'winner', 'newest', 'Live', 'look', 'Drill', 'beside',
 # %% ../../nbs/09_rollout/14_live.ipynb #0058e6bf
 import asyncio
 import logging
+import math
 import os
 import threading
 import time
@@ -113,7 +114,8 @@ class Live:
         c, m = self.controller, self.shadow
         single = call.n == 1 and len(call.prompts) <= 1 and not call.echo
         if c and m and single and event["variant"] == self.gateway.main and c.mirror(event["unit"]):
-            m.submit(event["id"], {"kind": call.kind, **upstream_body(call, self.gateway.model)}, _text(body))
+            copied = {"kind": call.kind, **upstream_body(call, self.gateway.model)}
+            m.submit(event["id"], copied, _text(body), event["release"])
 
 
 def _text(body: Mapping[str, Any]) -> str:
@@ -213,7 +215,9 @@ def _follow_shadow(self: Live, state: RolloutState) -> None:
     "Begin to copy, or stop."
     if state.mirror and self.shadow is None:
         release = state.releases["canary"]
-        self.shadow = Mirror(self._ask, self._tell, release, label=predicted_label, clock=self.clock)
+        self.shadow = Mirror(
+            self._ask, self._tell, release, label=predicted_label, clock=self.clock, again=self._ask_again
+        )
         self.mirrors.append(self.shadow)
     elif not state.mirror:
         self._end_shadow()
@@ -228,13 +232,27 @@ def _end_shadow(self: Live) -> None:
 
 def _ask(self: Live, body: dict[str, Any]) -> str:
     "The candidate's answer to a copy."
-    kind = body.pop("kind")
-    return self._run(self._answer(parse(kind, body)))
+    return self._run(self._answer(self.gateway.variants["canary"], body))
 
 
-async def _answer(self: Live, call: Call) -> str:
-    "The text of one answer of the candidate."
-    backend = self.gateway.variants["canary"]
+def _ask_again(self: Live, body: dict[str, Any], by: str) -> str | None:
+    "The second answer of the release that answered the user, None while it has no slot to spare; raises `KitError` when it is not here any more."
+    backend = next((b for b in list(self.gateway.variants.values()) if b.release == by), None)
+    if backend is None:
+        raise KitError("the release that answered the user is not loaded any more", value=short(by))
+    return None if _full(backend) else self._run(self._answer(backend, body))
+
+
+def _full(backend: Backend) -> bool:
+    "Whether one more answer would let users wait."
+    now, scheduler = backend.stats(), getattr(backend, "scheduler", None)
+    room = scheduler.slots if scheduler is not None else getattr(backend, "connections", math.inf)
+    return now["waiting"] + now["running"] >= room
+
+
+async def _answer(self: Live, backend: Backend, body: Mapping[str, Any]) -> str:
+    "The text of one answer to a copy."
+    call = parse(body["kind"], {k: v for k, v in body.items() if k != "kind"})
     answer = await backend.start(backend.prepare(call), self.gateway.timeout)
     return "".join([p.text async for p in answer])
 
@@ -247,13 +265,8 @@ def _tell(self: Live, event: dict[str, Any]) -> None:
         self.controller.observe(event)
 
 
-Live._follow_shadow, Live._end_shadow, Live._ask, Live._answer, Live._tell = (
-    _follow_shadow,
-    _end_shadow,
-    _ask,
-    _answer,
-    _tell,
-)
+Live._follow_shadow, Live._end_shadow, Live._tell = _follow_shadow, _end_shadow, _tell
+Live._ask, Live._ask_again, Live._answer = _ask, _ask_again, _answer
 
 # %% ../../nbs/09_rollout/14_live.ipynb #5a4517de
 class Drill:
@@ -366,12 +379,12 @@ class _Scrape:
             weight.add_metric([live.gateway.model, v], percent / 100)
         for name in ("none", *get_args(Phase)):
             phase.add_metric([live.gateway.model, name], float(name == (state.phase if state else "none")))
-        copies, waiting = _copies(live)
+        copies = _copies(live)
         events = core.GaugeMetricFamily("llmkit_rollout_events", "Events of the rollout that runs, by what became of them.", labels=["result"])  # fmt: skip
         for result, n in (live.controller.counts if live.controller else {}).items():
             events.add_metric([result], n)
         trouble = core.GaugeMetricFamily("llmkit_rollout_trouble", "1 while something cannot be done.", value=float(bool(live.trouble)))  # fmt: skip
-        return [weight, phase, copies, waiting, events, trouble]
+        return [weight, phase, *copies, events, trouble]
 
 
 def _copies(live: Live) -> list:
@@ -383,7 +396,8 @@ def _copies(live: Live) -> list:
     for result in ("sent", "ok", "failed", "dropped", "unreported"):
         copies.add_metric([result], total[result])
     waiting = core.GaugeMetricFamily("llmkit_mirror_waiting", "Copies that wait for the shadow's answer.", value=total["waiting"])  # fmt: skip
-    return [copies, waiting]
+    again = core.CounterMetricFamily("llmkit_mirror_again", "Second answers of the release in service, for pairs of sampled requests.", value=total["again"])  # fmt: skip
+    return [copies, waiting, again]
 
 # %% ../../nbs/09_rollout/14_live.ipynb #7807ccbe
 def opener(

@@ -16,6 +16,7 @@ import pytest
 from rollout_road import CANARY, SECTION, Recorder
 from serve_server import PATIENCE, serving, until
 
+from llmkit.core.errors import KitError
 from llmkit.rollout.commands import rollout_status
 from llmkit.rollout.controller import Controller
 from llmkit.rollout.live import Live, newest
@@ -83,7 +84,7 @@ class Town:
         return EngineBackend(ENGINES[release](), release=release)
 
     @contextmanager
-    def customers(self, url, n=4):
+    def customers(self, url, n=4, **how):
         "Ask all the time, each time as somebody else."
         stop = threading.Event()
 
@@ -92,7 +93,7 @@ class Town:
                 while not stop.is_set():
                     i = next(self.ids)
                     said = [{"role": "user", "content": "my card is gone"}]
-                    body = {"model": "bank-support", "user": f"u{i}", "max_tokens": 4, "messages": said}
+                    body = {"model": "bank-support", "user": f"u{i}", "max_tokens": 4, "messages": said} | how
                     got = c.post(f"{url}/v1/chat/completions", json=body)
                     name = got.json().get("system_fingerprint", "") if got.status_code == 200 else "error"
                     self.answers.append((i, got.status_code, name))
@@ -193,6 +194,71 @@ def test_every_copy_for_the_shadow_is_accounted_for(town):
     assert {code for _, code, _ in town.answers} == {200}, "whatever the shadow does, no user sees it"
     shadows = [e["result"] for e in Events(town.folder / "events.db").all("shadow")]
     assert len(shadows) > 20 and "failed" in shadows
+
+
+COMPARED = AFTER_SHADOW | {
+    "shadow": [
+        {"metric": "label_agreement", "min": 0.8, "bound": "wilson", "min_n": 20},
+        {"metric": "agreement", "min": 0.9, "min_n": 20},
+    ]
+}
+
+
+@pytest.mark.parametrize("asked", [{}, {"temperature": 1.0, "top_p": 0.95, "seed": 7}], ids=["unset", "at 1"])
+@pytest.mark.parametrize(("says", "ends"), [("lost_card: Blocked.", "Healthy"), ("fees: 3 EUR.", "Degraded")])
+def test_answers_that_are_drawn_by_chance_are_compared_by_a_second_pair(town, monkeypatch, asked, says, ends):
+    for release, said in (("sha256:a", REPLIES["card"]), ("sha256:good", says)):  # each word of it 3 in 10 times
+        monkeypatch.setitem(ENGINES, release, lambda said=said: DummyEngine(replies={"card": said}, sure=1.0))
+    with town.server() as (url, live), town.customers(url, max_tokens=24, **asked):
+        town.begin("r1", "sha256:good", COMPARED)
+        until(lambda: town.phase("r1") in ("Paused", ends), "the end")
+        state = town.store.load("r1").state
+        assert state.phase == ends and (ends == "Healthy" or "label_agreement" in state.reason)
+        until(lambda: live.shadow is None and not live.mirrors[0].counts["waiting"], "the end of the copies")
+        page = httpx.get(f"{url}/metrics").text
+    counts = live.mirrors[0].counts
+    assert counts["again"] >= counts["ok"] > 20 and counts["failed"] == counts["waiting"] == 0
+    assert float(page.split("\nllmkit_mirror_again_total ")[1].split()[0]) == counts["again"]
+    events = list(Events(town.folder / "events.db").all())
+    shadows = [e for e in events if e["kind"] == "shadow" and e["result"] == "ok"]
+    assert {(e["reason"], e["exact"], e["label_same"]) for e in shadows} == {("again", *2 * (ends == "Healthy",))}
+    assert sum(e["kind"] == "request" for e in events) == len(town.answers), "a second answer is no request"
+    assert {code for _, code, _ in town.answers} == {200}
+
+
+class Waits(DummyEngine):
+    "Answers one question only when it may."
+
+    def __init__(self):
+        super().__init__(replies=REPLIES)
+        self.may = threading.Event()
+
+    def next_logits(self, prompt, answer=()):
+        if "slow" in self.tokenizer.decode(list(prompt)):
+            assert self.may.wait(PATIENCE)
+        return super().next_logits(prompt, answer)
+
+
+def test_a_second_answer_takes_no_slot_that_a_user_waits_for(town):
+    engine = Waits()
+    backend = EngineBackend(engine, release="sha256:a", slots=1)
+    town.open = lambda release: backend
+    body = {"model": "bank-support", "prompt": "card", "max_tokens": 24, "temperature": 0}
+    copied = {"kind": "completion", **body}
+    with town.server() as (url, live):
+        user = threading.Thread(target=httpx.post, args=(f"{url}/v1/completions",), kwargs={"json": body | {"prompt": "slow"}, "timeout": PATIENCE})  # fmt: skip
+        user.start()
+        try:
+            until(lambda: backend.stats()["running"], "the user's turn")
+            assert live._ask_again(copied, "sha256:a") is None
+            assert backend.stats()["waiting"] == 0, "nothing was queued"
+        finally:
+            engine.may.set()
+            user.join(PATIENCE)
+        until(lambda: not backend.stats()["running"], "a free slot")
+        assert live._ask_again(copied, "sha256:a") == REPLIES["card"]
+        with pytest.raises(KitError, match="not loaded any more"):
+            live._ask_again(copied, "sha256:gone")
 
 
 def test_another_server_goes_on_where_the_first_one_was(town):

@@ -202,6 +202,52 @@ def test_a_mirror_feeds_the_controller_and_accounts_for_every_copy(tmp_path):
     assert len(w.c.fold.window.pairs) == counts["ok"] + counts["failed"]
 
 
+def test_what_the_release_in_service_cannot_answer_again_is_not_held_against_the_candidate(tmp_path):
+    w, asked, told = World(tmp_path, SECTION), [], []
+
+    def again(body, by):
+        assert by == RELEASES["baseline"] and body["temperature"] == 0
+        if body["i"] % 5 == 0:
+            raise TimeoutError("too busy")
+        return None if body["i"] % 5 == 1 else "card_lost: done"
+
+    def send(body):
+        asked.append(body["i"])
+        if body["i"] % 5 == 2:
+            raise ConnectionError("down")
+        return "card_lost: done"
+
+    def emit(event):
+        told.append(event)
+        w.c.observe(event)
+
+    mirror = Mirror(send, emit, release="sha256:b", capacity=300, label=lambda t: t.partition(":")[0], clock=lambda: w.now, again=again)  # fmt: skip
+    for i in range(300):
+        live = w.request(errors=(0, 0))
+        mirror.submit(live["id"], {"i": i, "temperature": 1.0}, "fees: drawn by chance", live["release"])
+        counts = mirror.counts
+        assert counts["sent"] == i + 1 == counts["ok"] + counts["failed"] + counts["dropped"] + counts["waiting"]
+    counts = mirror.close(wait=60)
+    assert counts == {"sent": 300, "ok": 120, "failed": 60, "dropped": 120, "unreported": 0, "again": 180, "waiting": 0}
+    assert sorted(asked) == [i for i in range(300) if i % 5 > 1]
+    said = Counter((e["result"], e["reason"], e["label_same"], e["latency"] is None) for e in told)
+    assert said == {("ok", "again", True, False): 120, ("failed", "ConnectionError", None, False): 60, ("dropped", "live: TimeoutError", None, True): 60, ("dropped", "users wait", None, True): 60}  # fmt: skip
+    w.c.step()
+    seen = w.c.fold.window
+    assert len(seen.pairs) == 180 and (seen.counts["dropped"], seen.counts["sampled"]) == (120, 0)
+    assert not w.c.state.finished
+
+
+def test_a_service_that_never_answers_again_pauses_its_rollout_and_aborts_nothing(tmp_path):
+    w = World(tmp_path, SECTION)
+    while w.c.state.phase == "Progressing" and w.now < 80 * H:
+        live = w.request(every=600.0)
+        said = {"kind": "shadow", "time": w.now, "id": live["id"], "variant": "shadow", "release": "sha256:b", "result": "dropped"}  # fmt: skip
+        w.c.observe(said | dict.fromkeys(("latency", "agreement", "exact", "label_same")) | {"reason": "users wait"})
+        w.c.step()
+    assert (w.c.state.phase, w.c.state.aborted, w.c.state.stage) == ("Paused", False, 1)
+
+
 def test_a_hundred_thousand_events_take_no_more_memory_than_the_bounds():
     section = SECTION | {"canary": [*SECTION["canary"], {"metric": "task_success_rate", "margin": 0.05}]}
     w = Window(read_rollout(section))
