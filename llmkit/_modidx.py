@@ -2132,6 +2132,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llmkit.rollout.live._Scrape.describe': ( '09_rollout/live.html#_scrape.describe',
                                                                                'llmkit/rollout/live.py'),
                                      'llmkit.rollout.live._answer': ('09_rollout/live.html#_answer', 'llmkit/rollout/live.py'),
+                                     'llmkit.rollout.live._arrived': ('09_rollout/live.html#_arrived', 'llmkit/rollout/live.py'),
                                      'llmkit.rollout.live._ask': ('09_rollout/live.html#_ask', 'llmkit/rollout/live.py'),
                                      'llmkit.rollout.live._ask_again': ('09_rollout/live.html#_ask_again', 'llmkit/rollout/live.py'),
                                      'llmkit.rollout.live._close': ('09_rollout/live.html#_close', 'llmkit/rollout/live.py'),

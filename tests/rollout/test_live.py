@@ -73,7 +73,8 @@ class Town:
     def server(self, champion="sha256:a", **options):
         "The address of a server, and what follows the rollouts there."
         gateway = Gateway("bank-support", {"baseline": self.open(champion)}, events=Events(self.folder / "events.db"))
-        live = Live(gateway, Store(self.folder / "rollouts.db"), self.registry, self.open, every=0.05, **options)
+        options = {"every": 0.05} | options
+        live = Live(gateway, Store(self.folder / "rollouts.db"), self.registry, self.open, **options)
         with serving(gateway, beside=live.beside()) as url:
             yield url, live
 
@@ -344,6 +345,90 @@ def test_a_retry_after_a_release_could_not_be_loaded_loads_it_again(town, monkey
         town.order("r1", "retry")
         until(lambda: live.controller is not None and not live.trouble, "the second try")
         assert live.gateway.variants["canary"].release == "sha256:lost" and town.phase("r1") == "Progressing"
+
+
+def lost(tries, closed):
+    "An engine that passes no self-test; each try and each close is noted."
+
+    class Lost(DummyEngine):
+        def next_logits(self, prompt, answer=()):
+            raise RuntimeError("a part of it is missing")
+
+        def close(self):
+            closed.append(self)
+
+    def load():
+        tries.append("open")
+        return Lost()
+
+    return load
+
+
+def undone(town):
+    "A release was promoted, its server stopped, and then the order came."
+    town.begin("r1", "sha256:good", QUICK | {"steps": [{"setWeight": 50}, {"analysis": ENDLESS}]})
+    with town.server() as (url, live), town.customers(url):
+        until(lambda: town.canary("r1") > 10, "numbers in the log")
+        town.order("r1", "promote", full=True)
+    town.order("r1", "undo")
+
+
+@pytest.mark.parametrize("way", ["undone", "named by a rollout"])
+def test_a_champion_that_cannot_be_loaded_is_tried_again_with_growing_waits(town, monkeypatch, way):
+    tries, closed = [], []
+    trouble = lambda url: httpx.get(f"{url}/metrics").text.split("\nllmkit_rollout_trouble ")[1].split()[0]
+    a, good = fingerprint("sha256:a"), fingerprint("sha256:good")
+    if way == "undone":
+        undone(town)
+    now = [time.time()]
+    monkeypatch.setitem(ENGINES, "sha256:a", lost(tries, closed))
+    with town.server("sha256:good", every=PATIENCE, clock=lambda: now[0]) as (url, live):
+        if way != "undone":
+            town.begin("r1", "sha256:good")  # its baseline is not what the server has
+            live.look()
+            assert town.phase("r1") == "Degraded" and "a part of it is missing" in live.faults["release"]
+        until(lambda: tries, "the first look") if way == "undone" else None
+        live.look()
+        first = len(tries)
+        assert "RuntimeError: a part of it is missing; good goes on serving" in live.faults["champion"]
+        assert live.faults["champion"] in live.trouble and live.trouble.endswith("after 10 s")
+        for wait in (10, 20, 40, 80, 160, 320, 600, 600):
+            now[0] += wait - 0.5
+            live.look()
+            assert len(tries) == first and trouble(url) == "1.0" and set(ask_all(url, 2)) == {good}
+            now[0] += 0.5
+            live.look()
+            live.look()
+            first += 1
+            assert len(tries) == first
+        until(lambda: len(closed) == len(tries), "the memory of each try")
+        now[0] -= 3600  # a clock that is set back delays nothing
+        live.look()
+        assert len(tries) == first + 1
+        monkeypatch.setitem(ENGINES, "sha256:a", lambda: DummyEngine(replies=REPLIES))
+        now[0] += 600
+        live.look()
+        assert set(ask_all(url, 2)) == {a} and not live.trouble and trouble(url) == "0.0"
+        now[0] += 600
+        live.look()
+        assert len(tries) == first + 1 and town.phase("r1") == "Degraded"
+
+
+def test_a_champion_that_cannot_be_loaded_is_left_alone_when_another_one_is_champion(town, monkeypatch):
+    tries = []
+    undone(town)
+    now = [time.time()]
+    monkeypatch.setitem(ENGINES, "sha256:a", lost(tries, []))
+    with town.server("sha256:good", every=PATIENCE, clock=lambda: now[0]) as (url, live):
+        until(lambda: live.trouble, "the trouble")
+        town.begin("r2", "sha256:b", champion="sha256:good")  # which is not there
+        live.look()
+        assert "the disk has lost it" in live.faults["release"] and town.phase("r2") == "Degraded"
+        for _ in range(4):
+            now[0] += 600
+            live.look()
+        assert len(tries) == 1 and not live.faults["champion"], "good is champion, and served"
+        assert town.store.load("r2").state.attempt == 1, "the abort of a candidate stands"
 
 
 @pytest.mark.parametrize("hold", [0.2, 600.0])
