@@ -12,7 +12,7 @@ unexport GIT_DIR GIT_INDEX_FILE GIT_WORK_TREE
 # Where this is set, every process compiles all that it imports: 8 s for torch alone, 40 s with transformers.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help env system lock repro smoke banking77 bench cache-pull cache-push report-pr test quick lint check format sync readme hooks lab docs dist clean
+.PHONY: help env system extras lock repro smoke banking77 bench cache-pull cache-push report-pr test quick lint check format sync readme hooks lab docs dist clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ $(VENV)/.installed: requirements.lock pyproject.toml tools/install.sh
 
 system: ## Debian packages that tests use beside Python's: podman, redis, prometheus, chromium (needs root)
 	tools/system.sh
+
+extras: env ## what some tests need beside the environment, in folders of its own: bitsandbytes, Ray
+	tools/extras.sh $(VENV)
 
 lock: env ## compile requirements.in to requirements.lock, keeping the versions that still fit (UPGRADE=1: the newest)
 	grep -v '^torch==' requirements.lock > .lock.tmp
@@ -74,7 +77,7 @@ report-pr: ## put the verdict on the pull request that brought this commit (need
 
 # -- proof ------------------------------------------------------------------------------------------------------
 
-test: env system ## notebooks as tests, then pytest: everything (PYTEST_ARGS="-k gate" narrows pytest)
+test: env system extras ## notebooks as tests, then pytest: everything (PYTEST_ARGS="-k gate" narrows pytest)
 	tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; TMPDIR=$$tmp OMP_NUM_THREADS=1 nbdev-test
 	tools/test.sh $(PYTEST_ARGS)
 

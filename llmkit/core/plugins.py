@@ -41,7 +41,7 @@ EXTRAS = {
     **dict.fromkeys(("papermill", "nbclient", "nbformat", "ipykernel", "dvc", "psutil"), "flow"),
     **dict.fromkeys(("mlflow", "matplotlib", "nbconvert"), "release"),
     **dict.fromkeys(("fastapi", "uvicorn", "httpx", "prometheus_client"), "serve"),
-    **{"redis": "streams", "deltalake": "delta", "lm_eval": "harness", "codecarbon": "energy"},
+    **{"redis": "streams", "deltalake": "delta", "lm_eval": "harness", "codecarbon": "energy", "bitsandbytes": "qlora"},
 }
 
 

@@ -23,7 +23,7 @@ from .tiny import quiet, saving
 def load_frozen(
     folder: str | Path,  # a base or model folder
     precision: str = "fp32",  # "fp32", or "bf16" for half the memory
-    quantize: str = "none",  # "none", or "nf4" for QLoRA: needs bitsandbytes and a CUDA device
+    quantize: str = "none",  # "none", or "nf4" for QLoRA: needs bitsandbytes
 ) -> Any:  # a transformers model, on the CPU or on this process's GPU
     "Load a causal language model for training, from safetensors alone; raises `KitError`."
     torch, transformers = need("torch"), need("transformers")
@@ -45,13 +45,15 @@ def load_frozen(
 # %% ../../nbs/04_model/04_lora.ipynb #1e62b51f
 def _nf4(compute: Any) -> Any:
     "The four-bit configuration of QLoRA; raises `KitError` where it cannot run."
-    fix = "Set quantize_base: none, or train on a machine with CUDA and `pip install bitsandbytes`"
-    if not need("torch").cuda.is_available():
-        raise KitError("QLoRA needs a CUDA device", key="quantize_base", value="nf4", remedy=fix)
+    device, fix = "cuda" if need("torch").cuda.is_available() else "cpu", "Set finetune.quantize_base: none, or {}"
     try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as e:
+        able = need("bitsandbytes").supported_torch_devices
+    except (KitError, AttributeError) as e:  # releases before 0.45 do not say on what they compute
+        fix = fix.format("pip install 'llmkit[qlora]'")
         raise KitError("QLoRA needs bitsandbytes", key="quantize_base", value="nf4", remedy=fix) from e
+    if device not in able:
+        fix = fix.format(f"train on one of {', '.join(sorted(able))}")
+        raise KitError("bitsandbytes does not compute on this device", key="quantize_base", value=device, remedy=fix)
     return need("transformers").BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

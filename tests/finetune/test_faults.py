@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-import torch
 
 from llmkit.core.errors import KitError
 from llmkit.model.finetune import finetune, workspace
@@ -23,12 +22,6 @@ def test_refused(base, dataset, recipe, tmp_path, change, words):
     with pytest.raises(KitError, match=words):
         finetune(base, dataset, tmp_path / "delta", replace(recipe, **change))
     assert not (tmp_path / "delta").exists()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_qlora_without_a_gpu_is_refused(base, dataset, recipe, tmp_path):
-    with pytest.raises(KitError, match="quantize_base: QLoRA needs a CUDA device.*Set quantize_base: none"):
-        finetune(base, dataset, tmp_path / "delta", replace(recipe, quantize_base="nf4"))
 
 
 def test_examples_left_out_are_counted(base, dataset, recipe, tmp_path):
