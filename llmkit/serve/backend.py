@@ -15,8 +15,9 @@ from typing import Any, Protocol
 from ..core.errors import KitError
 from ..release.smoke import FIXTURE, smoke
 from ..runtime.engine import Engine
+from ..runtime.text import Detokenizer
 from .call import Call, asked
-from .reply import Piece, TokenLogprob, Usage, namer, prompt_logprobs
+from .reply import Piece, TokenLogprob, Usage, namer, prompt_logprobs, widths
 from .scheduler import Scheduler
 from .ticket import Step, Ticket
 from .wire import ApiError, refused
@@ -145,15 +146,16 @@ async def start(self: EngineBackend, work: Work, timeout: float | None = None) -
     tickets = self.scheduler.submit(rows, how, loop, timeout)
     scored: list[Any] = [None] * len(work.ids)
     if call.echo and call.logprobs is not None:
-        looks = [lambda ids=ids: self._seen(ids, call.logprobs) for ids in work.ids]
+        looks = [lambda x=x: self._seen(*x, call.logprobs) for x in zip(work.ids, work.texts, strict=True)]
         futures = self.scheduler.compute(*looks, of=tickets[:: call.n])
         scored = [asyncio.wrap_future(f) for f in futures]
     return EngineAnswer(self, work, tickets, scored)
 
 
-def _seen(self: EngineBackend, ids: Sequence[int], k: int) -> tuple[TokenLogprob, ...]:
+def _seen(self: EngineBackend, ids: Sequence[int], text: str, k: int) -> tuple[TokenLogprob, ...]:
     "What the model thought of a prompt."
-    return prompt_logprobs(self.engine.logits(ids), ids, k, self.token_name)
+    sizes = widths(ids, lambda some: self.tokenizer.decode(some, False), text)
+    return prompt_logprobs(self.engine.logits(ids), ids, k, self.token_name, sizes)
 
 
 EngineBackend.start, EngineBackend._seen = start, _seen
@@ -165,6 +167,7 @@ class EngineAnswer:
     def __init__(self, backend: EngineBackend, work: Work, tickets: Sequence[Ticket], scored: Sequence[Any]):
         self.backend, self.work, self.tickets, self.scored = backend, work, tickets, scored
         self.usage = Usage(work.prompt_tokens)
+        self.growing = [Detokenizer(backend.tokenizer.decode) for _ in tickets]  # so that a token's place is known
 
     @property
     def queued(self) -> float | None:
@@ -195,7 +198,8 @@ class EngineAnswer:
         "One token of one choice."
         t, name, lps = step.token, self.backend.token_name, ()
         if self.work.call.logprobs is not None:
-            lps = (TokenLogprob(name(t.id), t.logprob, tuple((name(j), p) for j, p in step.top)),)
+            top, width = tuple((name(j), p) for j, p in step.top), len(self.growing[i].add(t.id))
+            lps = (TokenLogprob(name(t.id), t.logprob, top, width),)
         return Piece(i, t.text, 1, lps, t.finish, t.logprob)
 
 # %% ../../nbs/08_serve/04_backend.ipynb #7f2f6de9

@@ -161,6 +161,5 @@ async def event_stream(x: Exchange, first: Piece | None, pieces: AsyncIterator[P
 def _event(x: Exchange, p: Piece) -> list[bytes]:
     "The event for a piece; none when nothing can be seen in it."
     new = p.text or p.finish or p.logprobs or p.index not in x.reply.texts
-    data = [sse(x.reply.chunk(p))] if new else []
     x.reply.add(p)
-    return data
+    return [sse(x.reply.chunk(p))] if new else []
