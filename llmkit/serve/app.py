@@ -268,9 +268,8 @@ def _other_routes(app: Any, gateway: Gateway, state: Mapping[str, Any], max_body
         leaving = state["leaving"] or gateway.draining
         if leaving or not state["ready"]:
             raise busy("The server is shutting down" if leaving else "The self-test has not passed", 5, "not_ready")
-        alive = getattr(gateway.baseline, "alive", None)  # an engine in this process lives as long as this does
-        if alive is not None and not await alive():
-            raise busy("The upstream server does not answer", 2, "not_ready")
+        if not await gateway.baseline.alive():
+            raise busy("The engine or upstream server behind this one does not answer", 2, "not_ready")
         return {"status": "ready", "model": gateway.model, "release": gateway.baseline.release}
 
     async def metrics(request):

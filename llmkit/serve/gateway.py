@@ -295,8 +295,7 @@ async def _enter(self: Gateway, x: Exchange, call: Call, session: str | None) ->
     refuse_logprobs(call, policy, self.canaries)
     tokenizer = self.baseline.tokenizer
     decode = (lambda ids: tokenizer.decode(ids, False)) if tokenizer is not None else None
-    if glance := getattr(self.variants[x.variant], "glance", None):  # an upstream judges by itself
-        await _aside(call, glance, call)
+    await _aside(call, self.variants[x.variant].glance, call)
     x.call, x.found = await _aside(call, guard_input, call, policy, decode)
     if any(not isinstance(p, str) for p in call.prompts) and decode is None and policy.input_pii in ("mask", "block"):
         raise ApiError(400, "Token prompts cannot be guarded here", code="content_filter", param="prompt")
@@ -332,6 +331,8 @@ async def _start_on(self: Gateway, x: Exchange, name: str) -> None:
         backend = self.variants.get(name)
         if backend is None:
             raise busy("The variant is not loaded", code="variant_missing")
+        if x.fallback:  # this one has not looked at the call yet
+            await _aside(x.call, backend.glance, x.call)
         x.release = backend.release
         x.work = await _aside(x.call, backend.prepare, x.call)
         x.reply = Reply(x.call, x.call.model, fingerprint(backend.release), self.clock)

@@ -169,6 +169,9 @@ class UpstreamBackend:
         headers = {"authorization": f"Bearer {key}"} if key else {}
         self.client = httpx.AsyncClient(headers=headers, limits=limits, timeout=patience, transport=transport)
 
+    def glance(self, call: Call) -> None:
+        "The other server judges by itself."
+
     def prepare(self, call: Call) -> Work:
         "An estimate of what the call needs."
         sizes = [len(p) if not isinstance(p, str) else len(p.encode()) / 4 for p in call.prompts]
