@@ -49,6 +49,7 @@ class Backend(Protocol):
 
     name: str  # for people
     release: str  # digest of what answers, "" when nobody knows
+    identity: str  # what tells it from others: the release, or a digest of all that is known instead
     tokenizer: Any  # or None
     context: int | None  # tokens, where known
 
@@ -86,6 +87,11 @@ class EngineBackend:
         self.expected, self.test_tokens = expected, test_tokens
         self.token_name = namer(engine.tokenizer)
         self.scheduler = Scheduler(engine, slots, queue, self.context)
+
+    @property
+    def identity(self) -> str:
+        "The release."
+        return self.release
 
     def prepare(self, call: Call) -> Work:
         "The prompts as tokens, and how many may follow."

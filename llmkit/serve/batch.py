@@ -150,14 +150,14 @@ class Appender:
 
 def same_release(
     by: set[str],  # fingerprints of who answered before
-    release: str,  # digest of who answers now; "" for another server, whose release nobody knows
+    identity: str,  # of the backend that answers now
     out: str | Path,  # where the answers are
 ) -> None:
     "Refuse to mix the answers of several releases; raises `KitError`. A line without a fingerprint says nothing."
-    now, named = fingerprint(release), {fingerprint(""): "a server whose release is unknown"}
+    now, named = fingerprint(identity), {fingerprint(""): "a server that nobody can name"}
     if others := sorted(named.get(b, b) for b in by - {now}):
-        told = f"holds answers of {', '.join(others)}, not of {named.get(now, now)}"
-        fix = "Ask the same release, by --target or --alias, or name another file"
+        told = f"holds answers of {', '.join(others)}, not of {now}"
+        fix = "Ask the same release, or the same address and model, by --target or --alias, or name another file"
         raise KitError(told, file=out, key="release", remedy=fix)
 
 # %% ../../nbs/08_serve/20_batch.ipynb #c08ad8fe
@@ -317,8 +317,8 @@ def batch_run(
 
         async def work(told: Callable[[Tally], None]) -> Tally:
             try:
-                same_release(by, backend.release, out)
                 await gateway.check()
+                same_release(by, backend.identity, out)
                 errors.unlink(missing_ok=True)
                 with closing(Appender(errors)) as failures:
                     lines = read_lines(source, part)

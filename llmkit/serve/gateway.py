@@ -335,7 +335,7 @@ async def _start_on(self: Gateway, x: Exchange, name: str) -> None:
             await _aside(x.call, backend.glance, x.call)
         x.release = backend.release
         x.work = await _aside(x.call, backend.prepare, x.call)
-        x.reply = Reply(x.call, x.call.model, fingerprint(backend.release), self.clock)
+        x.reply = Reply(x.call, x.call.model, fingerprint(backend.identity), self.clock)
         if self.limits is not None and x.held is None:
             x.held = await patiently(self.limits.reserve, x.key.account, x.work.prompt_tokens, x.work.most)
         try:

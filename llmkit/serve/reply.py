@@ -185,10 +185,10 @@ class Usage:
 
 
 def fingerprint(
-    release: str,  # digest of what answers; "" where nobody knows it
+    identity: str,  # digest of what answers, or of where it is
 ) -> str:
     "What tells a client who answered."
-    return f"llmkit-{short(release)}"
+    return f"llmkit-{short(identity)}"
 
 
 class Reply:

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from ..core.digests import digest_json
 from ..core.errors import KitError
 from ..core.plugins import need
 from ..runtime.endpoint import error_words
@@ -168,6 +169,11 @@ class UpstreamBackend:
         limits, patience = httpx.Limits(max_connections=connections + 2), httpx.Timeout(None, connect=10.0)
         headers = {"authorization": f"Bearer {key}"} if key else {}
         self.client = httpx.AsyncClient(headers=headers, limits=limits, timeout=patience, transport=transport)
+
+    @property
+    def identity(self) -> str:
+        "The release, or where nobody knows it the address and the model, which the self-test may have found out."
+        return self.release or digest_json({"url": self.url, "model": self.model})
 
     def glance(self, call: Call) -> None:
         "The other server judges by itself."

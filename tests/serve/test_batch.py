@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from serve_server import PATIENCE, until
+from serve_server import PATIENCE, serving, until
 
 import llmkit.serve.batch as batch
 from llmkit.core.errors import KitError
@@ -107,6 +107,28 @@ def test_a_batch_is_not_resumed_by_another_release(tmp_path, monkeypatch):
         run("sha256:bbbb")
     assert {p: p.read_text() for p in before} == before, "nothing was touched"
     assert run("sha256:aaaa") == 1 and ids(Path("out.jsonl")) == ["q0", "q1", "q3"]
+
+
+def test_a_batch_is_not_resumed_by_another_server_of_unknown_release(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("settings.ini").write_text("[DEFAULT]\n")
+    write = lambda n: Path("in.jsonl").write_text("\n".join(json.dumps(request(i)) for i in range(n)))
+    bank = Gateway("bank", {"baseline": EngineBackend(DummyEngine())})
+    run = lambda url: batch_run("in.jsonl", "out.jsonl", resume=True, target=f"{url}/v1/")
+    write(2)
+    with serving(bank) as one, serving(bank) as two:
+        assert run(one) == 0
+        before = Path("out.jsonl").read_text()
+        write(4)
+        with pytest.raises(KitError, match="same address and model.*another file"):
+            run(two)
+        monkeypatch.setattr(bank, "model", "shop")  # at the same address, as after a restart with another model
+        with pytest.raises(KitError, match="holds answers of llmkit-"):
+            run(one)
+        assert Path("out.jsonl").read_text() == before, "nothing was touched"
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
+        assert run(one) == 0 and sorted(ids(Path("out.jsonl"))) == ["q0", "q1", "q2", "q3"]
 
 
 def test_a_run_that_could_not_begin_leaves_the_name_free(tmp_path, monkeypatch, dummy):
