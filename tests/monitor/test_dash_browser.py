@@ -1,12 +1,19 @@
 "The page as its readers see it, in a real browser: a rollout changes under their eyes, nothing is cut off, nothing is run."
 
+import os
+import time
+from pathlib import Path
+
 import pytest
 from serve_server import listening, until
 from telemetry_browser import browser
 from telemetry_town import QUICK, needs, town, window  # noqa: F401
 
+from llmkit.core.report import Measurement, Report
+from llmkit.gate.verdict import RuleResult, Verdict, write_verdict
 from llmkit.monitor.board import Reader
 from llmkit.monitor.dash import make_dash
+from llmkit.monitor.state import Action, Memory, Score, Seen
 from llmkit.rollout.controller import Controller
 from llmkit.serve.keys import Keys
 
@@ -66,6 +73,77 @@ def test_a_rollout_changes_under_the_readers_eyes(town, tmp_path):  # noqa: F811
                 assert not poor
         assert page.run("return document.querySelectorAll('main img, main script, [style]').length") == 0
         assert page.complaints() == []
+
+
+# Every text of the page whose place ends outside its cell, its box or the window, unless a box scrolls to it.
+OUTSIDE = """
+const wide = document.documentElement.clientWidth, out = [];
+for (const d of document.querySelectorAll('details')) d.open = true;
+for (const e of document.querySelectorAll('main th, main td, main p, main li, main h2, main h3, main svg')) {
+  if (e.scrollWidth > e.clientWidth + 1 && e.clientWidth) out.push(['exceeds', e.outerHTML.slice(0, 90)]);
+  const box = e.closest('.scroll'), range = document.createRange(); range.selectNodeContents(e);
+  const own = e.matches('svg') ? [e.getBoundingClientRect()] : [...range.getClientRects()];
+  const right = Math.max(...own.map(r => r.right)), left = Math.min(...own.map(r => r.left)), at = (box || e.closest('section')).getBoundingClientRect();
+  if (e.matches('th, td') && right > e.getBoundingClientRect().right + 1) out.push(['over its neighbour', e.innerText]);
+  if (left < at.left - 1) out.push(['left', e.innerText]);
+  if (right > at.right + 1 && !(box && box.scrollWidth > box.clientWidth)) out.push(['right', e.innerText]);
+  if (at.right > wide) out.push(['box', e.innerText]);
+}
+return [document.documentElement.scrollWidth, innerWidth, out,
+  [...document.querySelectorAll('.scroll')].map(b => [b.getAttribute('aria-label'), b.scrollWidth - b.clientWidth])];
+"""
+LONG = "worst_group_hallucination_rate_of_customers_who_wrote_in_a_language_other_than_that_of_the_branch"
+
+
+def crowd(folder):
+    "Windows that drifted, with names that no line holds, and a verdict of the gate with long sentences."
+    now, at = time.time(), "sha256:" + "a" * 64
+    scores = tuple(
+        Score(f, f"{LONG}_{i}", 123456.789, 0.000123, 4000, f"group={LONG}", drifted=i % 2 == 0)
+        for i, f in enumerate(("data", "cost", "hallucination", "calibration", "fairness"))
+    )
+    rules = tuple(
+        RuleResult(f"rule {i}", o, f"{LONG} is 0.123456 (95% bounds -0.0123 to +0.4567, n = 123456)", LONG, "fairness")
+        for i, o in enumerate(("pass", "fail", "inconclusive", "error", "skipped"))
+    )
+    verdict = Verdict("error", rules, "sha256:p")
+    outcomes = {s.family: "fail" if s.drifted else "inconclusive" for s in scores}
+    for n in range(1, 7):
+        w = Seen(at, n, 900 * n, 900 * n + 899, now - 600, now, 123456, 12345, scores, outcomes, verdict)
+        asked = [Action(f"a{n}", "retrain", now, at, n, f"{LONG} drifted", "requested")]
+        report = Report("window", "", "window@1", (Measurement(LONG, 0.05, 400, 0.03, 0.07, direction="lower"),))
+        Memory(folder / "monitor.db").add(w, {"traffic": report}, {}, asked)
+    write_verdict(verdict, folder / "gate")
+
+
+@needs("chromedriver", "chromium")
+def test_on_a_phone_nothing_is_cut_and_only_boxes_scroll(town, tmp_path):  # noqa: F811
+    with town.server() as t, dash(t) as url, browser(tmp_path) as page:
+        t.begin(id="promotion-of-the-quantized-release-of-november-for-all-retail-customers-of-the-bank")
+        id = t.store.ids()[0]
+        until(lambda: t.store.load(id).state.weights.get("canary") == 50, "the canary")
+        for _ in range(8):
+            t.ask()
+        Controller(t.store, id, t.registry).command("pause", "ann", LONG)
+        crowd(t.folder)
+        page.size(390, 844)
+        page.open(url)
+        until(lambda: "Paused" in page.text("#rollout .tag") and LONG in page.text("#drift"), "the board")
+        for width in (360, 390, 768, 1280):
+            for dark in (False, True):
+                page.size(width, 844, dark)
+                scroll, inner, out, boxes = page.run(OUTSIDE)
+                assert scroll <= inner == width and not out, (width, out[:5])
+                assert not [b for b in boxes if b[1] > 0 and b[0] != "Traffic by variant"], "the other tables wrap"
+                if shots := os.environ.get("LLMKIT_TEST_SHOTS"):
+                    page.picture(Path(shots) / f"dash-{width}-{'dark' if dark else 'light'}.png")
+        shown = {"History", "Traffic by variant", "Outcome by family", "Asked for", "Windows before"}
+        assert {b[0] for b in boxes} >= shown | {"Verdict on the last release"}
+        (t.folder / "gate/verdict.json").write_text("{")
+        until(lambda: "Cannot be read" in page.text("#trouble"), "the trouble, with a path that no line holds")
+        page.size(360, 844)
+        scroll, inner, out, _ = page.run(OUTSIDE)
+        assert scroll <= inner == 360 and not out, out[:5]
 
 
 @needs("chromedriver", "chromium")
