@@ -3249,6 +3249,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'llmkit/serve/stream_redis.py'),
                                            'llmkit.serve.stream_redis.RedisSource._make_group': ( '08_serve/stream_redis.html#redissource._make_group',
                                                                                                   'llmkit/serve/stream_redis.py'),
+                                           'llmkit.serve.stream_redis.RedisSource._unless_gone': ( '08_serve/stream_redis.html#redissource._unless_gone',
+                                                                                                   'llmkit/serve/stream_redis.py'),
                                            'llmkit.serve.stream_redis.RedisSource.overdue': ( '08_serve/stream_redis.html#redissource.overdue',
                                                                                               'llmkit/serve/stream_redis.py'),
                                            'llmkit.serve.stream_redis.RedisSource.retake': ( '08_serve/stream_redis.html#redissource.retake',

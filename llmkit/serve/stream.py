@@ -282,8 +282,11 @@ def stream_run(
 
     try:
         print(asyncio.run(work()))
-    except need("redis.exceptions").ConnectionError as e:
+    except (gone := need("redis.exceptions")).ConnectionError as e:
         raise KitError(f"the server is gone: {e}", key="redis", remedy="Start it, and run this again: nothing is lost") from e  # fmt: skip
+    except (gone.OutOfMemoryError, gone.ReadOnlyError) as e:
+        fix = "Trim its streams, or give it memory, and run this again: what was not answered is given out again"
+        raise KitError(f"the server takes nothing: {e}", key="redis", remedy=fix) from e
     return 0
 
 

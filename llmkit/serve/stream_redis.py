@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -53,16 +53,16 @@ def read_address(
 # %% ../../nbs/08_serve/23_stream_redis.ipynb #d84f2635
 async def connect(
     address: Address,
-    wait: float = 120.0,  # seconds that a server may be away
+    wait: float = 120.0,  # seconds that a server may be away, or full
 ) -> Any:  # a `redis.asyncio.Redis`
-    "A client that waits for a server that restarts; raises `KitError` when there is none at first."
+    "A client that waits for a server that restarts or takes nothing for a while; raises `KitError` when there is none at first."
     redis, backoff, retry = need("redis.asyncio"), need("redis.backoff"), need("redis.asyncio.retry")
     errors = need("redis.exceptions")
     how = {"decode_responses": True, "encoding_errors": "replace"}  # one event that is no UTF-8 stops nobody
     how |= {"socket_timeout": 15.0, "socket_connect_timeout": 5.0}
     how["password"] = os.environ.get("LLMKIT_REDIS_PASSWORD") or None
     how["retry"] = retry.Retry(backoff.ConstantBackoff(0.5), max(1, round(wait / 0.5)))
-    how["retry_on_error"] = [errors.ConnectionError, errors.TimeoutError]
+    how["retry_on_error"] = [errors.ConnectionError, errors.TimeoutError, errors.OutOfMemoryError, errors.ReadOnlyError]
     try:
         first = redis.Redis.from_url(address.url, **{**how, "retry": None, "retry_on_error": []})
         await first.ping()
@@ -112,28 +112,36 @@ class RedisSource:
 
     async def overdue(self) -> bool:
         "Whether an event was given out and not heard of for too long; looked up now and then."
-        now, errors = asyncio.get_running_loop().time(), need("redis.exceptions")
+        now = asyncio.get_running_loop().time()
         if now < self.looked:
             return False
         self.looked = now + self.patience / 4
         idle = round(self.patience * 1000)
+        return bool(
+            await self._unless_gone(self.client.xpending_range, self.stream, self.group, "-", "+", 1, idle=idle)
+        )
+
+    async def _unless_gone(self, command: Callable, *args, **how) -> Any:
+        "What the server says; None when the stream or the group is not there, as after a restart that kept nothing."
         try:
-            return bool(await self.client.xpending_range(self.stream, self.group, "-", "+", 1, idle=idle))
-        except errors.ResponseError as e:
-            if not str(e).startswith("NOGROUP"):
+            return await command(*args, **how)
+        except need("redis.exceptions").ResponseError as e:
+            if not str(e).startswith(("NOGROUP", "no such key")):
                 raise
-            return False
+            return None
 
     async def retake(self) -> Delivery | None:
         "One such event, which is ours from now on."
         cursor, idle = "0-0", round(self.patience * 1000)
         while True:
-            got = await self.client.xautoclaim(self.stream, self.group, self.consumer, idle, cursor, count=1)
-            if rows := [(id, fields) for id, fields in got[1] if fields]:
-                [(id, fields)] = rows
-                [seen] = await self.client.xpending_range(self.stream, self.group, id, id, 1)
-                return self._delivery(id, fields, seen["times_delivered"])
-            if (cursor := got[0]) == "0-0":
+            got = await self._unless_gone(
+                self.client.xautoclaim, self.stream, self.group, self.consumer, idle, cursor, count=1
+            )
+            for id, fields in got[1] if got else []:
+                seen = await self._unless_gone(self.client.xpending_range, self.stream, self.group, id, id, 1)
+                if fields and seen:  # otherwise trimmed, or settled at this moment by the one who had it
+                    return self._delivery(id, fields, seen[0]["times_delivered"])
+            if not got or (cursor := got[0]) == "0-0":
                 return None
 
     def _delivery(self, id: str, fields: Mapping[str, str], attempts: int) -> Delivery:
@@ -154,7 +162,7 @@ async def keep(self: RedisSource, ds: Sequence[Delivery]) -> None:
     "Tell that these are being worked on."
     if ds:
         ids = [d.at for d in ds]
-        await self.client.xclaim(self.stream, self.group, self.consumer, 0, ids, justid=True)
+        await self._unless_gone(self.client.xclaim, self.stream, self.group, self.consumer, 0, ids, justid=True)
 
 
 async def lag(self: RedisSource) -> Lag:
@@ -170,14 +178,10 @@ async def lag(self: RedisSource) -> Lag:
 
 async def close(self: RedisSource) -> None:
     "Leave the group, unless something is still pending here: that is for others to claim."
-    errors = need("redis.exceptions")
-    try:
-        own = [c for c in await self.client.xinfo_consumers(self.stream, self.group) if c["name"] == self.consumer]
-        if own and not own[0]["pending"]:
-            await self.client.xgroup_delconsumer(self.stream, self.group, self.consumer)
-    except errors.ResponseError as e:
-        if not str(e).startswith(("NOGROUP", "ERR no such key")):
-            raise
+    found = await self._unless_gone(self.client.xinfo_consumers, self.stream, self.group)
+    own = [c for c in found or () if c["name"] == self.consumer]
+    if own and not own[0]["pending"]:
+        await self._unless_gone(self.client.xgroup_delconsumer, self.stream, self.group, self.consumer)
     await self.client.aclose()
 
 

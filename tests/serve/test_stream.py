@@ -61,6 +61,8 @@ def consumer(tmp_path):
 class Server:
     "A Redis of our own that keeps what it was told."
 
+    keep = ("--appendonly", "yes", "--appendfsync", "always")
+
     def __init__(self, folder):
         import socket
 
@@ -73,8 +75,8 @@ class Server:
     def start(self):
         import redis
 
-        keep = ["--appendonly", "yes", "--appendfsync", "always", "--save", ""]
-        args = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder), *keep]
+        args = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
+        args += [*self.keep, "--save", ""]
         self.process = subprocess.Popen(args, stdout=subprocess.DEVNULL)
         self.client = redis.Redis(port=self.port, decode_responses=True)
 
@@ -147,6 +149,44 @@ def test_redis_restarts_in_the_middle(redis_server, consumer):
     assert p.returncode == 0, err
     ids = r.ids("a")
     assert len(ids) == n and set(ids) == expected(range(n))
+
+
+def test_redis_restarts_with_nothing_left_and_the_consumer_goes_on(redis_server, consumer):
+    r, n = redis_server, 120
+    r.kill()
+    r.keep = ("--appendonly", "no")
+    (r.folder / "appendonlydir").rename(r.folder / "old")
+    r.start()
+    for i in range(n):
+        r.client.xadd("q", {"event": event(i)})
+    p = consumer(r.at("q"), r.at("a"), "--patience", 0.3)
+    until(lambda: r.client.xlen("a") >= 15, "some answers")
+    r.kill()
+    time.sleep(1)
+    r.start()
+    time.sleep(1)  # what it works on is renewed in a group that is gone
+    for i in range(n, 2 * n):
+        r.client.xadd("q", {"event": event(i)})
+    until(lambda: p.poll() is not None or expected(range(n, 2 * n)) <= set(r.ids("a")), "the new ones")
+    assert p.poll() is None, p.stderr.read()
+    assert len(r.ids("a")) == len(set(r.ids("a")))
+
+
+def test_redis_that_is_full_is_waited_for(redis_server, consumer):
+    r, n = redis_server, 100
+    for i in range(n):
+        r.client.xadd("q", {"event": event(i)})
+    p = consumer(r.at("q"), r.at("a"), "--patience", 0.5, "--attempts", 1, "--once")
+    until(lambda: r.client.xlen("a") >= 15, "some answers")
+    r.client.config_set("maxmemory", "1mb")
+    time.sleep(2)
+    full = r.client.xlen("a")
+    assert full < n and p.poll() is None, "it waits"
+    r.client.config_set("maxmemory", 0)
+    out, err = p.communicate(timeout=PATIENCE)
+    assert p.returncode == 0 and f"{n} answered, 0 duplicates, 0 dead" in out, err
+    ids = r.ids("a")
+    assert len(ids) == n and set(ids) == expected(range(n)) and not r.ids("a.dead")
 
 
 def test_redis_a_message_that_kills_its_readers_becomes_a_dead_letter(redis_server, consumer):
