@@ -45,7 +45,7 @@ def put_together(
 ) -> tuple[int, int]:
     "Write the whole from its parts, and the errors beside it; gives the number of answers and of errors."
     counts = []
-    for tail in ("", ".errors.jsonl"):
+    for tail in (".errors.jsonl", ""):
         parts = [Path(part_name(out, k, n) + tail) for k in range(1, n + 1)]
         rows = [line for p in parts if p.is_file() for line in p.read_bytes().splitlines(keepends=True)]
         counts.append(len(rows))
@@ -57,7 +57,7 @@ def put_together(
     for k in range(1, n + 1):
         for tail in ("", ".errors.jsonl"):
             Path(part_name(out, k, n) + tail).unlink(missing_ok=True)
-    return counts[0], counts[1]
+    return counts[1], counts[0]
 
 # %% ../../nbs/08_serve/20b_batch_ray.ipynb #56444d44
 def run_part(
@@ -94,12 +94,12 @@ def batch_ray(
         raise KitError("at least one part is needed", key="shards", value=shards)
     if not Path(source).is_file():
         raise KitError("no such file", file=source)
-    if Path(out).exists() or (
-        not resume and any(Path(part_name(out, k, shards)).exists() for k in range(1, shards + 1))
-    ):
-        raise KitError(
-            "is there already", file=out, remedy="Add --resume to go on with its parts, or name another file"
-        )
+    begun = any(Path(part_name(out, k, shards)).exists() for k in range(1, shards + 1))
+    if Path(out).exists():
+        fix = f"Name another file{f', or remove what is left of its parts: {out}.part-*' if begun else ''}"
+        raise KitError("is there already, and whole", file=out, remedy=fix)
+    if begun and not resume:
+        raise KitError("was begun already", file=out, remedy="Add --resume to go on with its parts, or name another file")  # fmt: skip
     check_parts(out, shards)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray = need("ray", "ray")
