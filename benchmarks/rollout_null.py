@@ -4,6 +4,12 @@
 
 Both arms get the same traffic (A/A): at most alpha of the rollouts may be aborted, and at least .9 promoted. Then one
 thing at a time is made worse in the canary, and it must be aborted before it has answered 1,000 requests.
+
+    python benchmarks/rollout_null.py --users 60 20000 [--habits 0.17] [--times 200] [--bad 50]
+
+Users who differ: each has an error rate of their own (Beta, correlation --habits within a user) and asks as often as is
+their habit. For `unit: request` and `unit: user`: how many equal challengers were found to do harm, how many were
+promoted, and how soon errors of 1 → 5 % are found.
 """
 
 import argparse
@@ -11,7 +17,7 @@ import argparse
 import numpy as np
 
 from llmkit.rollout.policy import read_rollout
-from llmkit.rollout.rehearsal import rehearse
+from llmkit.rollout.rehearsal import Traffic, rehearse
 
 POLICY = {
     "alpha": 0.05, "label_lag": "30m", "strata": [256],
@@ -26,12 +32,38 @@ POLICY = {
 HARM = {"errors 1 → 5 %": {"errors": 0.05}, "p95 × 1.5": {"slower": 1.5}, "refusals + 10 points": {"refusals": 0.15}}
 
 
+CROWD = POLICY | {
+    "steps": [{"setWeight": 50}, {"analysis": {"min_duration": "4h", "max_duration": "48h", "min_samples": 200}}],
+    "alpha": 0.05 / 12,
+}  # fmt: skip
+
+
+def crowds(users: list[int], habits: float, times: int, bad: int) -> None:
+    "Print the table of users who differ: one rule, with the share of alpha that a rule of `params.yaml` has."
+    print(f"| users, habits {habits:g}, errors, margin | unit | equal: found to do harm | promoted | undecided | 5 times the errors: found | hours, median |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|")
+    for n in users:
+        for errors, margin in ((0.01, 0.01), (0.05, 0.03)):
+            rule = [{"metric": "error_rate", "margin": margin}]
+            for unit in ("request", "user"):
+                policy, now = read_rollout(CROWD | {"unit": unit, "canary": rule}), Traffic(errors=errors, users=n, habits=habits)
+                null = rehearse(policy, 1000, times, now, every=7200.0)
+                found = rehearse(policy, 1000, bad, now, {"errors": 5 * errors}, every=3600.0)
+                hours = [e.hours for e in found.endings if e.phase == "Degraded"]
+                shares = (null.share(p) for p in ("Degraded", "Healthy", "Paused"))
+                print(f"| {n:,}, {errors:.0%}, {margin:g} | {unit} | {' | '.join(f'{s:.1%}' for s in shares)} | {found.share('Degraded'):.0%} | {np.median(hours) if hours else np.nan:.1f} |", flush=True)  # fmt: skip
+
+
 def main() -> None:
     "Print the table."
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--times", type=int, default=1000)
     p.add_argument("--bad", type=int, default=100)
+    p.add_argument("--users", type=int, nargs="+", default=[])
+    p.add_argument("--habits", type=float, default=1 / 6)
     a, policy = p.parse_args(), read_rollout(POLICY)
+    if a.users:
+        return crowds(a.users, a.habits, a.times, a.bad)
     null = rehearse(policy, 4000, a.times, every=1800.0)
     print(f"A/A, {a.times:,} rollouts: {null}")
     error = 3 * np.sqrt(0.05 * 0.95 / a.times)

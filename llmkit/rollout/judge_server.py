@@ -18,6 +18,7 @@ from ..core.digests import digest_json
 from ..core.errors import KitError
 from ..core.plugins import need
 from ..core.settings import load_settings
+from .analysis import left_out
 from .controller import SNAPSHOT
 from .state import to_json
 from .store import Fold, Receipt, Store, rollouts_file
@@ -34,7 +35,8 @@ def answer(
     v, s = fold.verdict(now), fold.state
     body = asdict(v) | {"reasons": [asdict(r) for r in v.reasons], "reports": dict(v.reports)}
     where = {"phase": s.phase, "aborted": s.aborted, "step": s.step, "weights": s.weights} if s else {}
-    return {"verdict": v.outcome, "exit_code": v.exit_code, "digest": digest_json(body), "rollout": where, **body}
+    told = {"digest": digest_json(body), "rollout": where, "left_out": left_out(fold.window)}
+    return {"verdict": v.outcome, "exit_code": v.exit_code, **told, **body}
 
 # %% ../../nbs/09_rollout/10_judge_server.ipynb #3fc1fbc3
 class Reader:

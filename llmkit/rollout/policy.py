@@ -233,6 +233,8 @@ class RolloutPolicy:
     validity: Validity
     on: Mapping[str, str]  # fail, error, inconclusive → abort or pause
     digest: str  # of the section as written
+    unit: Literal["request", "user"] = "request"  # what counts once in the tests
+    settle: float = 30.0  # unit user: seconds within which the first of a user's requests is looked for
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -242,8 +244,9 @@ class RolloutPolicy:
 # %% ../../nbs/09_rollout/01_policy.ipynb #5ef71ce7
 _SECTION = {
     "alpha": float, "label_lag": str, "strata": list[int], "steps": list[Any], "shadow": list[Any], "canary": list[Any],
-    "validity": dict[str, Any], "on": dict[str, Any],
+    "validity": dict[str, Any], "on": dict[str, Any], "unit": Literal["request", "user"], "settle": str,
 }  # fmt: skip
+_OPTIONAL = ("unit", "settle")
 _VALIDITY = {"srm_alpha": float, "stale_after": str, "on_no_data": Literal["inconclusive", "error"]}
 _ON = {"fail": Literal["abort", "pause"], "error": Literal["pause", "abort"], "inconclusive": Literal["pause", "abort"]}
 
@@ -253,7 +256,7 @@ def read_rollout(
     file: str | None = None,  # for errors
 ) -> RolloutPolicy:
     "The policy of a section; raises `ParamsError` on whatever is unknown, missing or contradictory."
-    s = check_section(section, _SECTION, "rollout", file)
+    s = check_section(section, _SECTION, "rollout", file, optional=_OPTIONAL)
     valid = check_section(s["validity"], _VALIDITY, "rollout.validity", file)
     valid["stale_after"] = seconds(valid["stale_after"], "rollout.validity.stale_after")
     rails = tuple(read_guardrail(e, s["alpha"], f"rollout.canary[{i}]") for i, e in enumerate(s["canary"]))
@@ -262,8 +265,11 @@ def read_rollout(
     on = check_section(s["on"], _ON, "rollout.on", file)
     policy = RolloutPolicy(
         s["alpha"], seconds(s["label_lag"], "rollout.label_lag"), tuple(s["strata"]), steps, rules, rails,
-        Validity(**valid), on, digest_json(section),
+        Validity(**valid), on, digest_json(section), s.get("unit", "request"), seconds(s.get("settle", "30s"), "rollout.settle"),
     )  # fmt: skip
+    if "settle" in s and policy.unit == "request":
+        fix = "Write unit: user, or leave settle out"
+        raise ParamsError("settle is for users", file=file, key="rollout.settle", value=s["settle"], remedy=fix)
     if fault := _unsound(policy):
         raise ParamsError(fault[1], file=file, key=f"rollout.{fault[0]}", remedy=fault[2])
     return policy

@@ -11,14 +11,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy.special import ndtr
+from scipy.special import betaincinv, ndtr
 
 from ..core.errors import KitError
 from ..core.params import load_params
-from ..gate.sequential import BUCKETS, GROWTH, SHORTEST, Running, add
+from ..gate.sequential import BUCKETS, GROWTH, SHORTEST, Running, add, histogram
+from .assign import SLOTS
 from .policy import RolloutPolicy, read_rollout
 from .store import Fold
-from .window import UNITS
+from .window import UNITS, Arm
 
 # %% ../../nbs/09_rollout/13_rehearsal.ipynb #d88e4022
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Traffic:
     thumbs_up: float = 0.7  # share of ratings that are +1; the others are -1
     labelled: float = 0.1  # share of answers with an outcome
     rated: float = 0.02  # share of answers with a rating
+    users: int = 0  # of all arms together; 0: a new one asks each time
+    habits: float = 0.0  # how much users differ: correlation of a user's failures, from 0 to below 1
 
 
 _SEEN = ("error_rate", "cancel_rate", "fallback_rate", "refusal_rate", "task_success_rate", "user_satisfaction")
@@ -72,6 +75,107 @@ def _arrive(fold: Fold, variant: str, t: Traffic, n: int, cells: Sequence[np.nda
             if answered >= len(cells):
                 strata[str(i)] = strata.get(str(i), 0) + rng.multinomial(answered // len(cells), c)
 
+# %% ../../nbs/09_rollout/13_rehearsal.ipynb #4648bcff
+class _People:
+    "Users with habits, and who of them was counted in a stage."
+
+    def __init__(self, arms: Mapping[str, Traffic], rng: np.random.Generator):
+        t, self.rng, self.arms = arms["baseline"], rng, arms
+        self.slot, activity = rng.integers(SLOTS, size=t.users), rng.lognormal(0, 1.5, t.users)
+        self.activity, self.stage = activity / activity.sum(), -1
+        self.habit = {k: rng.random(t.users) for k in ("errors", "cancelled", "fallbacks", "refusals", "success", "thumbs_up")}  # fmt: skip
+        self.pace, self.shares = rng.standard_normal(t.users), {}
+
+    def share(self, t: Traffic, key: str) -> np.ndarray:
+        "What share of each user's requests is of a kind: of the same users in every arm."
+        mean, u = getattr(t, key), self.habit[key]
+        if (t, key) not in self.shares:
+            size = 1 / t.habits - 1 if t.habits else 0.0
+            differ = size and 0 < mean < 1
+            self.shares[t, key] = betaincinv(mean * size, (1 - mean) * size, u) if differ else np.full(len(u), mean)
+        return self.shares[t, key]
+
+    def arrive(self, fold: Fold, n: int, medians: Sequence[float], slower: float, kinds: Sequence[str], now: float) -> int:  # fmt: skip
+        "n requests of all arms; gives how many the candidates answered."
+        w, s, rng = fold.window, fold.state, self.rng
+        if s.stage != self.stage:
+            self.stage, self.known = (
+                s.stage,
+                {k: np.zeros(len(self.slot), bool) for k in ("request", "success", "thumbs_up")},
+            )
+        names = [v for _, v in s.slots]
+        arm_of = np.searchsorted([first for first, _ in s.slots], self.slot, side="right") - 1
+        who, out = rng.choice(len(self.slot), n, p=self.activity), 0
+        for v in dict.fromkeys(names):
+            mine = who[np.isin(arm_of[who], [i for i, x in enumerate(names) if x == v])]
+            w.units.update(dict.fromkeys(map(int, np.unique(mine)), v))
+            out += len(mine) if v != "baseline" else 0
+            self._answer(
+                fold,
+                v,
+                self.arms.get(v, self.arms["canary"]),
+                mine,
+                medians,
+                slower if v != "baseline" else 1.0,
+                kinds,
+                now,
+            )
+        return out
+
+    def _once(self, fold: Fold, what: str, who: np.ndarray) -> np.ndarray:
+        "The places of the requests that count: all, or the first of each user."
+        if fold.policy.unit == "request":
+            return np.arange(len(who))
+        first = np.sort(np.unique(who, return_index=True)[1])
+        first = first[~self.known[what][who[first]]]
+        self.known[what][who[first]] = True
+        return first
+
+    def _answer(self, fold: Fold, variant: str, t: Traffic, who: np.ndarray, medians: Sequence[float], slower: float, kinds: Sequence[str], now: float) -> None:  # fmt: skip
+        "What came of the requests of some users in one arm."
+        if not len(who):
+            return
+        a, rng = fold.window.arm(variant), self.rng
+        a.last, a.release = now, variant
+        drawn = lambda key: rng.random(len(who)) < self.share(t, key)[who]
+        failed, cancelled, fallback, refused = map(drawn, ("errors", "cancelled", "fallbacks", "refusals"))
+        i = self._once(fold, "request", who)
+        a.n += len(i)
+        ok = i[~failed[i]]
+        for metric, hit in (
+            ("error_rate", failed[i]),
+            ("cancel_rate", cancelled[i]),
+            ("fallback_rate", fallback[i]),
+            ("refusal_rate", refused[ok]),
+        ):
+            _hits(a, metric, hit)
+        stratum = rng.integers(len(medians), size=len(who))
+        own, rest = t.habits**0.5 * self.pace[who], (1 - t.habits) ** 0.5 * rng.standard_normal(len(who))
+        seconds = np.array(medians)[stratum] * t.latency * slower * np.exp(t.spread * (own + rest))
+        for kind in kinds:
+            for k in range(len(medians)):
+                strata = a.times.setdefault(kind, {})
+                if len(some := seconds[ok][stratum[ok] == k]):
+                    strata[str(k)] = strata.get(str(k), 0) + histogram(some)
+        for metric, key, share in (
+            ("task_success_rate", "success", t.labelled),
+            ("user_satisfaction", "thumbs_up", t.rated),
+        ):
+            some = np.flatnonzero(~failed & (rng.random(len(who)) < share))
+            some = some[self._once(fold, key, who[some])]
+            good = drawn(key)[some]
+            if metric == "task_success_rate":
+                _hits(a, metric, good)
+            for x in good if metric == "user_satisfaction" else ():
+                a.means[metric] = add(a.means.get(metric, Running()), float(x))
+
+
+def _hits(a: Arm, metric: str, hit: np.ndarray) -> None:
+    "Trials of a rate, all at once."
+    if len(hit):
+        k, n = a.rates.get(metric, (0, 0))
+        a.rates[metric] = [k + int(hit.sum()), n + len(hit)]
+
 # %% ../../nbs/09_rollout/13_rehearsal.ipynb #4d008a83
 @dataclass(frozen=True)
 class Ending:
@@ -92,7 +196,12 @@ def rehearse_once(
     every: float = 1800.0,  # seconds between two looks
     seed: int = 0,
 ) -> Ending:
-    "One rollout on simulated traffic; raises `KitError` on a metric that is not simulated."
+    "One rollout on simulated traffic; raises `KitError` on what is not simulated."
+    if policy.unit == "user" and not traffic.users:
+        fix = "Say how many there are: Traffic(users=…), `llmkit rollout plan --users`"
+        raise KitError("this policy counts users", key="rollout.unit", value="user", remedy=fix)
+    if traffic.users < 0 or not 0 <= traffic.habits < 1:
+        raise KitError("users are a number, and habits lie between 0 and 1", value=(traffic.users, traffic.habits))
     if odd := [g.metric for g in policy.canary if g.metric not in _SEEN and g.metric.rpartition("_p")[0] not in _TIMES]:
         raise KitError("these metrics are not rehearsed", value=odd, remedy="Leave them out of the rehearsed policy")
     change = dict(canary or {})
@@ -101,22 +210,32 @@ def rehearse_once(
     medians = np.geomspace(0.5, 2, len(policy.strata) + 1)  # longer prompts take longer
     cells = {v: [_cells(t, m * (slower if v == "canary" else 1)) for m in medians] for v, t in arms.items()}
     kinds = sorted({k for g in policy.canary if (k := g.metric.rpartition("_p")[0]) in _TIMES})
+    people = _People(arms, rng) if traffic.users else None
     fold, now, served = Fold(policy), 0.0, 0
     fold.adopt(fold.plan({"kind": "start", "time": 0.0, "id": "rehearsal", "model": "m", "releases": {v: v for v in ("baseline", *policy.variants)}})[0])  # fmt: skip
     while not fold.state.finished and fold.state.paused_by not in ("policy",):
         now += every
-        shares = fold.state.weights
-        counts = rng.multinomial(rng.poisson(per_hour * every / 3600), [p / 100 for p in shares.values()])
-        for v, n in zip(shares, counts, strict=True):
-            _arrive(fold, v, arms.get(v, arms["canary"]), int(n), cells.get(v, cells["canary"]), kinds, now, rng)
-            served += int(n) if v != "baseline" else 0
-        seen, new = fold.window.units, [v for v, n in zip(shares, counts, strict=True) for _ in range(n // 4)]
-        if len(seen) + len(new) <= UNITS:  # four requests a unit; beyond the bound none is remembered
-            seen.update(enumerate(new, len(seen)))
+        asked = rng.poisson(per_hour * every / 3600)
+        if people:
+            served += people.arrive(fold, int(asked), medians, slower, kinds, now)
+        else:
+            served += _strangers(fold, int(asked), arms, cells, kinds, now, rng)
         fold.adopt(fold.plan({"kind": "tick", "time": now})[0])
         if fold.state.paused_by == "step" and policy.steps[fold.state.step].duration is None:
             fold.adopt(fold.plan({"kind": "resume", "time": now, "who": "rehearsal"})[0])
     return Ending(fold.state.phase, now / 3600, served, fold.state.reason)
+
+
+def _strangers(fold: Fold, asked: int, arms: Mapping[str, Traffic], cells: Mapping[str, Sequence[np.ndarray]], kinds: Sequence[str], now: float, rng) -> int:  # fmt: skip
+    "Requests of users who are alike; gives how many the candidates answered."
+    shares = fold.state.weights
+    counts = rng.multinomial(asked, [p / 100 for p in shares.values()])
+    for v, n in zip(shares, counts, strict=True):
+        _arrive(fold, v, arms.get(v, arms["canary"]), int(n), cells.get(v, cells["canary"]), kinds, now, rng)
+    seen, new = fold.window.units, [v for v, n in zip(shares, counts, strict=True) for _ in range(n // 4)]
+    if len(seen) + len(new) <= UNITS:  # four requests a unit; beyond the bound none is remembered
+        seen.update(enumerate(new, len(seen)))
+    return int(sum(n for v, n in zip(shares, counts, strict=True) if v != "baseline"))
 
 
 def _without_shadow(policy: RolloutPolicy) -> RolloutPolicy:
@@ -154,18 +273,20 @@ def rehearse(
     "Many rollouts on simulated traffic."
     return Rehearsal(tuple(rehearse_once(policy, per_hour, traffic, canary, every, seed + i) for i in range(times)))
 
-# %% ../../nbs/09_rollout/13_rehearsal.ipynb #a906c100
+# %% ../../nbs/09_rollout/13_rehearsal.ipynb #ca12de25
 def rollout_plan(
     per_hour: float,  # requests of all users together
     *,
     errors: float = 0.01,  # share of requests that fail now
     refusals: float = 0.05,  # share of answers that refuse now
     latency: float = 0.4,  # median answer time now, seconds
+    users: int = 0,  # all of them; 0: a new one asks each time
+    habits: float = 0.0,  # how much users differ: correlation of a user's failures
     times: int = 20,  # rehearsals of each case
     policy: str = "params.yaml",  # file with a `rollout` section
 ) -> int:
     "Rehearse the policy on traffic like yours: an equal challenger, and three bad ones."
-    rules, now = read_rollout(load_params(policy, "rollout"), policy), Traffic(errors=errors, refusals=refusals, latency=latency)  # fmt: skip
+    rules, now = read_rollout(load_params(policy, "rollout"), policy), Traffic(errors=errors, refusals=refusals, latency=latency, users=users, habits=habits)  # fmt: skip
     cases = {"as good": {}, "errors 5 times": {"errors": min(1.0, 5 * errors)}, "p95 x 1.5": {"slower": 1.5}, "refusals + 10 points": {"refusals": min(1.0, refusals + 0.1)}}  # fmt: skip
     for name, change in cases.items():
         print(f"{name}: {rehearse(rules, per_hour, times, now, change)}")

@@ -39,7 +39,7 @@ def arm_report(
     context = {
         "stage": w.stage,
         "since": w.since,
-        "requests": a.n,
+        f"{w.policy.unit}s": a.n,
         "units": sum(v == variant for v in w.units.values()),
     }
     return Report(variant, a.release, "traffic", tuple(found), context=context)

@@ -16,6 +16,7 @@ from typing import Any
 from ..core.digests import short
 from ..core.plugins import need
 from ..gate.verdict import Picture, Verdict, as_markdown, as_text
+from .analysis import left_out
 from .policy import RolloutPolicy, Step
 from .state import RolloutState
 from .store import Fold, Store
@@ -64,7 +65,7 @@ class View:
     policy: RolloutPolicy
     verdict: Verdict
     now: float  # seconds since the epoch
-    unloaded: int = 0  # requests of this stage whose variant was still being loaded
+    left_out: tuple[str, ...] = ()  # what is not judged though it arrived, in sentences
 
     def _rows(self) -> list[tuple[str, str]]:
         "Steps with their marks."
@@ -76,16 +77,19 @@ class View:
     def __str__(self) -> str:
         steps = [f"  {m} {text}" for m, text in self._rows()]
         names = [f"  {v}: {short(d)}" for v, d in self.state.releases.items()] if self.state else []
-        return "\n".join([status_line(self.state, self.now), *names, *steps, *self._away(), as_text(self.verdict)])
-
-    def _away(self) -> list[str]:
-        "What was answered in place of a variant that was not there yet."
-        told = "requests of this stage came while their variant was being loaded: the baseline answered, and neither is judged by them"
-        return [f"  {self.unloaded} {told}"] if self.unloaded else []
+        return "\n".join(
+            [
+                status_line(self.state, self.now),
+                *names,
+                *steps,
+                *(f"  {x}" for x in self.left_out),
+                as_text(self.verdict),
+            ]
+        )
 
     def _repr_markdown_(self) -> str:
         steps = "\n".join(f"| {m} | {text} |" for m, text in self._rows())
-        away = "".join(f"{line.strip()}\n\n" for line in self._away())
+        away = "".join(f"{x}\n\n" for x in self.left_out)
         head = f"**{status_line(self.state, self.now)}**\n\n| | step |\n|---|---|\n{steps}\n\n"
         return head + away + as_markdown(self.verdict)
 
@@ -95,7 +99,7 @@ def view(
     now: float,  # seconds since the epoch
 ) -> View:
     "How a rollout stands."
-    return View(fold.state, fold.policy, fold.verdict(now), now, fold.window.counts["unloaded"])
+    return View(fold.state, fold.policy, fold.verdict(now), now, tuple(left_out(fold.window)))
 
 # %% ../../nbs/09_rollout/11_view.ipynb #937bc335
 def timeline(
