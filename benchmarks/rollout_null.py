@@ -5,7 +5,7 @@
 Both arms get the same traffic (A/A): at most alpha of the rollouts may be aborted, and at least .9 promoted. Then one
 thing at a time is made worse in the canary, and it must be aborted before it has answered 1,000 requests.
 
-    python benchmarks/rollout_null.py --users 60 20000 [--habits 0.17] [--times 200] [--bad 50]
+    python benchmarks/rollout_null.py --users 60 5000 [--habits 0.17] [--times 60] [--bad 15]
 
 Users who differ: each has an error rate of their own (Beta, correlation --habits within a user) and asks as often as is
 their habit. For `unit: request` and `unit: user`: how many equal challengers were found to do harm, how many were
@@ -33,7 +33,7 @@ HARM = {"errors 1 → 5 %": {"errors": 0.05}, "p95 × 1.5": {"slower": 1.5}, "re
 
 
 CROWD = POLICY | {
-    "steps": [{"setWeight": 50}, {"analysis": {"min_duration": "4h", "max_duration": "48h", "min_samples": 200}}],
+    "steps": [{"setWeight": 40}, {"analysis": {"min_duration": "4h", "max_duration": "48h", "min_samples": 200}}],
     "alpha": 0.05 / 12,
 }  # fmt: skip
 
@@ -46,7 +46,10 @@ def crowds(users: list[int], habits: float, times: int, bad: int) -> None:
         for errors, margin in ((0.01, 0.01), (0.05, 0.03)):
             rule = [{"metric": "error_rate", "margin": margin}]
             for unit in ("request", "user"):
-                policy, now = read_rollout(CROWD | {"unit": unit, "canary": rule}), Traffic(errors=errors, users=n, habits=habits)
+                policy, now = (
+                    read_rollout(CROWD | {"unit": unit, "canary": rule}),
+                    Traffic(errors=errors, users=n, habits=habits),
+                )
                 null = rehearse(policy, 1000, times, now, every=7200.0)
                 found = rehearse(policy, 1000, bad, now, {"errors": 5 * errors}, every=3600.0)
                 hours = [e.hours for e in found.endings if e.phase == "Degraded"]

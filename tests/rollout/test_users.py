@@ -80,7 +80,9 @@ def test_whoever_names_no_user_is_told_of(tmp_path):
         w.request(unit="")
     w.c._flush()
     assert w.c.fold.window.counts["nobody"] == 50 and w.canary() == 0
-    assert answer(w.c.fold, w.now)["left_out"] == ["50 requests name no user, and each user counts once: they are not judged"]
+    assert answer(w.c.fold, w.now)["left_out"] == [
+        "50 requests name no user, and each user counts once: they are not judged"
+    ]
 
 
 SLOW = CANARY | {
