@@ -119,7 +119,7 @@ def _unfloored(room: float) -> float:
 
 # %% ../../nbs/02_gate/09_sequential.ipynb #0d9158b1
 _STEPS = 2.0 ** np.arange(-3, 6)  # excesses that are bet on, in margins
-_KEPT = 0.3  # share of the stake on the baseline that is not bet
+_KEPT = 0.3, 0.02  # shares of the stakes on the baseline and on the candidate that are not bet
 
 
 def _mixture(s: int, n: int, p: np.ndarray, bets: np.ndarray, stakes: np.ndarray) -> np.ndarray:
@@ -135,12 +135,12 @@ def _excess_capital(baseline: tuple[int, int], candidate: tuple[int, int], d: fl
     near = np.arcsin(np.sqrt(np.clip([s / n if n else 0.5, (t / m if m else 0.5) - d], 0, 1)))
     around = np.clip([near.min() - 3 / max(n, 1) ** 0.5, near.max() + 3 / max(n, 1) ** 0.5], *ends)
     angles = np.sort(np.concatenate([np.linspace(*ends, 129), np.linspace(*around, 129)]))
-    stakes = np.array([_KEPT, *[(1 - _KEPT) / 4] * 4])
+    stakes, bets = (np.array([kept, *[(1 - kept) / k] * k]) for kept, k in zip(_KEPT, (4, len(_STEPS)), strict=True))
     for _ in range(2):  # a grid, and a finer one around its least value
         p = np.sin(angles) ** 2
         q0, below = (p + d)[:, None], p[:, None] ** 2 / (p[:, None] + np.array([0.0, *_STEPS[:4]]) * scale)
-        above = np.minimum(q0 + _STEPS * scale, (1 + q0) / 2)
-        total = _mixture(t, m, p + d, above, np.full(len(_STEPS), 1 / len(_STEPS))) + _mixture(s, n, p, below, stakes)
+        above = np.minimum(q0 + np.array([0.0, *_STEPS]) * scale, (1 + q0) / 2)
+        total = _mixture(t, m, p + d, above, bets) + _mixture(s, n, p, below, stakes)
         i = int(np.argmin(total))
         angles = np.linspace(angles[max(i - 1, 0)], angles[min(i + 1, len(angles) - 1)], 65)
     return float(total[i])
