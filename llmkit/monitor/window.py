@@ -49,7 +49,9 @@ def row(
 
 # %% ../../nbs/10_monitor/04_window.ipynb #39a459f6
 _REQUESTS = """SELECT seq, body FROM events WHERE kind = 'request' AND seq > ? AND json_extract(body, '$.release') = ?
-  AND json_extract(body, '$.status') != 'rejected' ORDER BY seq LIMIT ?"""
+  AND json_extract(body, '$.status') != 'rejected'
+  AND NOT EXISTS (SELECT 1 FROM events e WHERE e.id = events.id AND e.kind = 'request' AND e.seq < events.seq)
+  ORDER BY seq LIMIT ?"""
 
 
 def next_window(
