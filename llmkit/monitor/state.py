@@ -7,12 +7,15 @@ __all__ = ['Score', 'Seen', 'seen_json', 'read_seen', 'Action', 'Memory', 'Overv
 
 # %% ../../nbs/10_monitor/05_state.ipynb #1c031b57
 import json
-from collections.abc import Mapping, Sequence
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..core.digests import short
+from ..core.errors import KitError
 from ..core.report import Measurement, Report
 from ..core.settings import load_settings
 from ..gate.verdict import RuleResult, Verdict
@@ -112,17 +115,40 @@ class Memory:
     ):
         self.store = Store(path, _TABLES)
 
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        "A row that is no longer what was written is an error of the file."
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, AttributeError, sqlite3.DatabaseError) as e:
+            fix = "Put a copy back, or move it away: the windows are then decided anew from the log of requests"
+            raise KitError(f"cannot be read: {type(e).__name__}: {e}", file=self.store.path, remedy=fix) from e
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        "A transaction; a full disk, say, is told with the file."
+        try:
+            with self.store.write() as db:
+                yield db
+        except sqlite3.Error as e:
+            fix = "Make room, or let go of the file; nothing is lost: the next look decides the same window"
+            raise KitError(f"cannot be written: {e}", file=self.store.path, remedy=fix) from e
+
     def stream(self, release: str) -> dict[str, Any]:
         "What a release's next window needs; empty before the first."
-        found = self.store.read("SELECT body FROM streams WHERE release = ?", release)
-        return json.loads(found[0]["body"]) if found else {}
+        with self._readable():
+            found = self.store.read("SELECT body FROM streams WHERE release = ?", release)
+            body = json.loads(found[0]["body"]) if found else {}
+            if body.get("number") and not {"after", "reference"} <= set(body):
+                raise ValueError(f"the stream of {short(release)} has no reference")
+            return body
 
     def add(
         self, w: Seen, reports: Mapping[str, Report], stream: Mapping[str, Any], actions: Sequence[Action] = ()
     ) -> bool:
         "Write a window with all that follows, or nothing; False when it is there already."
         said = json.dumps({k: asdict(r) for k, r in reports.items()}, allow_nan=False)
-        with self.store.write() as db:
+        with self._writing() as db:
             new = "INSERT OR IGNORE INTO windows VALUES (?, ?, ?, ?, ?)"
             row = (w.release, w.number, w.end, json.dumps(seen_json(w), allow_nan=False), said)
             if not db.execute(new, row).rowcount:
@@ -136,23 +162,27 @@ class Memory:
         "The latest windows, newest first; of all releases, or of one."
         where, args = ("WHERE release = ?", (release,)) if release else ("", ())
         sql = f"SELECT body FROM windows {where} ORDER BY rowid DESC LIMIT ?"
-        return [read_seen(json.loads(r["body"])) for r in self.store.read(sql, *args, n)]
+        with self._readable():
+            return [read_seen(json.loads(r["body"])) for r in self.store.read(sql, *args, n)]
 
     def reports(self, release: str, number: int) -> dict[str, Report]:
         "The reports of a window, by family."
-        found = self.store.read("SELECT reports FROM windows WHERE release = ? AND number = ?", release, number)
-        body = json.loads(found[0]["reports"]) if found else {}
-        return {k: Report(**{**r, "measurements": tuple(Measurement(**m) for m in r["measurements"])}) for k, r in body.items()}  # fmt: skip
+        sql = "SELECT reports FROM windows WHERE release = ? AND number = ?"
+        with self._readable():
+            found = self.store.read(sql, release, number)
+            body = json.loads(found[0]["reports"]) if found else {}
+            return {k: Report(**{**r, "measurements": tuple(Measurement(**m) for m in r["measurements"])}) for k, r in body.items()}  # fmt: skip
 
     def actions(self, *states: str, kind: str = "") -> list[Action]:
         "Actions in some states, or in any, oldest first."
-        rows = self.store.read("SELECT * FROM actions ORDER BY time, id")
+        with self._readable():
+            rows = self.store.read("SELECT * FROM actions ORDER BY time, id")
         found = [Action(**dict(r)) for r in rows]
         return [a for a in found if (not states or a.state in states) and kind in ("", a.kind)]
 
     def move(self, a: Action, state: str, note: str = "") -> Action:
         "Note what became of an action."
-        with self.store.write() as db:
+        with self._writing() as db:
             db.execute("UPDATE actions SET state = ?, note = ? WHERE id = ?", (state, note or a.note, a.id))
         return replace(a, state=state, note=note or a.note)
 
