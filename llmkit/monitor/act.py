@@ -7,6 +7,7 @@ __all__ = ['NO_TEXTS', 'usual_answers', 'traffic_records', 'prepare_request', 'c
            'rollback']
 
 # %% ../../nbs/10_monitor/08_act.ipynb #c9ee1282
+import fcntl
 import json
 import os
 import subprocess
@@ -16,9 +17,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import KitError
 from ..core.files import read_json, read_jsonl, write_json, write_jsonl
 from ..data.privacy import masked
+from .decide import held_back
 from .policy import MonitorPolicy
 from .state import Action, Memory
 from ..rollout.controller import Controller, Registry
@@ -130,15 +131,22 @@ def carry_out(
 ) -> int:
     "Run the command of a request, unless somebody has begun to; gives its exit code."
     folder = Path(folder)
-    try:
-        with open(folder / "started", "x") as f:
-            f.write(str(os.getpid()))
-    except FileExistsError:
-        return 0
+    with open(folder / "running", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with open(folder / "started", "x") as f:
+                f.write(str(os.getpid()))
+        except (BlockingIOError, FileExistsError):
+            return 0
+        return _run(folder, lock.fileno())
+
+
+def _run(folder: Path, lock: int) -> int:
+    "The command of a request; its process holds the lock too."
     said = read_json(folder / "request.json")
     with open(folder / "log.txt", "w") as out:
         try:
-            done = subprocess.run(said["command"], stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=os.environ | {"LLMKIT_RETRAIN_ID": said["id"]})  # fmt: skip
+            done = subprocess.run(said["command"], stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, pass_fds=[lock], env=os.environ | {"LLMKIT_RETRAIN_ID": said["id"]})  # fmt: skip
             code, note = done.returncode, ""
         except OSError as e:
             code, note = 127, f"{said['command'][0]}: {e.strerror}"
@@ -159,27 +167,36 @@ def ended(
 ) -> tuple[str, str]:
     "Whether a started request is started, done, failed or lost, and a note."
     folder = Path(folder)
+    if not (folder / "request.json").is_file():
+        return "lost", f"there is no {folder.name}/request.json any more"
+    running = _running(folder)  # asked first: what ends now has said how before it lets go
     if (folder / "exit.json").is_file():
         code, note = (read_json(folder / "exit.json")[k] for k in ("code", "note"))
         return ("done", "") if code == 0 else ("failed", note or f"exit code {code}; see {folder.name}/log.txt")
-    pid = (folder / "started").read_text() if (folder / "started").is_file() else ""
-    if pid and not _alive(int(pid)):
+    if (folder / "started").is_file() and not running:
+        pid = (folder / "started").read_text()
         return "lost", f"process {pid} is gone and said nothing; see {folder.name}/log.txt"
     return "started", ""
 
 
-def _alive(pid: int) -> bool:
-    "Whether a process is there, and no zombie."
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    stat = Path(f"/proc/{pid}/stat")
-    return not stat.is_file() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
+def _running(folder: Path) -> bool:
+    "Whether somebody holds the lock of a request."
+    with open(folder / "running", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 # %% ../../nbs/10_monitor/08_act.ipynb #c7ae2688
+def _waits(memory: Memory, a: Action, policy: MonitorPolicy) -> str:
+    "Why a request may not start now, by those that did: monitors of two releases may have asked at the same time."
+    begun = [x for x in memory.actions("started", "done", "failed", "lost", kind="retrain") if x.id != a.id]
+    if still := next((x.id for x in begun if x.state == "started"), ""):
+        return f"{still} still runs"
+    return held_back(policy, a.time, [x.time for x in begun])
+
+
 def retrain(
     memory: Memory,
     a: Action,  # requested
@@ -191,7 +208,9 @@ def retrain(
     start: Callable[[Path], None] = launch,
 ) -> Action:
     "Prepare a request and start it; gives it as it then stands."
-    home, lacks = prepare_request(a, policy, events, texts, dataset, folder) if not (Path(folder) / a.id / "started").is_file() else (Path(folder) / a.id, "")  # fmt: skip
+    home, lacks = Path(folder) / a.id, ""
+    if not (home / "started").is_file() and not (lacks := _waits(memory, a, policy)):
+        home, lacks = prepare_request(a, policy, events, texts, dataset, folder)
     if lacks:
         return memory.move(a, "held", lacks)
     if not policy.retrain.action:
@@ -209,8 +228,8 @@ def rollback(
     clock: Callable[[], float],  # seconds since the epoch
 ) -> Action:
     "Undo the promotion of a release, or abort its rollout; gives the action as it then stands."
-    ids = store.ids()
-    state = store.load(ids[0]).state if ids else None
+    states = (store.load(id).state for id in store.ids())
+    state = next((s for s in states if s and a.release in s.releases.values()), None)
     if state is None or state.releases["canary"] != a.release:
         return memory.move(a, "held", "no rollout brought this release last: a person decides")
     c = Controller(store, state.id, registry, clock)

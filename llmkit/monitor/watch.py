@@ -131,7 +131,9 @@ def _settle(m: Monitor, a: Action) -> Action:
     home = m.folder / a.id
     if a.state == "requested":
         return retrain(m.memory, a, m.policy, m.events, m.texts, m.dataset, m.folder, m.start)
-    if not (home / "started").is_file():  # the process never came to its first line: begin again
+    if (home / "request.json").is_file() and not (
+        home / "started"
+    ).is_file():  # the process never came to its first line: begin again
         m.start(home)
     state, note = ended(home)
     return m.memory.move(a, state, note) if state != "started" else a
@@ -230,11 +232,16 @@ def monitor_status(
     policy: str = "params.yaml",  # file with a `monitor` section
     settings: str = "settings.ini",  # where the databases are
 ) -> int:
-    "Tell where monitoring stands; exit code that of the newest window, 3 where there is none."
-    seen = overview(settings, n)
+    "Tell where monitoring stands; exit code that of the newest window, 3 where there is none, or none of late that passed."
+    seen, m = overview(settings, n), open_monitor(policy, settings)
     print("\n".join(_told(seen)) or "no window was decided yet")
-    print(f"next: {_awaited(open_monitor(policy, settings))}")
-    return seen.latest.verdict.exit_code if seen.latest else 3
+    print(f"next: {_awaited(m)}")
+    if seen.latest is None:
+        return 3
+    code, late = seen.latest.verdict.exit_code, m.clock() - seen.latest.end - m.policy.at_most - m.policy.label_lag
+    if late > 0:
+        print(f"INCONCLUSIVE: the newest window ended {(m.clock() - seen.latest.end) / 3600:.1f} h ago, and monitor.window.at_most is {m.policy.at_most / 3600:g} h")  # fmt: skip
+    return 3 if late > 0 and code == 0 else code
 
 
 def _told(seen: Overview) -> list[str]:

@@ -4,24 +4,34 @@ import json
 import multiprocessing as mp
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
+import numpy as np
 import pytest
 from rollout_road import FATE, point
 from watching_town import ROOT, SMALL, Ledger, Town, section
 
 from llmkit.cli import main
+from llmkit.core.errors import KitError
 from llmkit.core.files import read_json, read_jsonl, write_jsonl
 from llmkit.core.params import load_params
-from llmkit.monitor.act import ended
+from llmkit.core.settings import Settings
+from llmkit.monitor.act import carry_out, ended
+from llmkit.monitor.drift import text_features
+from llmkit.monitor.measure import GROUPS
 from llmkit.monitor.policy import read_monitor
-from llmkit.monitor.state import Memory, overview, seen_json
+from llmkit.monitor.scrape import Windows
+from llmkit.monitor.state import Action, Memory, overview, seen_json
 from llmkit.monitor.watch import monitor_watch, open_monitor, run_window, settle, watch
+from llmkit.rollout.controller import Controller
 from llmkit.rollout.store import Store
 from llmkit.serve.call import parse
-from llmkit.serve.events import Events
+from llmkit.serve.events import KINDS, Events
+from llmkit.serve.measured import Measured
 from llmkit.serve.samples import Texts
 
 
@@ -164,6 +174,135 @@ def test_an_old_promotion_is_left_to_a_person(tmp_path):
     [a] = t.monitor.memory.actions(kind="rollback")
     assert a.state == "held" and "h ago" in a.note
     assert t.registry.aliases()["champion"] == "sha256:b"
+
+
+def test_a_newer_rollout_of_another_model_does_not_stand_in_the_way(tmp_path):
+    t = Town(tmp_path)
+    t.promoted()
+    store = Store(tmp_path / "r.db")
+    store.create("loan-1", load_params(ROOT / "params.yaml", "rollout"))
+    loan = Controller(store, "loan-1", t.registry, lambda: t.now)
+    loan.command("start", "ann", model="loan", releases={"baseline": "sha256:x", "canary": "sha256:y"})
+    t.send(240, release="sha256:b", worse=0.8, said=0.9)
+    while run_window(t.monitor, "sha256:b"):
+        pass
+    [a] = t.monitor.memory.actions(kind="rollback")
+    assert (a.state, a.note) == ("done", "undo of bank-2")
+    assert t.registry.aliases() == {"previous": "sha256:b", "champion": "sha256:a"}
+    assert store.load("loan-1").state.phase == "Progressing"
+
+
+def asked(t, *actions):
+    "Requests that windows have made."
+    for id, state in actions:
+        a = Action(id, "retrain", t.now, "sha256:a", 1, "data: 2 of 3 windows drifted", state)
+        with t.monitor.memory.store.write() as db:
+            db.execute("INSERT INTO actions VALUES (?, ?, ?, ?, ?, ?, ?, ?)", tuple(a.__dict__.values()))
+
+
+def test_two_releases_that_ask_at_once_get_one_training(tmp_path):
+    "Each window was decided before the other had written its request, so that neither cooldown saw the other."
+    t = Town(tmp_path, start=launched)
+    t.monitor.texts = Texts(tmp_path / "texts.db")
+    t.monitor.texts.keep("q5", parse("chat", {"model": "m", "messages": [{"role": "user", "content": "why?"}]}), "fee: So.")  # fmt: skip
+    write_jsonl(tmp_path / "dataset/train.jsonl", [{"id": "a", "label": "fee", "split": "train", "messages": [{"role": "user", "content": "a fee?"}, {"role": "assistant", "content": "fee: Yes."}]}])  # fmt: skip
+    t.send(10)
+    t.events.feedback("q5", label="fee")
+    asked(t, ("retrain-a-1", "requested"), ("retrain-b-1", "requested"))
+    FATE.value = -1
+    settle(t.monitor)
+    one, two = t.monitor.memory.actions(kind="retrain")
+    assert (one.state, two.state, two.note) == ("started", "held", "retrain-a-1 still runs")
+    settle(t.monitor)
+    asked(t, ("retrain-c-1", "requested"))
+    settle(t.monitor)
+    assert [a.state for a in t.monitor.memory.actions(kind="retrain")] == ["done", "held", "held"]
+    assert (tmp_path / "retrain/launches").read_text() == "retrain-a-1\n"
+
+
+def test_kill_9_of_a_training_is_lost_when_its_command_is_over(tmp_path):
+    "The command outlives the process that started it: it is still a training until it has ended."
+    home = tmp_path / "retrain-1"
+    go = tmp_path / "go"
+    wait = f"import pathlib, time\nwhile not pathlib.Path({str(go)!r}).exists(): time.sleep(0.05)"
+    home.mkdir()
+    (home / "request.json").write_text(json.dumps({"id": "retrain-1", "command": [sys.executable, "-c", wait]}))
+    run = "import sys; from llmkit.monitor.act import carry_out; carry_out(sys.argv[1])"
+    process = subprocess.Popen([sys.executable, "-c", run, str(home)], cwd=ROOT)
+    until = time.monotonic() + 60
+    while not (home / "log.txt").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert ended(home)[0] == "started"
+    go.touch()
+    while ended(home)[0] == "started" and time.monotonic() < until:
+        time.sleep(0.05)
+    assert ended(home)[0] == "lost" and carry_out(home) == 0
+
+
+def test_a_training_whose_folder_is_gone_is_lost(tmp_path):
+    started = []
+    t = Town(tmp_path, start=started.append)
+    asked(t, ("retrain-1", "started"))
+    settle(t.monitor)
+    assert (t.monitor.memory.actions()[0].state, started) == ("lost", [])
+
+
+def test_what_a_damaged_or_full_database_says(tmp_path, monkeypatch, capsys):
+    t = Town(tmp_path)
+    (tmp_path / "params.yaml").write_text(json.dumps({"monitor": SMALL}))
+    monkeypatch.chdir(tmp_path)
+    t.send(300)
+    run_window(t.monitor)
+    with monkeypatch.context() as mp_:
+        mp_.setattr("llmkit.serve.store.Store.write", full_disk)
+        with pytest.raises(KitError, match="monitor.db: cannot be written: database or disk is full"):
+            run_window(t.monitor)
+    assert run_window(t.monitor).number == 1
+    with t.monitor.memory.store.write() as db:
+        db.execute("UPDATE windows SET body = '{}'")
+        db.execute("UPDATE streams SET body = '{\"number\": 2}'")
+    for command in ("run", "status"):
+        assert main(["monitor", command]) == 2
+        assert "monitor.db: cannot be read" in capsys.readouterr().err
+    measured = Measured(lambda: {}, {"window": Windows(Settings("DEFAULT", {"monitor_db": "monitor.db"}, tmp_path / "s.ini"))})  # fmt: skip
+    [bad] = [f for f in measured.collect() if f.name == "llmkit_report_unreadable"]
+    assert [s.value for s in bad.samples] == [1]
+
+
+@contextmanager
+def full_disk(store):
+    "A transaction, in place of one on a disk that is full."
+    raise sqlite3.OperationalError("database or disk is full")
+    yield
+
+
+def test_ten_thousand_names_of_groups_are_no_ten_thousand_series(tmp_path):
+    t = Town(tmp_path)
+    t.send(180)
+    rng = np.random.default_rng(0)
+    base = dict.fromkeys(KINDS["request"].split()) | {"kind": "request", "status": "ok", "code": 200, "variant": "baseline", "release": "sha256:a", "refused": False, "prompt_tokens": 20, "completion_tokens": 5}  # fmt: skip
+    for i in range(600):
+        t.now += 1
+        t.events.append(base | {"time": t.now, "id": f"g{i}", "group": f"user{i}", "confidence": 0.8})
+        t.events.feedback(f"g{i}", success=bool(rng.random() < 0.8))
+    t.now += 100
+    while w := run_window(t.monitor):
+        last = w
+    m = t.monitor.memory
+    assert last.outcomes["fairness"] == "inconclusive"
+    assert len(m.stream("sha256:a")["groups"]) == GROUPS and {"65+", "18-30"} <= set(m.stream("sha256:a")["groups"])
+    assert len(m.reports("sha256:a", last.number)["fairness"].measurements) < 3 * GROUPS
+
+
+@pytest.mark.parametrize("texts", [["same"] * 25, [""] * 25, ["x" * 1_000_000, *(f"card {i}" for i in range(24))]])
+def test_texts_that_are_no_texts(texts):
+    known = [f"my {a} card is {b}" for a in ("old", "new", "blue", "lost") for b in ("here", "gone", "late", "mine", "his", "ours")]  # fmt: skip
+    found = {f.name: f for f in text_features(known, texts, 19)}
+    assert all(0 <= f.p <= 1 and f.value == f.value for f in found.values())
+    assert found["length_psi"].p <= 0.05
 
 
 def test_a_registry_that_is_away_is_asked_again(tmp_path):
