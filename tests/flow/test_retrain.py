@@ -1,0 +1,77 @@
+"A retraining that is killed leaves nothing behind that the next one would take for the project's own."
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmkit.core.errors import KitError
+from llmkit.flow.dag import dag_write
+from llmkit.flow.retrain import BACKUP, train_again
+
+ROOT = Path(__file__).resolve().parents[2]
+DIES = """
+import os, sys
+from llmkit.flow.retrain import train_again
+def run(words, root):
+    (root / "dvc.lock").write_text("half of the new\\n")
+    os.kill(os.getpid(), 9)
+train_again("new.jsonl", "r1", ".", run)
+"""
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    "The kit's own pipeline in another folder."
+    for name in ("nbs", "llmkit"):
+        os.symlink(ROOT / name, tmp_path / name)
+    for name in ("params.yaml", "requirements.lock"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    dag_write(str(tmp_path))
+    (tmp_path / "dvc.lock").write_text("stages: {}\n")
+    (tmp_path / "new.jsonl").write_text("{}\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def files(project):
+    "What a training changes."
+    return {n: (project / n).read_text() for n in ("params.yaml", "dvc.yaml", "dvc.lock")}
+
+
+def killed(project):
+    "A training that somebody has killed."
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", DIES], cwd=project, env=env).returncode == -signal.SIGKILL
+
+
+def test_the_next_one_begins_where_the_killed_one_did(project, capsys):
+    was, met = files(project), []
+    killed(project)
+    assert files(project) != was
+    assert train_again("new.jsonl", "r2", project, lambda words, root: met.append(words[0]) or 3) != 0
+    assert met == ["checkout", "exp", "checkout"] and "was killed here" in capsys.readouterr().out
+    assert files(project) == was and not (project / BACKUP).exists()
+
+
+def test_what_a_person_has_written_since_is_not_undone(project):
+    killed(project)
+    mine = (project / "params.yaml").read_text() + "# mine\n"
+    (project / "params.yaml").write_text(mine)
+    train_again("new.jsonl", "r2", project, lambda words, root: 3)
+    assert (project / "params.yaml").read_text() == mine
+
+
+def test_one_at_a_time(project):
+    def second(words, root):
+        if words[0] == "exp":
+            with pytest.raises(KitError, match="another retraining runs"):
+                train_again("new.jsonl", "r2", project, second)
+            assert json.loads((project / BACKUP).read_text())["was"]
+        return 3
+
+    train_again("new.jsonl", "r1", project, second)
