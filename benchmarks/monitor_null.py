@@ -1,12 +1,16 @@
 """How often monitoring cries wolf, and how soon it sees what was planted: simulated releases through the real decision.
 
     python benchmarks/monitor_null.py [--before COMMIT] [--out benchmarks/results/monitor_null.json]
+    python benchmarks/monitor_null.py --sequences 200      only what needs labels, over whole lives of services
 
 Every release has its own reference and its own windows, as the policy in params.yaml sizes them, and everything passes
 `decide`: features, adjustment, k of n, the detectors. Under no change the share of windows that end in an alarm must keep
 the stated budget, and the share of releases with a false alarm of calibration or fairness Doob's bound n / c, also where a
 release is as bad as the policy accepts. With --before the code and the policy of an earlier commit stand beside. Under a
 planted change the delay is counted in windows from the first changed one to the alarm. Exit code 1: a budget was broken.
+
+With --sequences, services of 50 windows have labels for 5, 30 and 100 % of their requests, each a minute late on average (the
+policy's label lag cuts some off); then for samples that are none, in which wrong answers are rated more often than right ones.
 """
 
 import argparse
@@ -17,12 +21,14 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from llmkit.core.params import load_params
 from llmkit.gate.intervals import clopper_pearson
+from llmkit.monitor import measure
 from llmkit.monitor.decide import decide
 from llmkit.monitor.measure import calibration, fairness
 from llmkit.monitor.policy import FAMILIES, read_monitor
@@ -119,6 +125,72 @@ def edge(policy, rng, releases, windows):
     return {f: bad[f] / releases for f in ("calibration", "fairness")}
 
 
+SHIFTS = {
+    "confidence 15 points above accuracy": ("calibration", {"right": -0.15}),
+    "one group in five 15 points worse": ("fairness", {"worse": 0.15}),
+    "one group in five 25 points worse": ("fairness", {"worse": 0.25}),
+}
+RATED = {"only wrong answers, 3 in 10": (0.0, 0.3), "only wrong answers, all": (0.0, 1.0), "wrong answers three times as often": (0.1, 0.3)}  # fmt: skip
+
+
+def rated(policy, rng, n, number, right=0.0, worse=0.0, said=(1.0, 1.0), late=60.0):
+    "A window of which right and wrong answers are rated with these shares, after a minute on average, one request a second."
+    c, old, at = rng.beta(8, 2, n), rng.random(n) < 0.2, np.arange(float(n))
+    correct = rng.random(n) < c + right - worse * old
+    known = (rng.random(n) < np.where(correct, *said)) & (at + rng.exponential(late, n) <= n - 1 + policy.label_lag)
+    out = []
+    for k, (x, o, y, heard) in enumerate(zip(c.tolist(), old.tolist(), correct.tolist(), known.tolist(), strict=True)):
+        seen = {"id": str(k), "time": float(k), "status": "ok", "refused": False, "confidence": x, "group": "65+" if o else "18-64"}  # fmt: skip
+        seen |= dict.fromkeys(
+            ("prompt_tokens", "completion_tokens", "surprisal", "label", "joules", "cost", "claim", "said")
+        )
+        out.append(seen | {"correct": int(y) if heard else None})
+    return Window("sha256:a", number, 1, 2, tuple(out))
+
+
+def life(policy, rng, windows, said, change=None, calm=0):
+    "Of one service the first window with an alarm, by family, the outcomes of its last window, and the labels it had."
+    stream, first, labels, asked = {}, {}, 0, 0
+    for number in range(1 + windows):
+        n, how = policy.requests if number else policy.reference, (change or {}) if number > calm else {}
+        w = rated(policy, rng, n, number, said=said, **how)
+        seen, _, stream, _ = decide(policy, w, stream)
+        labels, asked = labels + seen.labelled, asked + n
+        for f in seen.alarms:
+            first.setdefault(f, number)
+    return first, seen.outcomes, labels / asked
+
+
+def sequences(a) -> int:
+    "The tables of --sequences."
+    policy = replace(read_monitor(load_params(a.params, "monitor")), methods=("errors",), together=0)
+    measure.debiased_ece = lambda c, y: (0.0, 0.0, 0.0)  # its interval is told, and decides nothing
+    runs, broken, count, windows = {"calibration": policy.calibration_run, "fairness": policy.fairness_run}, False, a.sequences, a.edge_windows  # fmt: skip
+    print(f"No change: {count} services of {windows} windows; stated: at most {windows / runs['calibration']:.2f} of them with a false alarm of calibration, {windows / runs['fairness']:.2f} of fairness\n| labelled | in time | calibration | fairness | alarms in 100 windows |\n|--:|--:|--:|--:|--:|")  # fmt: skip
+    for share in (0.05, 0.3, 1.0):
+        lives = [life(policy, np.random.default_rng([a.seed + 3, i, round(100 * share)]), windows, (share, share)) for i in range(count)]  # fmt: skip
+        bad = {f: sum(f in x[0] for x in lives) for f in runs}
+        broken |= any(clopper_pearson(bad[f], count).low > windows / runs[f] for f in runs)
+        print(f"| {share:.0%} | {np.mean([x[2] for x in lives]):.0%} | {bad['calibration'] / count:.3f} | {bad['fairness'] / count:.3f} | {100 * sum(bad.values()) / (count * windows):.2f} |", flush=True)  # fmt: skip
+    some = max(10, count // 5)
+    print(f"\nPlanted after 3 quiet windows, {some} services, up to {windows // 2} windows\n| change | labelled | found | median delay | nine in ten by |\n|---|--:|--:|--:|--:|")  # fmt: skip
+    for name, (family, change) in SHIFTS.items():
+        for share in (0.05, 0.3, 1.0):
+            lives = [life(policy, np.random.default_rng([a.seed + 4, i, round(100 * share)]), windows // 2 + 3, (share, share), change, 3) for i in range(some)]  # fmt: skip
+            delays = np.array([x[0].get(family, math.inf) - 3 for x in lives])
+            ends = [f"{q:g}" if math.isfinite(q := np.quantile(delays, part, method="higher")) else f"over {windows // 2}" for part in (0.5, 0.9)]  # fmt: skip
+            print(f"| {name} | {share:.0%} | {np.isfinite(delays).mean():.2f} | {ends[0]} | {ends[1]} |", flush=True)
+    print(f"\nLabels that are no sample, {some} services of 10 windows, nothing changed\n| rated | labelled | alarms of calibration | of fairness | calibration is inconclusive at the end |\n|---|--:|--:|--:|--:|")  # fmt: skip
+    for name, said in RATED.items():
+        lives = [life(policy, np.random.default_rng([a.seed + 5, i]), 10, said) for i in range(some)]
+        bad = [np.mean([f in x[0] for x in lives]) for f in runs]
+        mute = np.mean([x[1]["calibration"] == "inconclusive" for x in lives])
+        print(
+            f"| {name} | {np.mean([x[2] for x in lives]):.0%} | {bad[0]:.2f} | {bad[1]:.2f} | {mute:.2f} |", flush=True
+        )
+    return int(broken)
+
+
 def measured(a) -> dict:
     "Every figure of one version of the kit."
     policy = read_monitor(load_params(a.params, "monitor"))
@@ -199,7 +271,10 @@ def main() -> None:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--before", default="", help="a commit whose code and policy are measured too, in the same run")
     p.add_argument("--out", default="")
+    p.add_argument("--sequences", type=int, default=0, help="only so many services with labels of every coverage")
     a = p.parse_args()
+    if a.sequences:
+        raise SystemExit(sequences(a))
     body = measured(a)
     then = of(a.before, a) if a.before else None
     tables(body, then)
