@@ -126,7 +126,7 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
         raise cannot_read(path, e) from e
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:  # a number of thousands of digits, or ten thousand brackets
         raise KitError(f"not valid JSON: {e}", file=path) from e
 
 
@@ -165,8 +165,9 @@ def _rows(lines: Iterable[str], path: str | Path) -> Iterator[dict]:
     for i, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise KitError(f"not valid JSON: {e.msg}", file=path, key=f"line {i}", value=line.rstrip("\n")) from e
+        except (ValueError, RecursionError) as e:
+            said = getattr(e, "msg", e)
+            raise KitError(f"not valid JSON: {said}", file=path, key=f"line {i}", value=line.rstrip("\n")) from e
         if not isinstance(row, dict):
             raise KitError("must be an object with named values", file=path, key=f"line {i}", value=row)
         yield row

@@ -12,7 +12,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-from .digests import digest_json
+from .digests import digest_json, refuse_nonfinite
 from .errors import KitError
 from .files import read_json, read_jsonl, write_json, write_jsonl
 from .params import check_section, did_you_mean
@@ -152,6 +152,11 @@ def _columns(path: Path, cols: list[str]) -> dict[str, list]:
     for number, row in enumerate(read_jsonl(path), 1):
         if gone := [c for c in cols if c not in row]:
             raise KitError("a column is missing", file=path, key=f"line {number}.{gone[0]}", remedy="Measure again")
+        try:
+            refuse_nonfinite(row, f"line {number}")
+        except KitError as e:
+            e.file = path
+            raise
         for c in cols:
             table[c].append(row[c])
     return table

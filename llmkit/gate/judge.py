@@ -79,12 +79,18 @@ def _evidence(report: Report, m: Measurement) -> None:
     values = report.column(m.samples)
     if key in table:
         values = [v for v, k in zip(values, table[key], strict=True) if str(k) == want]
+    if len(values) < m.n:
+        fix = "Measure again, or fetch the report again: a part of its samples is lost"
+        raise KitError(f"{report.subject} {m.metric} rests on {m.n} items, and {m.samples} has {len(values)}", remedy=fix)  # fmt: skip
     if len(values) == m.n:
         _agree(report, m, values)
 
 
 def _agree(report: Report, m: Measurement, values: Sequence[float]) -> None:
     "Refuse values whose mean is not what was measured."
+    if odd := [v for v in values if not isinstance(v, (int, float, np.number, np.bool_))]:
+        fix = "Measure again, or fetch the report again"
+        raise KitError(f"a value behind {report.subject} {m.metric} in {m.samples} is no number", value=odd[0], remedy=fix)  # fmt: skip
     found = float(np.mean(np.asarray(values, float))) if len(values) else np.nan
     if not np.isclose(found, m.value, rtol=1e-6, atol=1e-9):
         said = f"the values behind {report.subject} {m.metric} average to {found:.6g}, not {m.value:.6g}"
@@ -201,11 +207,12 @@ def _judge_ratio(r: Rule, reports: Mapping[str, Report]) -> RuleResult:
     if min(m.value, ref.value) <= 0:
         raise KitError(f"a ratio of {r.metric} needs values above zero", value=min(m.value, ref.value))
     ratio = m.value / ref.value
-    low, high, how = bound_ratio(r, reports) if r.bound else (ratio, ratio, "")
+    d = _below(r, reports) if r.bound else None
+    low, high, how = bound_ratio(r, reports, d) if r.bound else (ratio, ratio, "")
     outcome = "pass" if high <= r.limit else "fail" if low > r.limit else "inconclusive"
     said = f"{_num(m.value, m.unit)} against {_num(ref.value, ref.unit)}"
     text = f"{r.on} {r.metric}{_where(r)} is {ratio:.4g} times that of {r.against} ({said}{f'; {low:.4g} to {high:.4g}, {how}' if how else ''}): at most {r.limit:g} is asked"
-    needs = ratio_needed(r, reports, r.limit - ratio) if outcome == "inconclusive" else None
+    needs = ratio_needed(r, reports, r.limit - ratio, below=d) if outcome == "inconclusive" else None
     bounds = (low, high) if r.bound else (None, None)
     return _result(r, outcome, text, ratio, *bounds, r.limit, min(m.n, ref.n), needs)
 
@@ -222,10 +229,11 @@ def _below(r: Rule, reports: Mapping[str, Report]) -> Difference | None:
 def bound_ratio(
     r: Rule,  # max_ratio
     reports: Mapping[str, Report],  # subject → report
+    below: Difference | None = None,  # what was found item by item, where that was done already
 ) -> tuple[float, float, str]:
     "Both ends of a ratio and how they were found; raises `KitError` where a value has no interval."
     m, ref = (find(reports, s, r.metric, r.slice) for s in (r.on, r.against))
-    if d := _below(r, reports):
+    if d := below or _below(r, reports):
         return r.limit - d.high / ref.value, r.limit - d.low / ref.value, f"{d.method}, n = {d.n}"
     ends = [m.low, m.high, ref.low, ref.high]
     if None in ends:
@@ -240,12 +248,13 @@ def ratio_needed(
     reports: Mapping[str, Report],  # subject → report
     lead: float,  # how far the true ratio lies below its limit
     power: float = 0.8,
+    below: Difference | None = None,  # what was found item by item, where that was done already
 ) -> int | None:
     "Items at which a ratio would leave its limit, at the spread that was measured; None without a lead."
     m, ref = (find(reports, s, r.metric, r.slice) for s in (r.on, r.against))
     if not 0 < lead < r.limit:
         return None
-    if d := _below(r, reports):
+    if d := below or _below(r, reports):
         return scores_needed(0.0, d.sd, lead * ref.value, r.alpha, power)
     high, ratio = bound_ratio(r, reports)[1], m.value / ref.value
     return interval_needed(math.log(high / ratio), m.n, math.log(r.limit / (r.limit - lead)), m.level, power)
@@ -275,8 +284,10 @@ def paired_values(
     for col in (key, extra or "id"):
         if col not in table:
             raise KitError(f"{report.subject} has no column {col} beside {m.samples}", remedy=did_you_mean(col, table))
+    if odd := [i for i in table["id"] if isinstance(i, (list, dict))]:
+        raise KitError(f"an id of {report.subject} beside {m.samples} is no name", value=odd[0], remedy="Measure again")
     rows = zip(table["id"], report.column(m.samples), table[key], table[extra or "id"], strict=True)
-    values = {i: (float(v), x) for i, v, k, x in rows if want is None or str(k) == want}
+    values = {i: (v, x) for i, v, k, x in rows if want is None or str(k) == want}
     _agree(report, m, [v for v, _ in values.values()])
     return values
 

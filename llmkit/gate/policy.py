@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from ..core.digests import digest_json
-from ..core.params import ParamsError, conform, did_you_mean, refuse_unknown
+from ..core.params import ParamsError, check_section, did_you_mean
+from ..core.ranges import check_ranges
 
 # %% ../../nbs/02_gate/03_policy.ipynb #1f6dc34a
 TESTS = ("min", "max", "max_ratio", "noninferiority", "superiority")
@@ -60,11 +61,7 @@ def read_rule(
     file: str | None = None,  # likewise
 ) -> Rule:
     "A rule from its entry; raises `ParamsError` on whatever is unknown, missing, doubled or contradictory."
-    if not isinstance(entry, Mapping):
-        fix = "Write it as {metric: accuracy, min: 0.8}"
-        raise ParamsError(f"must be a dict, not a {type(entry).__name__}", file=file, key=key, value=entry, remedy=fix)
-    refuse_unknown(entry, _TYPES, key, file)
-    given = {n: _read(v, n, f"{key}.{n}", file) for n, v in entry.items()}
+    given = _read(entry, _TYPES, key, file, "Write it as {metric: accuracy, min: 0.8}")
     tests = [t for t in TESTS if t in given]
     if len(tests) != 1 or "metric" not in given:
         fix = f"Write metric, and one of {', '.join(TESTS)}"
@@ -78,26 +75,27 @@ def read_rule(
     return rule
 
 
-def _read(value: Any, name: str, key: str, file: str | None) -> Any:
-    "One value of a rule, of its type and in its range."
-    kind = _TYPES[name]
+_RANGES = {"alpha": "(0, 0.5]", "min_n": "[1, inf)"}
+
+
+def _read(values: Any, declared: Mapping[str, Any], key: str, file: str | None, form: str) -> dict[str, Any]:
+    "What is written under a key, of its types and in its ranges; an error says how it is written."
     try:
-        value = conform(value, kind, key, file)
+        given = check_section(values, declared, key, file, optional=declared)
     except ParamsError as e:
-        e.remedy = _written(value, kind)
+        name = str(e.key).removeprefix(key).lstrip(".")
+        e.remedy = e.remedy or (_written(e.value, declared[name]) if name else form)
         raise
-    if name == "alpha" and not 0 < value <= 0.5:
-        fix = "Write 0.05 for one wrong bound in twenty"
-        raise ParamsError("alpha lies between 0 and 0.5", file=file, key=key, value=value, remedy=fix)
-    if name == "min_n" and value < 1:
-        raise ParamsError("min_n is at least 1", file=file, key=key, value=value, remedy="Leave it out to ask for none")
-    return value
+    check_ranges(given, _RANGES, key, file)
+    return given
 
 
 def _written(value: Any, kind: Any) -> str:
     "How a value of a type is written."
-    if kind not in (float, int, str):
+    if kind not in (float, int, str, list):
         return did_you_mean(str(value), get_args(kind))
+    if kind is list:
+        return "Write a list, each rule behind a dash"
     if kind is str:
         return "Write text, in quotes where YAML reads something else"
     plain = "Write a number" if kind is float else "Write a whole number"
@@ -144,15 +142,8 @@ def read_policy(
     name: str = "gates",  # the section's, for errors
 ) -> Policy:
     "The policy of a section; raises `ParamsError`."
-    if not isinstance(section, Mapping):
-        fix = "Write alpha and rules under it"
-        raise ParamsError(f"must be a dict, not a {type(section).__name__}", file=file, key=name, value=section, remedy=fix)  # fmt: skip
-    refuse_unknown(section, ("alpha", "rules"), name, file)
-    alpha = _read(section.get("alpha", 0.05), "alpha", f"{name}.alpha", file)
-    entries = section.get("rules", [])
-    if not isinstance(entries, list):
-        fix = "Write a list, each rule behind a dash"
-        raise ParamsError(f"must be a list, not a {type(entries).__name__}", file=file, key=f"{name}.rules", value=entries, remedy=fix)  # fmt: skip
+    given = _read(section, {"alpha": float, "rules": list}, name, file, "Write alpha and rules under it")
+    alpha, entries = given.get("alpha", 0.05), given.get("rules", [])
     if not entries:
         raise ParamsError("a policy without rules judges nothing", file=file, key=f"{name}.rules", remedy="Add a rule")
     rules = tuple(read_rule(e, alpha, f"{name}.rules[{i}]", file) for i, e in enumerate(entries))

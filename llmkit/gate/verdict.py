@@ -8,15 +8,16 @@ __all__ = ['Outcome', 'EXIT_CODES', 'SCHEMA', 'RuleResult', 'worst', 'Verdict', 
 
 # %% ../../nbs/02_gate/04_verdict.ipynb #cbcae734
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 from xml.etree import ElementTree as ET
 
 from ..core.digests import short
 from ..core.errors import KitError
-from ..core.files import read_json, write_json, write_text
+from ..core.files import read_object, write_json, write_text
+from ..core.params import check_section
 from ..core.plugins import need
 
 # %% ../../nbs/02_gate/04_verdict.ipynb #caf53a52
@@ -139,13 +140,22 @@ def write_verdict(
     return write_json(folder / "verdict.json", {"schema": SCHEMA, **body})
 
 
+_FILE = {"schema": str, "outcome": Outcome, "reasons": list, "policy_digest": str, "reports": dict[str, str], "exit_code": int}  # fmt: skip
+_RESULT = get_type_hints(RuleResult)
+_OPTIONAL = [f.name for f in fields(RuleResult) if f.default is not MISSING]
+
+
 def read_verdict(folder: str | Path) -> Verdict:
     "Read a verdict back; raises `KitError` when it is missing, of another schema, or at odds with its own rules."
     path = Path(folder) / "verdict.json"
-    body: dict[str, Any] = read_json(path)
+    body = read_object(path)
     if body.get("schema") != SCHEMA:
         raise KitError("unknown verdict schema", file=path, key="schema", value=body.get("schema"))
-    reasons = tuple(RuleResult(**r) for r in body["reasons"])
+    body = check_section(body, _FILE, file=path, optional=("exit_code",))
+    reasons = tuple(
+        RuleResult(**check_section(r, _RESULT, f"reasons[{i}]", path, optional=_OPTIONAL))
+        for i, r in enumerate(body["reasons"])
+    )
     if worst([r.outcome for r in reasons]) != body["outcome"]:
         fix = "Run the gate again: the file was edited"
         raise KitError(

@@ -60,11 +60,11 @@ def test_exit_codes(folder, code, rule, capsys):
 BAD = {  # policy → what its error says behind the file
     'gates: {rules: [{metric: accuracy, min: "0.8"}]}': "gates.rules[0].min: must be a float, not a str (got '0.8'). Write it without quotes: 0.8",
     "gates: {rules: [{metric: accuracy, min: high}]}": "gates.rules[0].min: must be a float, not a str (got 'high'). Write a number",
-    "gates: {alpha: 0.7, rules: [{metric: accuracy, min: 0.8}]}": "gates.alpha: alpha lies between 0 and 0.5 (got 0.7). Write 0.05",
+    "gates: {alpha: 0.7, rules: [{metric: accuracy, min: 0.8}]}": "gates.alpha: is out of range (got 0.7). It lies in (0, 0.5]",
     "gates: {rules: [{metric: accuracy, min: .nan}]}": "gates.rules[0].min: must be a finite number (got nan). Write a number",
     "gates: {rules: [{metric: accuracy, min: 0.8}, {metric: accuracy, mni: 0.8}]}": "gates.rules[1].mni: unknown parameter (got 0.8). Did you mean 'min'",
     "gates: {rules: [{metric: accuracy, min: 0.8, min_n: 1.5}]}": "gates.rules[0].min_n: must be a int, not a float (got 1.5). Write a whole number",
-    "gates: {rules: [{metric: accuracy, min: 0.8, min_n: 0}]}": "gates.rules[0].min_n: min_n is at least 1 (got 0). Leave it out",
+    "gates: {rules: [{metric: accuracy, min: 0.8, min_n: 0}]}": "gates.rules[0].min_n: is out of range (got 0). It lies in [1, inf)",
     "gates: {rules: [{metric: accuracy, min: 80, bound: wilson}]}": "gates.rules[0].min: a rate lies between 0 and 1 (got 80). Write a share",
     "gates: {rules: [{metric: accuracy, min: 0.8, bound: wilsn}]}": "(got 'wilsn'). Did you mean 'wilson'",
     "gates: {rules: [{metric: accuracy, noninferiority: -0.1, against: merged}]}": "gates.rules[0].noninferiority: a margin or a ratio is positive (got -0.1). Write",
@@ -113,11 +113,98 @@ def test_a_baseline_of_another_suite_is_an_error(folder, capsys):
     assert "Measure baseline again, on bank@1" in capsys.readouterr().out
 
 
-def test_a_damaged_report_is_not_a_pass(folder):
+DAMAGE = {  # what happens to a file → what is said of it behind its name
+    "truncated": (lambda t: t[:100], "not valid JSON"),
+    "empty": (lambda t: "", "not valid JSON"),
+    "no JSON": (lambda t: "<html>", "not valid JSON"),
+    "no UTF-8": (lambda t: "\udcff", "not valid JSON"),
+    "too deep": (lambda t: "[" * 100_000, "not valid JSON"),
+    "a list": (lambda t: "[1]", "schema: unknown report schema (got 'list')"),
+    "another object": (lambda t: '{"metric": 1}', "schema: unknown report schema (got None)"),
+    "another schema": (lambda t: t.replace("llmkit.report/1", "llmkit.report/9"), "schema: unknown report schema (got 'llmkit.report/9')"),
+    "NaN": (lambda t: t.replace('"value": 0.95', '"value": NaN'), "measurements[0].value: must be a finite number"),
+    "text": (lambda t: t.replace('"value": 0.95', '"value": "0.95"'), "measurements[0].value: must be a float"),
+    "gone": (lambda t: None, "no such file"),
+}  # fmt: skip
+SAMPLES = {
+    "truncated": (lambda t: t[:-20], "line 400: not valid JSON"),
+    "no JSON": (lambda t: "<html>", "line 1: not valid JSON"),
+    "a list": (lambda t: "[1]\n", "line 1: must be an object"),
+    "another object": (lambda t: '{"metric": 1}\n', "line 1.id: a column is missing"),
+    "NaN": (lambda t: t.replace('"correct": 1', '"correct": NaN', 1), "line 1.correct: not a finite number"),
+    "gone": (lambda t: None, "no such file"),
+}
+LOST = {  # what only a rule sees: its outcome is error
+    "empty": (lambda t: "", "rests on 400 items, and task/correct has 0"),
+    "shorter": (lambda t: "".join(t.splitlines(True)[:-1]), "rests on 400 items, and task/correct has 399"),
+    "text": (lambda t: t.replace('"correct": 1', '"correct": "1"', 1), "task/correct is no number (got '1')"),
+    "null": (lambda t: t.replace('"correct": 1', '"correct": null', 1), "task/correct is no number (got None)"),
+}
+
+
+def spoil(path, change):
+    "Change what a file says, or remove it."
+    if (text := change(path.read_text())) is None:
+        path.unlink()
+    else:
+        path.write_bytes(text.encode("utf-8", "surrogateescape"))
+
+
+@pytest.mark.parametrize("where", ["reports/engine", "baseline/engine"])
+@pytest.mark.parametrize(
+    "name, change, said",
+    [
+        *(pytest.param("report.json", *d, id=f"report {k}") for k, d in DAMAGE.items()),
+        *(pytest.param("samples/task.jsonl", *d, id=f"samples {k}") for k, d in SAMPLES.items()),
+    ],
+)
+def test_a_damaged_report_or_baseline_is_an_error_that_names_the_file(folder, where, name, change, said, capsys):
+    policy(folder, "{metric: accuracy, min: 0.5}", "{metric: accuracy, noninferiority: 0.03, against: baseline, if_absent: skip}")  # fmt: skip
+    write_report(report("engine", 380), folder / "baseline/engine")
+    assert gate_run(reports="reports", baseline="baseline/engine") == 0
+    spoil(folder / where / name, change)
+    capsys.readouterr()
+    assert gate_run(reports="reports", baseline="baseline/engine", out="verdict") == 4
+    assert f"{where}/{name}: {said}" in capsys.readouterr().err.replace(f"{folder}/", "")
+    assert not (folder / "verdict").exists()
+    assert gate_plan(reports="baseline/engine" if "base" in where else "reports") == 4
+
+
+@pytest.mark.parametrize("damage", LOST)
+@pytest.mark.parametrize("rule", ["min: 0.5, bound: wilson", "noninferiority: 0.03, against: merged"])
+def test_samples_that_are_lost_are_an_error_of_the_rules_that_read_them(folder, damage, rule, capsys):
+    policy(folder, f"{{metric: accuracy, {rule}}}")
+    change, said = LOST[damage]
+    spoil(folder / "reports/engine/samples/task.jsonl", change)
+    assert gate_run(reports="reports", out="verdict") == 4
+    told = capsys.readouterr().out
+    assert said in told or "cannot be paired" in told or "no per-sample values" in told or "average to" in told
+    assert read_verdict("verdict").outcome == "error"
+
+
+def test_a_folder_that_lost_its_report_is_not_passed_over(folder, capsys):
     policy(folder, "{metric: accuracy, min: 0.5}")
-    path = folder / "reports/engine/report.json"
-    path.write_text(path.read_text()[:100])
-    assert gate_run(reports="reports") != 0
+    (folder / "reports/merged/report.json").unlink()
+    assert gate_run(reports="reports") == 4
+    assert "reports/merged/report.json: no such file" in capsys.readouterr().err
+
+
+def test_a_ratio_is_resampled_once(folder, capsys, monkeypatch):
+    import llmkit.gate.judge as judge
+
+    calls = []
+    plain = judge.paired_scores
+    monkeypatch.setattr(judge, "paired_scores", lambda *a, **k: (calls.append(a), plain(*a, **k))[1])
+    table = [(i * 37 % 101) / 10 + 1 for i in range(60)]
+    for subject, factor in (("engine", 1.0), ("merged", 1.01)):
+        values = [v * factor + (i % 5) * 0.3 * (subject == "engine") for i, v in enumerate(table)]
+        m = Measurement("tokens", sum(values) / 60, 60, direction="lower", samples="task/tokens")
+        samples = {"task": {"id": list(range(60)), "tokens": values}}
+        write_report(Report(subject, "", "bank@1", (m,), samples), folder / "reports" / subject)
+    ratio = "{metric: tokens, max_ratio: 1.09, against: merged, bound: interval}"
+    policy(folder, ratio)
+    assert gate_run(reports="reports") == 3 and len(calls) == 1
+    assert "Not sure enough; needs about" in capsys.readouterr().out
 
 
 def test_values_that_were_doctored_are_found(folder, capsys):
