@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['PICKLES', 'Dtype', 'PLAIN_TEMPLATE', 'TOKENIZER_FILES', 'inspect', 'buildable', 'onnx_architectures', 'road',
-           'load_checked', 'one_line', 'bring_tokenizer', 'add_turn_end', 'import_folder', 'licences', 'describe']
+           'refuse_not_finite', 'shards', 'check_weights', 'load_checked', 'one_line', 'bring_tokenizer',
+           'add_turn_end', 'import_folder', 'licences', 'describe']
 
 # %% ../../nbs/04_model/02b_folder.ipynb #f6c21ce4
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,6 +105,59 @@ def road(
         return "stage quantize: onnxruntime-genai is not installed here, so the architecture was not checked"
     return "" if architecture in known else f"stage quantize: the ONNX builder knows no {architecture}"
 
+# %% ../../nbs/04_model/02b_folder.ipynb #18698074
+def refuse_not_finite(
+    tensor: Any,  # a torch tensor
+    name: str,  # its name
+    file: str | Path,  # where it is from
+    remedy: str,
+    what: str = "",  # what was done to it
+) -> None:
+    "Refuse a tensor with NaN or infinity in it; raises `KitError` that counts them."
+    torch = need("torch")
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    tensor = tensor.half() if tensor.element_size() == 1 else tensor
+    if not all(map(torch.isfinite, torch.aminmax(tensor))):
+        n = sum(int((~part.isfinite()).sum()) for part in tensor.flatten().split(2**24))
+        raise KitError(f"{n} of {tensor.numel()} values are not finite{what}", file=file, key=name, remedy=remedy)
+
+
+def shards(
+    folder: str | Path,  # a Hugging Face folder
+) -> list[Path]:
+    "The files that the weights of a model are loaded from; raises `KitError` on an index that names none, or one that is not there."
+    folder, index = Path(folder), Path(folder) / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file() or not index.is_file():
+        return sorted(folder.glob("model.safetensors"))
+    names = read_object(index).get("weight_map")
+    fix = "Fetch the folder again"
+    if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
+        raise KitError("stage base: must say in which file each weight is", file=index, key="weight_map", remedy=fix)
+    for weight, name in names.items():
+        if not (folder / name).is_file():
+            raise KitError("stage base: no such shard", file=index, key=f"weight_map.{weight}", value=name, remedy=fix)
+    return [folder / n for n in sorted(set(names.values()))]
+
+
+def check_weights(folder: str | Path) -> None:
+    "Read every tensor of a folder once; raises `KitError` on a file cut short, a tensor in two files, or a value that is not finite."
+    safetensors, seen = need("safetensors"), {}
+    for file in shards(folder):
+        try:
+            with safetensors.safe_open(file, framework="pt") as held:
+                for name in held.keys():  # noqa: SIM118  no mapping
+                    if name in seen:
+                        fix = f"Fetch the folder again: {seen[name]} holds it too"
+                        raise KitError("stage base: a tensor in two shards", file=file, key=name, remedy=fix)
+                    seen[name] = file.name
+                    refuse_not_finite(
+                        held.get_tensor(name), name, file, "Fetch the weights again, or take another base"
+                    )
+        except (OSError, safetensors.SafetensorError) as e:
+            fix = "Fetch the weights again; a file may be cut short"
+            raise KitError(f"stage base: cannot load the weights: {one_line(e)}", file=file, remedy=fix) from e
+
 # %% ../../nbs/04_model/02b_folder.ipynb #4b2006af
 Dtype = Literal["keep", "float32", "bfloat16", "float16"]
 
@@ -110,11 +166,12 @@ def load_checked(
     folder: str | Path,  # a folder that `inspect` accepts
     dtype: Dtype = "keep",  # of the weights in memory; "keep" for what config.json says
 ) -> Any:  # a transformers model on the CPU
-    "Load a decoder; raises `KitError` on a truncated file, a missing weight or another shape."
+    "Load a decoder; raises `KitError` on a truncated file, a missing weight, another shape, or what is not finite."
     torch, transformers, safetensors = need("torch"), need("transformers"), need("safetensors")
     kind = "auto" if dtype == "keep" else getattr(torch, dtype)
     options = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
     load = transformers.AutoModelForCausalLM.from_pretrained
+    check_weights(folder)
     try:
         with quiet():
             model, found = load(str(folder), dtype=kind, output_loading_info=True, **options)
@@ -130,6 +187,9 @@ def load_checked(
             problem = f"{len(names)} {fault.removesuffix('_keys')} weights"
             fix = "config.json and the weights do not belong together: fetch both again"
             raise KitError(f"stage base: {problem}", file=folder, key=names[0], remedy=fix)
+    for name, tensor in model.state_dict().items():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        refuse_not_finite(tensor, name, folder, "Set base.dtype: float32, or bfloat16", f" in {kind}")
     return model
 
 
@@ -232,11 +292,24 @@ def import_folder(
     else:
         ends = read_json(folder / "config.json").get("eos_token_id")
         write_json(folder / "generation_config.json", {} if ends is None else {"eos_token_id": ends})
-    tok, origin = bring_tokenizer(source, folder, template)
+    with _told_of(source, folder):
+        tok, origin = bring_tokenizer(source, folder, template)
+        facts = describe(model, tok)
     for name, path in licences(source).items():
         shutil.copyfile(path, folder / name)
     left_out = sorted(p.name for p in source.iterdir() if p.suffix in PICKLES)
-    return {**describe(model, tok), "template": origin, "left_out": left_out}
+    return {**facts, "template": origin, "left_out": left_out}
+
+
+@contextmanager
+def _told_of(source: Path, folder: Path) -> Iterator[None]:
+    "Let an error name the file that came in, and not its copy."
+    try:
+        yield
+    except KitError as e:
+        file = Path(e.file) if e.file else source
+        e.file = source / file.relative_to(folder) if file.is_relative_to(folder) else file
+        raise
 
 
 def licences(
@@ -254,7 +327,10 @@ def describe(model: Any, tok: Tokenizer) -> dict:
     if tok.vocab_size > rows:
         fix = "Take the tokenizer that belongs to the model"
         raise KitError(
-            "the tokenizer has more tokens than the model has embeddings", value=(tok.vocab_size, rows), remedy=fix
+            "the tokenizer has more tokens than the model has embeddings",
+            key="tokenizer.json",
+            value=(tok.vocab_size, rows),
+            remedy=fix,
         )
     name = type(model).__name__
     return {

@@ -16,6 +16,7 @@ from ..core.errors import KitError
 from ..core.files import read_json, write_json
 from ..core.params import did_you_mean
 from ..core.plugins import need
+from .folder import refuse_not_finite
 from .optimizer import linear_layers
 from .tiny import quiet, saving
 
@@ -195,12 +196,14 @@ def load_delta(
     model: Any,  # the base that the delta was trained on
     folder: str | Path,  # a delta folder
 ) -> Any:  # a PEFT model, frozen
-    "Apply a stored delta without merging it; raises `KitError` when it is damaged or made for another architecture."
+    "Apply a stored delta without merging it; raises `KitError` when it is damaged, not finite, or made for another architecture."
     peft, folder = need("peft"), Path(folder)
     config = peft.LoraConfig.from_pretrained(str(folder)) if (folder / "adapter_config.json").is_file() else None
     if config is None:
         raise KitError("no delta here", file=folder, key="adapter_config.json", remedy="Run the finetune stage")
-    tensors = read_tensors(folder / "adapter_model.safetensors")
+    tensors = read_tensors(file := folder / "adapter_model.safetensors")
+    for name, tensor in tensors.items():
+        refuse_not_finite(tensor, name, file, "Train the delta again; its run has gone astray")
     try:
         tuned = peft.get_peft_model(model, config)
         lost = peft.set_peft_model_state_dict(tuned, tensors)

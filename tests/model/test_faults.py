@@ -270,3 +270,177 @@ def test_a_folder_of_licences_comes_along(pair, tmp_path):
     (copy / "NOTICE").write_text("ours")
     made = make_base(tmp_path / "base", source="folder", model=str(copy))
     assert {"LICENSES-MIT.txt", "NOTICE"} <= {*made.files}
+
+
+def bad_copy(pair, tmp_path, change, shards=False, dtype=None):
+    "The folder that the base came from, its weights changed by hand; in two shards where asked for."
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    copy = shutil.copytree(pair[0].path.parent / "from", tmp_path / "bad")
+    weights = load_file(copy / "model.safetensors")
+    weights = {n: t.to(dtype) for n, t in weights.items()} if dtype else weights
+    change(weights, torch)
+    if not shards:
+        save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+        return copy
+    names = sorted(weights)
+    parts = {f"model-{i}-of-2.safetensors": names[i::2] for i in range(2)}
+    (copy / "model.safetensors").unlink()
+    for name, held in parts.items():
+        save_file({n: weights[n] for n in held}, copy / name, metadata={"format": "pt"})
+    where = {n: name for name, held in parts.items() for n in held}
+    write_json(copy / "model.safetensors.index.json", {"metadata": {}, "weight_map": where})
+    return copy
+
+
+def refused(copy, tmp_path, says, **options):
+    "Nothing comes of a base, and the error is one line that says so."
+    with pytest.raises(KitError, match=says) as e:
+        make_base(tmp_path / "base", source="folder", model=str(copy), **options)
+    assert "\n" not in str(e.value) and ".tmp" not in str(e.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_weights_that_are_not_finite_are_refused_with_file_tensor_and_number(pair, tmp_path, dtype, value):
+    import torch
+
+    def change(weights, torch):
+        weights["model.layers.1.mlp.up_proj.weight"][2, :5] = float(value)
+
+    copy = bad_copy(pair, tmp_path, change, dtype=getattr(torch, dtype))
+    says = r"bad/model.safetensors: model.layers.1.mlp.up_proj.weight: 5 of 6144 values are not finite\. Fetch the"
+    refused(copy, tmp_path, says)
+
+
+def test_a_shard_that_is_not_finite_is_named_in_a_folder_from_the_hub_with_a_mocked_hub(pair, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def change(weights, torch):
+        weights["model.norm.weight"][0] = float("nan")
+
+    copy = bad_copy(pair, tmp_path, change, shards=True)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(copy))
+    with pytest.raises(KitError, match=r"bad/model-[01]-of-2.safetensors: model.norm.weight: 1 of 64 values are not"):
+        make_base(tmp_path / "base", source="hub", model="some/model", revision="0" * 40)
+    assert not (tmp_path / "base").exists()
+
+
+def test_weights_that_overflow_in_half_precision_are_refused(pair, tmp_path):
+    def change(weights, torch):
+        weights["model.norm.weight"][:2] = 1e6
+
+    copy = bad_copy(pair, tmp_path, change)
+    says = r"bad: model.norm.weight: 2 of 64 values are not finite in float16\. Set base.dtype: float32"
+    refused(copy, tmp_path, says, dtype="float16")
+    assert make_base(tmp_path / "base", source="folder", model=str(copy), dtype="bfloat16").meta["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_delta_that_is_not_finite_is_refused_at_merge(pair, tmp_path, value):
+    from safetensors.torch import load_file, save_file
+
+    base, delta = pair
+
+    def change(folder):
+        weights = load_file(folder / "adapter_model.safetensors")
+        name = sorted(weights)[0]
+        weights[name].view(-1)[:3] = float(value)
+        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    says = r"adapter_model.safetensors: \S+lora_A.weight: 3 of \d+ values are not finite\. Train the delta again"
+    with pytest.raises(KitError, match=says):
+        merge(tmp_path / "model", base.path, reseal(delta, tmp_path / "delta", change=change).path)
+    assert left_over(tmp_path) == []
+
+
+def test_every_tensor_is_read_one_at_a_time(pair, tmp_path, monkeypatch):
+    "What the check holds of a file is never more than one tensor, and the one before it."
+    import weakref
+
+    from llmkit.model import folder
+
+    copy, alive, most = bad_copy(pair, tmp_path, lambda w, torch: None, shards=True), [], []
+
+    def look(tensor, name, *rest):
+        most.append(sum(r() is not None for r in alive))
+        alive.append(weakref.ref(tensor))
+
+    monkeypatch.setattr(folder, "refuse_not_finite", look)
+    folder.check_weights(copy)
+    assert len(most) > 10 and max(most) <= 1
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda m, w: {}, r"index.json: weight_map: stage base: must say in which file"),
+        (lambda m, w: {"weight_map": []}, r"index.json: weight_map: stage base: must say in which file"),
+        (lambda m, w: {"weight_map": w | {"lm_head.weight": "model-7.safetensors"}}, r"index.json: weight_map.lm_head.weight: stage base: no such shard \(got 'model-7.safetensors'\)"),
+        (lambda m, w: {"weight_map": {n: "model-0-of-2.safetensors" for n in w}}, r"stage base: "),
+        (lambda m, w: [1], r"index.json: must be an object"),
+    ],
+    ids=["no map", "a list", "missing shard", "one shard for all", "no object"],
+)  # fmt: skip
+def test_an_index_that_does_not_fit_its_shards(pair, tmp_path, change, says):
+    copy = bad_copy(pair, tmp_path, lambda w, torch: None, shards=True)
+    index = read_json(copy / "model.safetensors.index.json")
+    write_json(copy / "model.safetensors.index.json", change(index, index["weight_map"]))
+    refused(copy, tmp_path, says)
+
+
+def test_shards_are_read_and_one_that_stands_there_twice_or_is_cut_short_is_named(pair, tmp_path):
+    copy = bad_copy(pair, tmp_path, lambda w, torch: None, shards=True)
+    assert make_base(tmp_path / "good", source="folder", model=str(copy)).digest
+    shutil.rmtree(tmp_path / "good")
+    kept = (copy / "model-1-of-2.safetensors").read_bytes()
+    (copy / "model-1-of-2.safetensors").write_bytes((copy / "model-0-of-2.safetensors").read_bytes())
+    refused(copy, tmp_path, r"model-1-of-2.safetensors: \S+: stage base: a tensor in two shards.*model-0-of-2")
+    (copy / "model-1-of-2.safetensors").write_bytes(kept[:-100])
+    refused(copy, tmp_path, r"model-1-of-2.safetensors: stage base: cannot load the weights.*cut short")
+
+
+@pytest.mark.parametrize("key", ["torch_dtype", "dtype"])
+def test_a_dtype_that_torch_does_not_have(pair, tmp_path, key):
+    copy = bad_copy(pair, tmp_path, lambda w, torch: None)
+    config = {k: v for k, v in read_json(copy / "config.json").items() if "dtype" not in k}
+    write_json(copy / "config.json", config | {key: "float99"})
+    refused(copy, tmp_path, r"bad/config.json: stage base: no model can be built from it: .*'torch' has no .*'float99'")
+
+
+def test_a_template_with_a_fault_is_told_with_its_line(pair, tmp_path):
+    copy = bad_copy(pair, tmp_path, lambda w, torch: None)
+    (copy / "chat_template.jinja").write_text("{% for m in messages %}\n{{ m.content }\n{% endfor %}")
+    refused(copy, tmp_path, r"bad: line 2: the chat template is not valid jinja: .*Correct chat_template.jinja")
+
+
+def test_a_tokenizer_without_an_end_token(pair, tmp_path):
+    copy = bad_copy(pair, tmp_path, lambda w, torch: None)
+    (copy / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    config = read_json(copy / "config.json")
+    write_json(copy / "config.json", config | {"eos_token_id": None})
+    (copy / "generation_config.json").unlink()
+    write_json(copy / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+    refused(copy, tmp_path, r"bad/chat_template.jinja: no token ends an answer\. Name an eos_token")
+    (copy / "chat_template.jinja").unlink()
+    refused(copy, tmp_path, r"bad: the tokenizer has no eos_token")
+
+
+def test_a_tokenizer_larger_than_the_embedding_matrix(pair, tmp_path):
+    from llmkit.model.tiny import train_tokenizer
+
+    copy = bad_copy(pair, tmp_path, lambda w, torch: None)
+    train_tokenizer(copy, [f"{line} {i * 7919}" for i, line in enumerate(LINES * 3)], 400)
+    refused(
+        copy,
+        tmp_path,
+        r"bad: tokenizer.json: the tokenizer has more tokens than the model has embeddings \(got \(\d+, 320\)\)",
+    )
+
+
+def test_a_tokenizer_that_is_none(pair, tmp_path):
+    copy = bad_copy(pair, tmp_path, lambda w, torch: None)
+    (copy / "tokenizer.json").write_text("{}")
+    refused(copy, tmp_path, r"bad/tokenizer.json: not a tokenizer")
