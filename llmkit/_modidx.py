@@ -207,6 +207,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llmkit.data.sources.Source': ('03_data/sources.html#source', 'llmkit/data/sources.py'),
                                      'llmkit.data.sources.Source.rows': ('03_data/sources.html#source.rows', 'llmkit/data/sources.py'),
                                      'llmkit.data.sources._csv_rows': ('03_data/sources.html#_csv_rows', 'llmkit/data/sources.py'),
+                                     'llmkit.data.sources._fetch': ('03_data/sources.html#_fetch', 'llmkit/data/sources.py'),
                                      'llmkit.data.sources._files': ('03_data/sources.html#_files', 'llmkit/data/sources.py'),
                                      'llmkit.data.sources._json_row': ('03_data/sources.html#_json_row', 'llmkit/data/sources.py'),
                                      'llmkit.data.sources._no_constant': ('03_data/sources.html#_no_constant', 'llmkit/data/sources.py'),

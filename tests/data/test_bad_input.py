@@ -1,6 +1,10 @@
 """Bad input: a clear error or a quarantined row that names file, line, value and remedy; nothing lost or half-written."""
 
+import gzip
 import json
+import os
+import shutil
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -312,3 +316,105 @@ def test_a_folder_that_is_no_dataset(make, tmp_path):
         make(tmp_path / "broken", "delta")
     with pytest.raises(KitError, match="not a Parquet file"):
         make(b"PAR1 and then nothing", "parquet")
+
+
+def test_what_is_no_file_is_refused_before_it_is_opened(make, tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    (tmp_path / "folder/a.jsonl").mkdir(parents=True)
+    for path, says in {
+        tmp_path / "pipe.jsonl": r"pipe.jsonl: is a pipe or a device, and no file\. Name a file",
+        "/dev/zero": "/dev/zero: is a pipe or a device, and no file",
+        tmp_path / "loop.jsonl": "loop.jsonl: no such file or folder",
+        tmp_path / "folder": "folder/a.jsonl: is a folder, and no file",
+    }.items():
+        with pytest.raises(KitError, match=says):
+            make(Path(path))
+    assert not [*(tmp_path / "out").iterdir()]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+@pytest.mark.parametrize(
+    "data, says", [(gzip.compress(b"\n".join(GOOD)), "is packed with gzip. Unpack it"), (b"PK\x03\x04" + bytes(99), "is packed with zip")]
+)  # fmt: skip
+def test_a_packed_file_under_the_name_of_text(make, kind, data, says):
+    with pytest.raises(KitError, match=rf"rows.{kind}: {says}"):
+        make(data, kind, TABLE if kind == "csv" else Shape())
+
+
+def test_an_encrypted_parquet_file(make, tmp_path):
+    import base64
+
+    pq, pa, pe = need("pyarrow.parquet"), need("pyarrow"), need("pyarrow.parquet.encryption")
+
+    class Plain(pe.KmsClient):
+        "A key service that hides nothing."
+
+        def __init__(self, _):
+            pe.KmsClient.__init__(self)
+
+        def wrap_key(self, key, _):
+            return base64.b64encode(key)
+
+    factory, table = pe.CryptoFactory(Plain), pa.Table.from_pylist(good_rows())
+    for plain in (True, False):  # whether the footer can be read
+        how = pe.EncryptionConfiguration(footer_key="k", column_keys={"c": ["prompt"]}, plaintext_footer=plain)
+        keys = factory.file_encryption_properties(pe.KmsConnectionConfig(), how)
+        with pq.ParquetWriter(tmp_path / "x.parquet", table.schema, encryption_properties=keys) as out:
+            out.write_table(table)
+        with pytest.raises(KitError, match=r"rows.parquet: .*Write it anew without encryption"):
+            make((tmp_path / "x.parquet").read_bytes(), "parquet")
+
+
+def test_parquet_columns_of_other_kinds(make, tmp_path):
+    from decimal import Decimal
+
+    pq, pa = need("pyarrow.parquet"), need("pyarrow")
+    rows = pa.Table.from_pylist(good_rows())
+    labels = rows["label"].combine_chunks().dictionary_encode()
+    more = rows.set_column(2, "label", labels).append_column("x", pa.array([{"a": [1]}] * 40))
+    pq.write_table(more, tmp_path / "x.parquet")
+    assert read_json(make((tmp_path / "x.parquet").read_bytes(), "parquet") / "profile.json")["rows"]["out"] == 40
+    pq.write_table(rows.set_column(2, "label", pa.array([Decimal(i) for i in range(40)])), tmp_path / "x.parquet")
+    with pytest.raises(KitError, match="rows.parquet: line 1: label: must be a text, not a Decimal"):
+        make((tmp_path / "x.parquet").read_bytes(), "parquet")
+
+
+def test_ten_million_characters_in_a_cell_are_quarantined_as_too_long(make):
+    rows = "".join(f"{r['prompt']},{r['label']}\n" for r in good_rows())
+    [(line, reason)] = quarantine(make(f'text,category\n"{"word " * 2_000_000}",block\n{rows}'.encode(), "csv", TABLE, context=64))  # fmt: skip
+    assert line == 2 and "is longer than the context" in reason
+
+
+def test_two_files_with_the_same_ids_are_told_apart(make, tmp_path):
+    (tmp_path / "rows").mkdir()
+    for name, part in (("a", good_rows()[:35]), ("b", good_rows()[35:])):
+        lines = [json.dumps({**r, "id": str(i)}) for i, r in enumerate(part)]
+        (tmp_path / f"rows/{name}.jsonl").write_text("\n".join(lines))
+    found = quarantine(make(tmp_path / "rows"))
+    assert len(found) == 5 and "id: the same id as a.jsonl: line 1. Make the ids unique" in found[0][1]
+
+
+def test_data_diff_tells_a_renamed_record_from_one_that_is_new(make, tmp_path, capsys):
+    from llmkit.cli import main
+
+    rows = [{**r, "id": f"q{i}"} for i, r in enumerate(good_rows())]
+    shutil.copytree(make(rows).path, tmp_path / "before")
+    old = [*read_jsonl(tmp_path / "before/train.jsonl")]
+    named = {old[0]["id"]: "new-name"}
+    make(
+        [
+            {**r, "id": named.get(r["id"], r["id"]), "split": where}
+            for r, where in with_splits(rows, tmp_path / "before")
+        ]
+    )
+    assert main(["data", "diff", str(tmp_path / "before"), str(tmp_path / "out/dataset"), "--as-json"]) == 1
+    said = json.loads(capsys.readouterr().out)
+    assert said["counts"] == {"added": 0, "removed": 0, "renamed": 1, "edited": 0, "moved": 0, "same": 39}
+    assert said["examples"]["renamed"] == ["new-name"]
+
+
+def with_splits(rows, dataset):
+    "Rows with the split that each has in a dataset."
+    where = {r["id"]: s for s in ("train", "validation", "test") for r in read_jsonl(dataset / f"{s}.jsonl")}
+    return [(r, where[r["id"]]) for r in rows]

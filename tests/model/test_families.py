@@ -30,6 +30,8 @@ FAMILIES = {
     "Mixtral": GROUPED | {"num_local_experts": 4},
     "Qwen3Moe": GROUPED | {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "GptOss": GROUPED | {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "HunYuanDenseV1": GROUPED | {"head_dim": 32},
+    "HunYuanMoEV1": GROUPED | {"head_dim": 32, "num_experts": 4, "moe_topk": 2},
     "Phi": COMMON,
     "Phi3": GROUPED | {"original_max_position_embeddings": 64},
     "GPT2": {
@@ -89,7 +91,7 @@ def test_family_comes_through_base_and_merge(family, tmp_path):
     assert {n for n in base.files if n.endswith(".json") or n.endswith(".jinja")} == {
         n for n in model.files if n.endswith(("json", "jinja"))
     }
-    if family in ("GPT2", "Mixtral", "Qwen3Moe"):
+    if family in ("GPT2", "HunYuanMoEV1", "Mixtral", "Qwen3Moe"):
         assert base.meta["road"] == f"stage quantize: the ONNX builder knows no {base.meta['architecture']}"
     else:
         assert base.meta["road"] == ""
