@@ -93,8 +93,18 @@ def test_family_comes_through_base_and_merge(family, tmp_path):
     }
     if family in ("GPT2", "HunYuanMoEV1", "Mixtral", "Qwen3Moe"):
         assert base.meta["road"] == f"stage quantize: the ONNX builder knows no {base.meta['architecture']}"
+    elif family == "HunYuanDenseV1":
+        assert "no engine here can feed the graph of HunYuanDenseV1ForCausalLM" in base.meta["road"]
     else:
         assert base.meta["road"] == ""
+
+
+def test_hunyuan_ends_where_the_base_said(tmp_path):
+    random_model(tmp_path, "HunYuanDenseV1")
+    (tmp_path / "onnx").mkdir()
+    write_json(tmp_path / "onnx/engine.json", export(tmp_path, tmp_path / "onnx", "fp32"))
+    with pytest.raises(KitError, match="quantize: HunYuanDenseV1ForCausalLM gets a graph that no engine here can feed"):
+        OnnxEngine(tmp_path / "onnx", threads=1)
 
 
 @pytest.mark.parametrize("rope", [None, ROPE])
