@@ -191,35 +191,6 @@ def test_what_is_no_decoder_is_refused_at_the_base_stage(tmp_path, family):
         inspect(tmp_path)
 
 
-def test_hub_is_asked_for_the_commit_and_never_for_pickles_with_a_mocked_hub(pair, tmp_path, monkeypatch):
-    import huggingface_hub
-
-    asked = {}
-
-    def snapshot(repo, revision, allow_patterns):
-        asked.update(repo=repo, revision=revision, patterns=allow_patterns)
-        return str(pair[0].path.parent / "from")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    made = make_base(tmp_path / "base", source="hub", model="some/model", revision=commit)
-    assert (asked["repo"], asked["revision"]) == ("some/model", commit)
-
-    assert not [p for p in asked["patterns"] if p.endswith((".bin", ".pt", ".py")) or p == "*"]
-    assert made.recipe["revision"] == commit
-
-
-def test_hub_failure_names_the_remedy_with_a_mocked_hub(monkeypatch):
-    import huggingface_hub
-
-    def snapshot(*args, **kwargs):
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    with pytest.raises(KitError, match="base.model: cannot fetch.*base.source: folder"):
-        fetch("some/model", "0" * 40)
-
-
 @pytest.mark.parametrize("revision", ["", "main", "v1.0", "abc1234", "0" * 39])
 def test_hub_without_a_commit(revision):
     with pytest.raises(KitError, match="base.revision: a hub model needs a pinned commit"):
