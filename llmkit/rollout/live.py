@@ -88,6 +88,8 @@ class Live:
         self._stop = threading.Event()
         self._ended: float | None = None  # when the rollout that is held was first seen to be over
         self._refused = ("", 0)  # the rollout and its attempt that could not be loaded
+        self._owed: Controller | None = None  # of that rollout, until its abort is written
+        self._told: tuple[RolloutState, float] | None = None  # the state that the abort led to, and when
         self._missed: tuple[str, str, float, float] | None = (
             None  # rollout, its winner, when it failed, seconds to wait
         )
@@ -98,6 +100,14 @@ class Live:
         "What goes wrong now; empty when nothing does."
         c = self.controller
         return "; ".join(filter(None, (c.trouble if c else "", *self.faults.values())))
+
+    @property
+    def state(self) -> RolloutState | None:
+        "Of the rollout in hand, else of one that was refused, for as long as one in hand stays after its end."
+        c, told = self.controller, self._told
+        if c is not None:
+            return c.state
+        return told[0] if told and self.clock() - told[1] < self.hold else None
 
     def assign(self, unit: str) -> str:
         "The variant that answers a unit."
@@ -132,6 +142,8 @@ def look(self: Live) -> None:
         return
     id, state = found
     held = self.controller.id if self.controller else ""
+    if self._owed is not None:
+        self._refuse(id, state)
     if id != held and not state.finished and (id, state.attempt) != self._refused:
         self._take(id, state)
     elif id == held:
@@ -161,11 +173,10 @@ def _take(self: Live, id: str, state: RolloutState) -> None:
                 fresh[release] = self.open(release)
                 self._run(fresh[release].check())
     except Exception as e:  # whatever it is, the candidate cannot be served
-        self._refused, self.coming, why = (id, state.attempt), None, f"{type(e).__name__}: {e}"
-        self._note("release", why)
-        controller.command("abort", "llmkit serve", f"a release cannot be served: {why}"[:300])
+        self._refused, self._owed, self.coming = (id, state.attempt), controller, None
+        self._note("release", f"{type(e).__name__}: {e}")
         self._close(*fresh.values())
-        return
+        return self._refuse(id, state)
     old = [_real(b) for n, b in g.variants.items() if n not in g.adapters]
     if self.controller:
         self._let_go(self.controller.state)
@@ -173,11 +184,20 @@ def _take(self: Live, id: str, state: RolloutState) -> None:
     for variant, release in state.releases.items():
         bad = self.drill if variant != g.main else 0.0
         g.set_variant(variant, Drill(have[release], bad) if bad else have[release])
-    self.controller, self.coming, self._ended = controller, None, None
+    self.controller, self.coming, self._ended, self._told = controller, None, None, None
     self._note("release")
     self._arrived()
     self._close(*(b for b in old if b not in map(_real, g.variants.values())))
     log.info("following rollout %s", id)
+
+
+def _refuse(self: Live, id: str, state: RolloutState) -> None:
+    "Abort the rollout that cannot be served, if nobody else has; when that cannot be written, the next look tries again."
+    if (id, state.attempt) == self._refused and not state.finished:
+        why = f"a release cannot be served: {self.faults['release']}"[:300]
+        state = self._owed.command("abort", "llmkit serve", why)
+    self._owed, self._told = None, (state, self.clock())
+    self._note("release")
 
 
 def _let_go(self: Live, state: RolloutState) -> list[Backend]:
@@ -223,7 +243,7 @@ def _arrived(self: Live) -> None:
     self._note("champion")
 
 
-Live.look, Live._take, Live._let_go = look, _take, _let_go
+Live.look, Live._take, Live._refuse, Live._let_go = look, _take, _refuse, _let_go
 Live._follow_end, Live._arrived = _follow_end, _arrived
 
 # %% ../../nbs/09_rollout/14_live.ipynb #0e8afc9b
@@ -390,7 +410,7 @@ class _Scrape:
         core, live = need("prometheus_client.core", "serve"), self.live
         weight = core.GaugeMetricFamily("llmkit_rollout_weight_ratio", "Share of users of a variant.", labels=["model", "variant"])  # fmt: skip
         phase = core.GaugeMetricFamily("llmkit_rollout_phase", "1 for the phase of the rollout.", labels=["model", "phase"])  # fmt: skip
-        state = live.controller.state if live.controller else None
+        state = live.state
         for v, percent in (state.weights if state else {live.gateway.main: 100.0}).items():
             weight.add_metric([live.gateway.model, v], percent / 100)
         for name in ("none", *get_args(Phase)):

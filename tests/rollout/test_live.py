@@ -340,11 +340,48 @@ def test_a_release_that_cannot_be_loaded_is_aborted(town):
 def test_a_retry_after_a_release_could_not_be_loaded_loads_it_again(town, monkeypatch):
     with town.server() as (url, live):
         town.begin("r1", "sha256:lost")
-        until(lambda: town.phase("r1") == "Degraded" and live.trouble, "the abort")
+        until(lambda: town.phase("r1") == "Degraded", "the abort")
+        assert "the disk has lost it" in town.store.load("r1").state.reason
         monkeypatch.setitem(ENGINES, "sha256:lost", Slow)
         town.order("r1", "retry")
         until(lambda: live.controller is not None and not live.trouble, "the second try")
         assert live.gateway.variants["canary"].release == "sha256:lost" and town.phase("r1") == "Progressing"
+
+
+@pytest.mark.parametrize("at", ["append", "snapshot"])
+def test_an_abort_that_could_not_be_written_is_tried_again_without_another_load(town, monkeypatch, at):
+    tries, closed = [], []
+    now = [time.time()]
+    monkeypatch.setitem(ENGINES, "sha256:lost", lost(tries, closed))
+    with town.server(every=PATIENCE, clock=lambda: now[0], hold=600.0) as (url, live):
+        page = lambda name: httpx.get(f"{url}/metrics").text.split(f"\nllmkit_rollout_{name} ")[1].split()[0]
+        degraded = lambda: page('phase{model="bank-support",phase="Degraded"}')
+        until(lambda: "file" in live.faults, "the first look")
+        town.begin("r1", "sha256:lost")
+        with monkeypatch.context() as m:
+            m.setattr(live.store, at, full_disk)
+            with pytest.raises(KitError, match="the disk is full"):
+                live.look()
+        assert town.phase("r1") == ("Progressing" if at == "append" else "Degraded")
+        assert "a part of it is missing" in live.trouble and page("trouble") == "1.0"
+        live.look()
+        state = town.store.load("r1").state
+        assert state.phase == "Degraded" and "cannot be served: RuntimeError: a part of it is missing" in state.reason
+        assert len(tries) == 1 and not live.trouble and page("trouble") == "0.0"
+        until(lambda: len(closed) == 1, "the memory of the try")
+        assert degraded() == "1.0", "the state of the rollout tells of it"
+        now[0] += 600
+        live.look()
+        assert degraded() == page("trouble") == "0.0"
+        monkeypatch.setitem(ENGINES, "sha256:lost", Slow)
+        town.order("r1", "retry")
+        live.look()
+        assert town.phase("r1") == "Progressing" and live.gateway.variants["canary"].release == "sha256:lost"
+
+
+def full_disk(*args, **kwargs):
+    "What a store does that cannot write."
+    raise KitError("the disk is full")
 
 
 def lost(tries, closed):
@@ -386,8 +423,9 @@ def test_a_champion_that_cannot_be_loaded_is_tried_again_with_growing_waits(town
         if way != "undone":
             town.begin("r1", "sha256:good")  # its baseline is not what the server has
             live.look()
-            assert town.phase("r1") == "Degraded" and "a part of it is missing" in live.faults["release"]
-        until(lambda: tries, "the first look") if way == "undone" else None
+            assert town.phase("r1") == "Degraded"
+            assert "a part of it is missing" in town.store.load("r1").state.reason
+        until(lambda: live.faults.get("champion"), "the first look") if way == "undone" else None
         live.look()
         first = len(tries)
         assert "RuntimeError: a part of it is missing; good goes on serving" in live.faults["champion"]
@@ -423,7 +461,7 @@ def test_a_champion_that_cannot_be_loaded_is_left_alone_when_another_one_is_cham
         until(lambda: live.trouble, "the trouble")
         town.begin("r2", "sha256:b", champion="sha256:good")  # which is not there
         live.look()
-        assert "the disk has lost it" in live.faults["release"] and town.phase("r2") == "Degraded"
+        assert "the disk has lost it" in town.store.load("r2").state.reason and town.phase("r2") == "Degraded"
         for _ in range(4):
             now[0] += 600
             live.look()
