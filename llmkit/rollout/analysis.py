@@ -260,8 +260,8 @@ def _analyse_shadow(policy: RolloutPolicy, s: RolloutState, w: Window, now: floa
 
 
 def _uncompared(r: Rule, n: int) -> RuleResult:
-    "A rule on answers, all of which were drawn by chance."
-    text = f"{r}: not measured. {n} copies were sampled, and of those even the same release gives other answers. Send temperature 0, or leave the rule out"
+    "A rule on answers, all of which were drawn by chance, in the log of a server that makes no second pair."
+    text = f"{r}: not measured. {n} copies were sampled, and of those even the same release gives other answers. The server that made them is older than this version, which has both releases answer such a request again at temperature 0: update it and resume, or leave the rule out"
     return RuleResult(str(r), "inconclusive", text, r.metric, "shadow")
 
 # %% ../../nbs/09_rollout/06_analysis.ipynb #23fd90ea
