@@ -11,6 +11,7 @@ import pytest
 from rollout_road import RELEASES, SECTION, H, World
 from statsmodels.stats.proportion import proportion_confint
 
+from serve_server import PATIENCE, until
 from llmkit.core.errors import KitError
 from llmkit.rollout.analysis import analyse
 from llmkit.rollout.policy import read_rollout
@@ -18,11 +19,21 @@ from llmkit.rollout.shadow import Mirror
 from llmkit.rollout.window import Window, window_json
 
 
-def test_ten_thousand_requests_through_a_promotion_and_an_undo(tmp_path):
+def test_ten_thousand_requests_through_a_promotion_and_an_undo(tmp_path, monkeypatch):
     w = World(tmp_path)
     answers, lock, asked = {}, threading.Lock(), iter(range(10_000))
     path: dict[str, list[str]] = {}
-    halfway = threading.Semaphore(0)
+    halfway, stepped, decided, step = threading.Semaphore(0), threading.Condition(), [0.0], w.c.step
+
+    def stepping():
+        "A step of the controller, and the time up to which it has decided."
+        at, state = w.now, step()
+        with stepped:
+            decided[0] = at
+            stepped.notify_all()
+        return state
+
+    monkeypatch.setattr(w.c, "step", stepping)
 
     def client(k):
         while True:
@@ -33,8 +44,8 @@ def test_ten_thousand_requests_through_a_promotion_and_an_undo(tmp_path):
                 w.now += 1.0
                 if i == 8_000:
                     halfway.release()
-            while len(w.c._queue) > 150:  # the controller shall see them while they come
-                threading.Event().wait(0.001)
+            with stepped:  # a stage of an hour is decided within minutes, however slow the disk is
+                assert stepped.wait_for(lambda: w.now - decided[0] < 150, PATIENCE), w.c.trouble
             unit = f"user{i % 997}"
             v = w.c.assign(unit)
             with lock:
