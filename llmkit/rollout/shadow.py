@@ -137,21 +137,23 @@ def _work(self: Mirror) -> None:
             id, body, live, by = self._queue.get(timeout=0.1)
         except Empty:
             continue
-        reason = "sampled" if sampled(body) else None
+        reason, second = "sampled" if sampled(body) else None, {}
+        began = time.monotonic()
         if reason and self._again:
             body, reason = greedy(body), "again"
             live, refused = self._second(body, by)
             if live is None:
                 self._settle(id, "dropped", {"reason": refused})
                 continue
+            second = {"live_latency": time.monotonic() - began}
         began = time.monotonic()
         try:
             said = self._send(body)
             took = {"latency": time.monotonic() - began, "reason": reason}
             facts = {} if reason == "sampled" else compare_answers(live, said, self._label)
-            self._settle(id, "ok", facts | took)
+            self._settle(id, "ok", facts | took | second)
         except BaseException as e:  # whatever a shadow does, it is an event and no more
-            self._settle(id, "failed", {"latency": time.monotonic() - began, "reason": type(e).__name__})
+            self._settle(id, "failed", {"latency": time.monotonic() - began, "reason": type(e).__name__} | second)
 
 
 def _second(self: Mirror, body: dict[str, Any], by: str) -> tuple[str | None, str]:

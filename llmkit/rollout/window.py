@@ -132,7 +132,7 @@ class Window:
         self.live: dict[str, list] = {}  # id → latency, error, begin, user: waits for its shadow
         self.copies: dict[
             str, list
-        ] = {}  # id → shadow's latency, error, agreement, exact, label_same: waits for its live request
+        ] = {}  # id → shadow's latency, error, agreement, exact, label_same, second live latency: waits for its live request
         self.pairs: list[list] = []  # id, live latency, live error, and what the shadow said
         self.counts = {"ok": 0, "failed": 0, "dropped": 0, "late": 0, "before": 0, "early": 0, "unloaded": 0, "sampled": 0, "nobody": 0}  # fmt: skip
 
@@ -163,7 +163,9 @@ _NEEDED = {
     "feedback": ("id",),
     "shadow": ("id", "result", "latency", "agreement", "exact", "label_same"),
 }
-_NUMBERS = ("time", "latency", "ttft", "cost", "completion_tokens", "prompt_tokens", "rating", "agreement", "code")
+_NUMBERS = (
+    "time", "latency", "live_latency", "ttft", "cost", "completion_tokens", "prompt_tokens", "rating", "agreement", "code",
+)  # fmt: skip
 _YES_NO = ("fallback", "refused", "exact", "label_same", "success")
 _WORDS = ("variant", "release", "unit", "status", "result", "unloaded")
 
@@ -370,7 +372,11 @@ def _shadow(self: Window, e: Mapping[str, Any]) -> None:
     self.counts["sampled"] += e.get("reason") == "sampled"
     if e["result"] == "dropped":
         return
-    said = [e["latency"], int(e["result"] == "failed"), e["agreement"], e["exact"], e["label_same"]]
+    said = [
+        e["latency"],
+        int(e["result"] == "failed"),
+        *map(e.get, ("agreement", "exact", "label_same", "live_latency")),
+    ]
     if e["id"] in self.live:
         self._pair(e["id"], self.live.pop(e["id"]), said)
     else:
@@ -379,7 +385,8 @@ def _shadow(self: Window, e: Mapping[str, Any]) -> None:
 
 def _pair(self: Window, id: str, live: list, said: list) -> None:
     "Keep a pair, up to the bound."
-    row, (began, who) = [id, *live[:2], *said], live[2:] or (0.0, None)
+    said, second = said[:5], said[5] if len(said) > 5 else None  # an older snapshot has five
+    row, (began, who) = [id, live[0] if second is None else second, live[1], *said], live[2:] or (0.0, None)
     had = self.paired.get(who) if self.by_user else None
     if had is not None:
         if began < had[0]:

@@ -24,7 +24,10 @@ KINDS = {
     "feedback": "time id rating success label",
     "shadow": "time id variant release result latency agreement exact label_same reason",
 }
-ALSO = {"request": "confidence label group surprisal joules meter claim scorer unloaded"}  # may be there
+ALSO = {
+    "request": "confidence label group surprisal joules meter claim scorer unloaded",
+    "shadow": "live_latency",
+}  # may be there
 STATUSES = ("ok", "error", "cancelled", "rejected")
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS events(seq INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL, kind TEXT NOT NULL,

@@ -6,17 +6,20 @@ import threading
 import tracemalloc
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from rollout_road import RELEASES, SECTION, H, World
+from serve_server import PATIENCE, until
 from statsmodels.stats.proportion import proportion_confint
 
-from serve_server import PATIENCE, until
 from llmkit.core.errors import KitError
 from llmkit.rollout.analysis import analyse
 from llmkit.rollout.policy import read_rollout
 from llmkit.rollout.shadow import Mirror
 from llmkit.rollout.window import Window, window_json
+from llmkit.serve.events import check_event
 
 
 def test_ten_thousand_requests_through_a_promotion_and_an_undo(tmp_path, monkeypatch):
@@ -247,6 +250,38 @@ def test_what_the_release_in_service_cannot_answer_again_is_not_held_against_the
     seen = w.c.fold.window
     assert len(seen.pairs) == 180 and (seen.counts["dropped"], seen.counts["sampled"]) == (120, 0)
     assert not w.c.state.finished
+
+
+@pytest.mark.parametrize(("slower", "ends"), [(1.0, "go on"), (2.0, "abort")])
+def test_the_time_of_a_greedy_answer_is_held_against_that_of_another_one(tmp_path, monkeypatch, slower, ends):
+    "Users draw short answers; greedy ones are ten times as long, from either release."
+    w, told, ticks = World(tmp_path, SECTION), [], [0.0]
+    monkeypatch.setattr("llmkit.rollout.shadow.time", SimpleNamespace(monotonic=lambda: ticks[0]))
+    rng = np.random.default_rng(1)
+
+    def answer(times):
+        ticks[0] += 10 * float(rng.lognormal(-1, 0.3)) * times
+        return "card_lost: done"
+
+    def emit(event):
+        w.c.observe(event)
+        told.append(event)
+
+    mirror = Mirror(lambda body: answer(slower), emit, release="sha256:b", workers=1, label=lambda t: t.partition(":")[0], clock=lambda: w.now, again=lambda body, by: answer(1.0))  # fmt: skip
+    while w.c.state.stage == 1 and w.c.state.phase == "Progressing" and w.now < 80 * H:
+        live = w.request(every=60.0)
+        mirror.submit(live["id"], {"temperature": 1.0}, "fees: drawn", live["release"])
+        until(lambda: len(told) == w.n, "the event of the copy")
+        if w.n % 10 == 0:
+            w.c.step()
+    mirror._closed.set()
+    for e in told:
+        check_event(e)
+    assert w.now <= 25 * H and w.c.state.stage == 2
+    assert w.c.state.aborted == (ends == "abort"), w.c.state.reason
+    assert ends == "go on" or "latency_p95" in w.c.state.reason
+    assert {e["reason"] for e in told} == {"again"} and min(e["live_latency"] for e in told) > 1.0
+    assert w.store.replay("r1").state == w.c.state
 
 
 def test_a_service_that_never_answers_again_pauses_its_rollout_and_aborts_nothing(tmp_path):
