@@ -126,8 +126,9 @@ def step(self: Controller) -> RolloutState | None:
 
 
 def _flush(self: Controller) -> None:
-    "Move waiting events into the log; a finished rollout needs no more of them."
-    while batch := [self._queue[i] for i in range(min(len(self._queue), BATCH))]:  # others append meanwhile
+    "Move the events that wait into the log; a finished rollout needs no more of them."
+    due = len(self._queue)  # what comes meanwhile waits for the next step: steady traffic puts no decision off
+    while batch := [self._queue[i] for i in range(min(due, BATCH))]:
         if self.state is not None and not self.state.finished:
             event = {"kind": "traffic", "time": self.clock(), "events": batch}
             while not self.store.append(self.id, self.fold.seq, event):
@@ -136,6 +137,7 @@ def _flush(self: Controller) -> None:
             self._since_snapshot += len(batch)
         for _ in batch:
             self._queue.popleft()
+        due -= len(batch)
     if self._since_snapshot >= SNAPSHOT:
         self._snapshot()
 

@@ -323,3 +323,22 @@ def test_a_hundred_thousand_events_take_no_more_memory_than_the_bounds():
     k, n = w.arms["canary"].rates["task_success_rate"]
     assert 4000 < n < 5000 and abs(k / n - 0.75) < 0.01
     assert len(json.dumps(window_json(w))) < 8_000_000
+
+
+def test_traffic_that_never_stops_puts_no_decision_off(tmp_path, monkeypatch):
+    w, written = World(tmp_path), []
+    append = w.store.append
+
+    def busy(*args):
+        "A write during which one more request is answered."
+        written.append(args[2]["kind"])
+        if written.count("traffic") < 500:
+            w.request()
+        return append(*args)
+
+    w.request()
+    monkeypatch.setattr(w.store, "append", busy)
+    w.c.step()
+    assert written.count("traffic") == 1, "what came meanwhile waits for the next step"
+    w.c.step()
+    assert written.count("traffic") == 2
