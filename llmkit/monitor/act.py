@@ -22,6 +22,7 @@ from ..data.privacy import masked
 from .decide import held_back
 from .policy import MonitorPolicy
 from .state import Action, Memory
+from ..release.registry import RETRAIN_ID
 from ..rollout.controller import Controller, Registry
 from ..rollout.store import Store
 from ..serve.events import Events
@@ -146,7 +147,7 @@ def _run(folder: Path, lock: int) -> int:
     said = read_json(folder / "request.json")
     with open(folder / "log.txt", "w") as out:
         try:
-            done = subprocess.run(said["command"], stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, pass_fds=[lock], env=os.environ | {"LLMKIT_RETRAIN_ID": said["id"]})  # fmt: skip
+            done = subprocess.run(said["command"], stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, pass_fds=[lock], env=os.environ | {RETRAIN_ID: said["id"]})  # fmt: skip
             code, note = done.returncode, ""
         except OSError as e:
             code, note = 127, f"{said['command'][0]}: {e.strerror}"

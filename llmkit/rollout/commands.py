@@ -15,11 +15,11 @@ from ..core.files import read_json
 from ..core.params import did_you_mean, load_params
 from ..core.settings import Settings, load_settings
 from ..release.ledger import actor
-from ..release.registry import Version, registry_uri, versions
+from ..release.registry import Version, outside_training, registry_uri, versions
 from .controller import Controller, MlflowRegistry, Registry
 from .policy import read_rollout
 from .state import Effect
-from .store import Store, rollouts_file
+from .store import MOVES, Store, rollouts_file
 from .view import view
 from .view import watch as show
 
@@ -79,6 +79,7 @@ def rollout_start(
     receipt: str = "artifacts/register/receipt.json",  # where the last receipt is
 ) -> int:
     "Begin to roll out the challenger."
+    outside_training("llmkit rollout start")
     model = model or read_json(receipt)["name"]
     found = versions(registry_uri(load_settings(settings)), model)
     new, old = _held(found, model, canary), next((v for v in found if "champion" in v.aliases), None)
@@ -157,6 +158,8 @@ def rollout_status(
 
 def _order(kind: str, id: str, because: str, settings: str, **more) -> int:
     "Give an order and show where it led."
+    if kind in MOVES:
+        outside_training(f"llmkit rollout {kind}")
     store = open_store(settings)
     c = Controller(store, latest(store, id), _registry(settings))
     champion = _champion(c.state.model, settings) if kind in _AGAIN else ""

@@ -416,6 +416,82 @@ def test_a_training_that_would_promote_is_refused(action):
         read_monitor(section(retrain={"action": action}))
 
 
+IN_A_TRAINING = """
+import sys
+from llmkit.cli import main
+from llmkit.core.errors import KitError
+from llmkit.rollout.commands import open_registry, open_store
+from llmkit.rollout.controller import Controller
+from llmkit.rollout.state import Effect
+from llmkit.core.settings import load_settings
+from llmkit.release.registry import register
+from llmkit.release.release import Release
+
+for order in (["start", "--model", "bank"], ["start", "--model", "bank", "--first"], ["promote", "--full"], ["pause"], ["resume"], ["status"], ["abort"], ["retry"], ["undo"]):
+    print("order", *order, main(["rollout", *order]), flush=True)
+registry, store = open_registry(load_settings("settings.ini")), open_store()
+new = Release("bank", "sha256:b3", "sha256:v3", "sha256:c3")
+for name, promote in {
+    "move": lambda: registry.move(Effect("champion", sys.argv[1], "promote", "v", "bank", "me")),
+    "register": lambda: register(new, registry.uri, "x", "champion"),
+    "command": lambda: Controller(store, "bank-2", registry).command("retry", "me"),
+}.items():
+    try:
+        promote()
+        print("call", name, "done")
+    except KitError as e:
+        print("call", name, e)
+"""
+
+
+def test_whatever_script_a_training_runs_it_moves_no_traffic(tmp_path, monkeypatch):
+    "A real child process, with the registry and the rollouts of a project; the words of the command are innocent."
+    from llmkit.release.registry import register, versions
+    from llmkit.release.release import Release
+    from llmkit.rollout.commands import open_registry
+    from llmkit.rollout.state import Effect
+
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{tmp_path}/m.db"
+    keys = {"tracking_uri": uri, "rollouts": tmp_path / "r.db", "ledger": tmp_path / "ledger.jsonl"}
+    (tmp_path / "settings.ini").write_text("\n".join(["[DEFAULT]", *(f"{k} = {v}" for k, v in keys.items()), ""]))
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    made = [Release("bank", f"sha256:b{i}", f"sha256:v{i}", f"sha256:c{i}") for i in (1, 2)]
+    for r in made:
+        register(r, uri, "x", ledger=tmp_path / "ledger.jsonl")
+    registry = open_registry(Settings("DEFAULT", {k: str(v) for k, v in keys.items()}, tmp_path / "settings.ini"))
+    registry.move(Effect("champion", made[0].digest, "promote", "v", "bank", "ann"))
+    store = Store(tmp_path / "r.db")
+    store.create("bank-2", load_params(ROOT / "params.yaml", "rollout"))
+    c = Controller(store, "bank-2", registry)
+    c.command("start", "ann", model="bank", releases={"baseline": made[0].digest, "canary": made[1].digest})
+
+    (tmp_path / "train.py").write_text(IN_A_TRAINING)
+    (tmp_path / "run.sh").write_text(
+        f"llmkit rollout promote --full\necho shell $?\n{sys.executable} train.py {made[1].digest}\n"
+    )
+    monkeypatch.setenv("PATH", f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}")
+    home = tmp_path / "retrain-1"
+    home.mkdir()
+    action = ["sh", "run.sh"]
+    assert read_monitor(section(retrain={"action": action})).retrain.action == tuple(action)
+    (home / "request.json").write_text(json.dumps({"id": "retrain-1", "command": action}))
+    assert carry_out(home) == 0
+    said = (home / "log.txt").read_text()
+    for line in (
+        "shell 2", "order start --model bank 2", "order start --model bank --first 2", "order promote --full 2", "order pause 0",
+        "order resume 2", "order status 3", "order abort 0", "order retry 2", "order undo 2",
+    ):  # fmt: skip
+        assert f"{line}\n" in said, said
+    refused = "a training never promotes: {} is refused inside it"
+    for what in ("llmkit rollout start", "llmkit rollout promote", "llmkit rollout resume", "llmkit rollout retry", "llmkit rollout undo", "the alias champion", "retry of a rollout"):  # fmt: skip
+        assert refused.format(what) in said, said
+    assert "(got 'retrain-1')" in said, said
+    assert "a person runs `llmkit rollout start`" in said and "done" not in [x.split()[-1] for x in said.splitlines() if x.startswith("call")]  # fmt: skip
+    assert [(v.version, v.aliases) for v in versions(uri, "bank")] == [(1, ("champion",)), (2, ("challenger",))]
+    assert (c.store.standing("bank-2").phase, len(c.store.history("bank-2"))) == ("Degraded", 3)  # start, pause, abort
+
+
 def test_the_command_of_the_project_is_one_that_the_kit_understands(tmp_path, capsys):
     "With records that are not there: that is what it must complain about."
     words = read_monitor(load_params(ROOT / "params.yaml", "monitor")).retrain.action
