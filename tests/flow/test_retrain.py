@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from llmkit.core.errors import KitError
+from llmkit.flow import repro as flow
 from llmkit.flow.dag import dag_write
-from llmkit.flow.retrain import BACKUP, train_again
+from llmkit.flow.repro import BACKUP, alone, repro
+from llmkit.flow.retrain import train_again
 
 ROOT = Path(__file__).resolve().parents[2]
 DIES = """
@@ -69,9 +71,55 @@ def test_what_a_person_has_written_since_is_not_undone(project):
 def test_one_at_a_time(project):
     def second(words, root):
         if words[0] == "exp":
-            with pytest.raises(KitError, match="another retraining runs"):
+            with pytest.raises(KitError, match="a retraining or another `llmkit repro` runs"):
                 train_again("new.jsonl", "r2", project, second)
             assert json.loads((project / BACKUP).read_text())["was"]
         return 3
 
     train_again("new.jsonl", "r1", project, second)
+
+
+def stub(monkeypatch, run):
+    "`llmkit repro` with another runner of DVC: it is what DVC meets that counts."
+    monkeypatch.setattr(flow, "dvc", run)
+    monkeypatch.setattr(flow, "after", lambda folder, begun, code: code)
+
+
+def test_repro_puts_back_what_a_killed_training_has_left(project, capsys, monkeypatch):
+    was, met = files(project), []
+    killed(project)
+    assert files(project) != was
+    stub(monkeypatch, lambda words, root: met.append((words[0], files(root) == was)) or 0)
+    assert repro(project=str(project)) == 0
+    assert met == [("checkout", True), ("repro", True)] and "was killed here" in capsys.readouterr().out
+    assert not (project / BACKUP).exists()
+
+
+def test_repro_keeps_what_a_person_has_written_since(project, monkeypatch):
+    killed(project)
+    mine = (project / "params.yaml").read_text() + "# mine\n"
+    (project / "params.yaml").write_text(mine)
+    stub(monkeypatch, lambda words, root: 0)
+    repro(project=str(project))
+    assert (project / "params.yaml").read_text() == mine and not (project / BACKUP).exists()
+
+
+def test_repro_and_a_training_do_not_run_beside_each_other(project, monkeypatch):
+    tried = []
+
+    def beside(words, root):
+        if words[0] == "repro":
+            with pytest.raises(KitError, match="a retraining or another `llmkit repro` runs"):
+                train_again("new.jsonl", "r1", project, beside)
+            with alone(project, beside, several=True):  # another stage, say
+                tried.append("repro")
+        if words[0] == "exp":
+            with pytest.raises(KitError, match="a retraining or another `llmkit repro` runs"):
+                repro(project=str(project))
+            tried.append("exp")
+        return 3
+
+    stub(monkeypatch, beside)
+    repro(project=str(project))
+    train_again("new.jsonl", "r1", project, beside)
+    assert tried == ["repro", "exp"]
