@@ -185,13 +185,19 @@ def window_alerts(policy: MonitorPolicy) -> Iterator[Alert]:
     asked = {'llmkit_requests_total{model="m",variant="v",status="ok"}': growing(1)}
     yield Alert("LlmkitWindowLate", expr, "Requests come, and no window of them is judged.", "monitor.window.at_most",
         asked | {end: constant(-2 * late)}, asked | {end: constant(0)}, f"{-2 * late:.3g}")  # fmt: skip
-    series = 'llmkit_monitor_actions{kind="retrain",state="failed"}'
-    expr, text = (
-        'llmkit_monitor_actions{state=~"failed|lost"} > 0',
-        "A retraining or a rollback that was asked for did not happen.",
-    )
-    yield Alert("LlmkitActionFailed", expr, text, "monitor.retrain",
-        {series: constant(1)}, {series: constant(0)}, "1", {"kind": "retrain", "state": "failed"})  # fmt: skip
+    begin = "llmkit_events_begin_timestamp_seconds"
+    never = f"{begin} < time() - {late:g} unless on(job, instance) {end} and on() sum(increase(llmkit_requests_total[$w])) > 0"
+    yield Alert("LlmkitWindowNever", never, "Requests come, and no window of them was ever judged.", "monitor.window.at_most",
+        asked | {begin: constant(-2 * late)}, asked | {begin: constant(-2 * late), end: constant(0)}, f"{-2 * late:.3g}")  # fmt: skip
+    for name, states, kind, text, severity, hold in (
+        ("LlmkitActionFailed", "failed|lost", "retrain", "A retraining or a rollback that was asked for did not happen.", "ticket", "5m"),
+        ("LlmkitActionHeld", "held", "rollback", "A retraining or a rollback is held: a person decides.", "ticket", "5m"),
+        ("LlmkitActionStuck", "requested", "rollback", "A retraining or a rollback that was asked for cannot be carried out.", "page", "15m"),
+    ):  # fmt: skip
+        labels = {"kind": kind, "state": states.partition("|")[0]}
+        series = f'llmkit_monitor_actions_open{{kind="{kind}",state="{labels["state"]}"}}'
+        yield Alert(name, f'llmkit_monitor_actions_open{{state=~"{states}"}} > 0', text, "monitor.retrain and monitor.rollback",
+            {series: constant(1)}, {series: constant(0)}, "1", labels, severity, hold)  # fmt: skip
 
 
 def alerts(

@@ -1,14 +1,23 @@
 "The generated alert rules pass their own unit tests, and a rule that is spoilt in any way does not."
 
+import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 
-from telemetry_town import needs
+from telemetry_town import lint, needs
 
-from llmkit.core.files import write_json
+from llmkit.core.files import read_json, write_json
 from llmkit.core.params import load_params
+from llmkit.core.settings import Settings
+from llmkit.gate.verdict import Verdict
 from llmkit.monitor.alerts import alerts, rules_file, unit_tests
+from llmkit.monitor.policy import read_monitor
+from llmkit.monitor.scrape import Windows
+from llmkit.monitor.state import Action, Memory, Seen
+from llmkit.serve.events import KINDS, Events
+from llmkit.serve.measured import Measured
+from llmkit.serve.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
 FOUND = alerts(load_params(ROOT / "params.yaml"))
@@ -55,3 +64,116 @@ def test_the_limits_are_those_of_the_policy():
     assert by["LlmkitLatencyP95"].expr.endswith(f"> {slow:g}")
     params["rollout"]["canary"][0]["hard_stop"]["max"] = 0.07
     assert "> 0.07" in {a.name: a for a in alerts(params)}["LlmkitErrorRate"].expr
+
+
+def told(folder, name, series, *expected):
+    "What promtool says of one alert: series → values by the minute, and (minute, labels of what fires) for each time."
+    [a] = [a for a in FOUND if a.name == name]
+    write_json(folder / "rules.yml", rules_file(FOUND))
+    fires = lambda labels, value: {"exp_labels": {"severity": a.severity, **labels}, "exp_annotations": {"summary": a.summary, "description": a.describe(value)}}  # fmt: skip
+    tests = [{"eval_time": f"{m}m", "alertname": name, "exp_alerts": [fires(*x) for x in some]} for m, some in expected]
+    body = {"interval": "1m", "input_series": [{"series": s, "values": v} for s, v in series.items()], "alert_rule_test": tests}  # fmt: skip
+    write_json(folder / "tests.yml", {"rule_files": ["rules.yml"], "evaluation_interval": "1m", "tests": [body]})
+    done = subprocess.run(["promtool", "test", "rules", "tests.yml"], cwd=folder, capture_output=True, text=True)
+    return done.returncode, (done.stdout + done.stderr).split()[-1]
+
+
+DONE = (0, "SUCCESS")
+
+
+@needs("promtool")
+def test_an_alert_of_an_action_fires_while_it_is_open_and_resolves(tmp_path):
+    series = lambda kind, state: f'llmkit_monitor_actions_open{{kind="{kind}",state="{state}"}}'
+    for name, kind, state, hold in (
+        ("LlmkitActionFailed", "retrain", "failed", 5), ("LlmkitActionFailed", "rollback", "lost", 5),
+        ("LlmkitActionHeld", "rollback", "held", 5), ("LlmkitActionStuck", "rollback", "requested", 15),
+    ):  # fmt: skip
+        firing = [({"kind": kind, "state": state}, "1")]
+        values = "0 0 " + "1 " * 20 + "0 0 0"  # open from minute 2 to 21
+        times = (1, []), (2 + hold - 1, []), (2 + hold, firing), (21, firing), (22, [])
+        assert told(tmp_path, name, {series(kind, state): values}, *times) == DONE, name
+    quick = "0 0 1 1 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0"  # requested, and done two minutes later
+    assert told(tmp_path, "LlmkitActionStuck", {series("rollback", "requested"): quick}, (19, [])) == DONE
+
+
+@needs("promtool")
+def test_a_service_that_was_never_judged_is_told_and_a_young_or_idle_one_is_not(tmp_path):
+    p = read_monitor(load_params(ROOT / "params.yaml", "monitor"))
+    late = int(p.at_most + p.label_lag + 7200)  # an hour longer than the rule waits
+    asked, begin = 'llmkit_requests_total{model="m",variant="v",status="ok"}', "llmkit_events_begin_timestamp_seconds"
+    end, grows, idle = "llmkit_window_end_timestamp_seconds", "0+5x20", "5+0x20"
+    old, young = f"-{late}+0x20", f"-{late - 7200}+0x20"
+    fires = [({}, f"{-late:.3g}")]
+    assert told(tmp_path, "LlmkitWindowNever", {asked: grows, begin: old}, (12, fires)) == DONE
+    for series in ({asked: grows, begin: young}, {asked: idle, begin: old}, {asked: grows, begin: old, end: old}):
+        assert told(tmp_path, "LlmkitWindowNever", series, (12, [])) == DONE, series
+    two = {f'{begin}{{job="llmkit",instance="{i}:1"}}': old for i in "ab"} | {asked: grows}
+    two[f'{end}{{job="llmkit",instance="a:1"}}'] = old
+    lonely = [({"job": "llmkit", "instance": "b:1"}, fires[0][1])]
+    assert told(tmp_path, "LlmkitWindowNever", two, (12, lonely)) == DONE
+
+
+def scrape(folder):
+    "What the server's page says of a folder's monitoring."
+    conf = {"monitor_db": str(folder / "m.db"), "events_db": str(folder / "e.db")}
+    m = Metrics()
+    m.registry.register(Measured(dict, {"window": Windows(Settings("DEFAULT", conf, folder / "settings.ini"))}))
+    return m.text().decode()
+
+
+def still_open(folder):
+    "The actions that the page calls open."
+    found = re.findall(r'^llmkit_monitor_actions_open{kind="(.+)",state="(.+)"} (.+)$', scrape(folder), re.M)
+    return {(kind, state): int(float(n)) for kind, state, n in found if float(n)}
+
+
+def seen(release, number, **outcomes):
+    return Seen(release, number, 1, 9, 0.0, 9.0, 9, 0, (), outcomes, Verdict("fail", (), "sha256:p"))
+
+
+def test_an_action_is_open_until_something_follows(tmp_path):
+    memory = Memory(tmp_path / "m.db")
+    act = lambda kind, n, release="sha256:a", state="requested": Action(f"{kind}-{release}-{n}", kind, float(n), release, n, "drift", state)  # fmt: skip
+    first, back = act("retrain", 1), act("rollback", 1)
+    memory.add(seen("sha256:a", 1, data="fail", cost="pass"), {}, {}, [first, back])
+    assert still_open(tmp_path) == {("retrain", "requested"): 1, ("rollback", "requested"): 1}
+    memory.move(first, "failed"), memory.move(back, "held")
+    memory.add(seen("sha256:a", 2, data="fail", cost="pass"), {}, {})
+    memory.add(seen("sha256:a", 3, data="inconclusive", cost="pass"), {}, {})  # nothing measured is nothing mended
+    assert still_open(tmp_path) == {("retrain", "failed"): 1, ("rollback", "held"): 1}
+    second = act("retrain", 4)
+    memory.add(seen("sha256:a", 4, data="fail"), {}, {}, [second])
+    memory.move(second, "started")
+    assert still_open(tmp_path) == {("retrain", "failed"): 1, ("retrain", "started"): 1, ("rollback", "held"): 1}
+    memory.move(second, "done")  # a later one of its kind
+    assert still_open(tmp_path) == {("rollback", "held"): 1}
+    memory.add(seen("sha256:b", 0, data="inconclusive"), {}, {})  # a person has moved the traffic
+    assert still_open(tmp_path) == {}
+    stuck = act("rollback", 5, "sha256:b")
+    memory.add(seen("sha256:b", 5, data="fail"), {}, {}, [stuck])
+    memory.add(seen("sha256:a", 6, data="pass"), {}, {}, [act("rollback", 6, state="done")])
+    assert still_open(tmp_path) == {("rollback", "requested"): 1}  # whatever follows: it has not ended
+    lost = act("retrain", 7)
+    memory.add(seen("sha256:a", 7, data="fail"), {}, {}, [lost])
+    memory.move(lost, "lost")
+    assert still_open(tmp_path) == {("rollback", "requested"): 1, ("retrain", "lost"): 1}
+    memory.add(seen("sha256:a", 8, data="pass"), {}, {})  # what asked for it is gone
+    assert still_open(tmp_path) == {("rollback", "requested"): 1}
+
+
+@needs("promtool")
+def test_the_page_says_when_the_log_begins(tmp_path):
+    assert "\nllmkit_events_begin_timestamp_seconds " not in scrape(tmp_path) and not (tmp_path / "e.db").exists()
+    base = dict.fromkeys(KINDS["request"].split()) | {"kind": "request", "status": "ok", "code": 200, "variant": "v"}
+    for t in (1000.0, 2000.0):
+        Events(tmp_path / "e.db").append(base | {"time": t, "id": f"q{t}", "release": "sha256:a"})
+    Memory(tmp_path / "m.db")
+    said = scrape(tmp_path)
+    assert "\nllmkit_events_begin_timestamp_seconds 1000.0\n" in said and lint(said) == (0, "")
+
+
+def test_the_guide_lists_every_alert_and_no_other():
+    cells = read_json(ROOT / "nbs/guides/06_watching.ipynb")["cells"]
+    [table] = [t for c in cells if "| alert | look at | then |" in (t := "".join(c["source"]))]
+    listed = re.findall(r"`(Llmkit\w+)`", "\n".join(x.split("|")[1] for x in table.splitlines() if x.startswith("|")))
+    assert sorted(listed) == sorted(a.name for a in FOUND)
