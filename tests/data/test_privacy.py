@@ -1,5 +1,6 @@
 """Secrets: what detect-secrets finds is found, wherever it stands, in time with the length of the text."""
 
+import json
 import random
 import re
 import time
@@ -8,12 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmkit.data.privacy import LATER, RUNS, SPACES, find_secrets, mask, secret_patterns
+from llmkit.data.privacy import LATER, RUNS, SPACES, find_secrets, mask, masked, secret_patterns
 
 SIZE = 400_000
 HOSTILE = (
     "://", "eyJ", "//", "sk-", "://a:", "eyJa.", "//a/:_authToken=", "//a/:_authToken=npm", "sk-T3BlbkFJ", "aws key '", "xoxb-1-",
     "glagent-", '":"', "key  =", "-1", "a", "A", "1", "[", " ", "\n", "hooks", "https://a:", "github_pat_", "pypi-AgEIcHlwaS5vcmc",
+    "-----BEGIN PRIVATE " + "KEY-----\nMIIEpAIBAAKCAQEA\n", "-----BEGIN PRIVATE " + "KEY-----" + "\\n" * 40, "-", "END ", "BEGIN ", "END A PRIVATE ", "BEGIN " + "A " * 20,
+    "PuTTY-User-Key-File-3: ssh-rsa\nEncryption: ", "BEGIN PRIVATE " + "KEY" + " \n" * 500,
 )  # fmt: skip
 
 
@@ -26,7 +29,7 @@ def denied():
     return [(c.secret_type, p) for c in chosen for p in c().denylist]
 
 
-PAIRS = list(zip(denied(), secret_patterns(), strict=False))
+PAIRS = list(zip(denied(), secret_patterns()[1:], strict=False))  # the first is that of a whole private key
 
 
 def mended():
@@ -35,7 +38,7 @@ def mended():
 
 
 def test_what_is_mended_is_in_the_installed_patterns():
-    assert [n for (n, _), (m, _, _) in PAIRS if n != m] == [] and len(secret_patterns()) == len(PAIRS) + len(LATER)
+    assert [n for (n, _), (m, _, _) in PAIRS if n != m] == [] and len(secret_patterns()) == 1 + len(PAIRS) + len(LATER)
     texts = [p.pattern for _, p in denied()]
     assert all(sum(t.startswith(start) for t in texts) == 1 for start in RUNS)
     assert sum(SPACES[0] in t for t in texts) == 5 and len(mended()) == 8
@@ -91,3 +94,56 @@ def test_a_secret_is_found_once_wherever_it_stands(entity, before):
         (found,) = [f for f in find_secrets(text) if f.entity == entity]
         assert said.startswith(text[found.start : found.end].strip()[:40]) and found.start >= len(before) + at
         assert re.search(re.escape(said), mask(text, [found])) is None
+
+
+KEY = "PRIVATE " + "KEY"  # in two words, so that no scanner takes this file for a leak
+
+
+def keys():
+    "Private keys as OpenSSL, OpenSSH, PGP and PuTTY write them."
+    from cryptography.hazmat.primitives import serialization as s
+    from cryptography.hazmat.primitives.asymmetric import ec, rsa
+
+    form, none, lock = s.PrivateFormat, s.NoEncryption(), s.BestAvailableEncryption(b"word")
+    for key in (rsa.generate_private_key(65537, 2048), ec.generate_private_key(ec.SECP256R1())):
+        for how in ((form.PKCS8, none), (form.PKCS8, lock), (form.TraditionalOpenSSL, none), (form.TraditionalOpenSSL, lock), (form.OpenSSH, none)):
+            yield key.private_bytes(s.Encoding.PEM, *how).decode().strip()
+    body = "\n".join(key.private_bytes(s.Encoding.PEM, form.PKCS8, none).decode().splitlines()[1:-1])
+    yield f"-----BEGIN PGP {KEY} BLOCK-----\nVersion: GnuPG v2\nComment: of a test\n\n{body}\n=aB3+\n-----END PGP {KEY} BLOCK-----"
+
+
+WRITTEN = {  # how a text holds a key
+    "lines": lambda k: k,
+    "dos": lambda k: k.replace("\n", "\r\n"),
+    "json": lambda k: json.dumps(k)[1:-1],
+    "json in json": lambda k: json.dumps(json.dumps(k))[3:-3],
+    "yaml": lambda k: k.replace("\n", "\n    "),
+    "quoted": lambda k: k.replace("\n", "\n> "),
+    "source": lambda k: k.replace("\n", '\\n"\n  "'),
+    "one line": lambda k: k.replace("\n", " "),
+}
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+def test_a_private_key_goes_whole(form):
+    for key in keys():
+        said = WRITTEN[form](key)
+        for before, after in (("", ""), ("my key: ", "\nThank you"), ('{"key": "', '", "user": "jo"}')):
+            assert masked(f"{before}{said}{after}") == f"{before}<PRIVATE_KEY>{after}", key.splitlines()[0]
+        assert masked(f"{said}\nand\n{said} end") == "<PRIVATE_KEY>\nand\n<PRIVATE_KEY> end"
+        head, _, _ = said.rpartition("-----END")  # somebody cut the text
+        for cut, after in ((head, "\nThank you for your help."), (said[: len(said) // 2], "")):
+            left = masked(f"it is {cut}{after}")
+            assert left.startswith("it is <PRIVATE_KEY>") and left.endswith(after)
+            assert not re.search(r"[\w+/]{3}", left.removesuffix(after)[len("it is <PRIVATE_KEY>") :]), (cut[:30], left)
+
+
+def test_putty_writes_no_end():
+    lines = "AAAAB3NzaC1yc2EAAAADAQABAAABAQ" * 2
+    key = f"PuTTY-User-Key-File-2: ssh-rsa\nEncryption: none\nComment: jo key\nPublic-Lines: 1\n{lines}\nab3=\nPrivate-Lines: 2\n{lines}\nab3=\nPrivate-MAC: 0f0f0f"
+    assert masked(f"{key}\nand more") == "<PRIVATE_KEY>\nand more"
+
+
+def test_words_about_a_key_stay():
+    said = f"A file with BEGIN RSA {KEY} at its top is secret. -----BEGIN CERTIFICATE-----\nMIIEpAIBAAKCAQEA\n-----END CERTIFICATE-----"
+    assert masked(said) == said.replace(f"BEGIN RSA {KEY}", "<PRIVATE_KEY>")
