@@ -54,6 +54,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'llmkit.core.params': { 'llmkit.core.params.ParamsError': ('01_core/params.html#paramserror', 'llmkit/core/params.py'),
                                     'llmkit.core.params._conform_union': ('01_core/params.html#_conform_union', 'llmkit/core/params.py'),
                                     'llmkit.core.params._misfit': ('01_core/params.html#_misfit', 'llmkit/core/params.py'),
+                                    'llmkit.core.params._written_out': ('01_core/params.html#_written_out', 'llmkit/core/params.py'),
                                     'llmkit.core.params._yaml': ('01_core/params.html#_yaml', 'llmkit/core/params.py'),
                                     'llmkit.core.params.check_section': ('01_core/params.html#check_section', 'llmkit/core/params.py'),
                                     'llmkit.core.params.conform': ('01_core/params.html#conform', 'llmkit/core/params.py'),
