@@ -7,7 +7,9 @@ __all__ = ['Source', 'Sink', 'Counts', 'StreamMetrics', 'Worker', 'consume', 'op
 
 # %% ../../nbs/08_serve/24_stream.ipynb #0b5b329a
 import asyncio
+import errno
 import signal
+import sqlite3
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +38,7 @@ class Source(Protocol):
     async def retake(self) -> Delivery | None: ...  # one of these
     async def settle(self, d: Delivery) -> None: ...  # never again
     async def give_back(self, d: Delivery) -> None: ...  # again, after a while
+    async def spare(self, d: Delivery) -> None: ...  # that it was given out does not count
     async def keep(self, ds: Sequence[Delivery]) -> None: ...  # they are being worked on
     async def lag(self) -> Lag: ...
     async def close(self) -> None: ...
@@ -106,6 +109,7 @@ class Worker:
             )
         status, body = await answer_one(self.gateway, q.kind, {**q.body, "stream": False}, self.places)
         if status == 200:
+            await self.source.spare(d)
             new = await self.sink.put(answer_event(q, self.gateway.model, body))
             return await self._settle(d, "answered" if new else "duplicates")
         why = f"{status}: {body['error']['message']}"
@@ -117,6 +121,7 @@ class Worker:
 
     async def _bury(self, d: Delivery, why: str, attempts: int = 0) -> None:
         "A dead letter."
+        await self.source.spare(d)
         await self.dead.put(dead_event(d.raw, self.gateway.model, why, attempts or d.attempts))
         await self._settle(d, "dead")
 
@@ -163,9 +168,12 @@ async def consume(
             await asyncio.wait(running, timeout=drain)
             _reap(running, [])
     finally:
+        cut = [d for task, d in running.items() if not task.done()]
         for task in (*running, *beside):
             task.cancel()
         await asyncio.gather(*running, *beside, return_exceptions=True)
+        with suppress(TimeoutError):  # a server that is gone is not waited for
+            await asyncio.wait_for(asyncio.gather(*map(source.spare, cut), return_exceptions=True), 2)
     return worker.counts
 
 
@@ -285,8 +293,16 @@ def stream_run(
     except (gone := need("redis.exceptions")).ConnectionError as e:
         raise KitError(f"the server is gone: {e}", key="redis", remedy="Start it, and run this again: nothing is lost") from e  # fmt: skip
     except (gone.OutOfMemoryError, gone.ReadOnlyError) as e:
-        fix = "Trim its streams, or give it memory, and run this again: what was not answered is given out again"
+        fix = "Trim its streams, or give it memory"
+        if str(e).startswith("MISCONF"):
+            fix = "Its log says why it cannot save; often its disk is full"
+        fix += ", and run this again: what was not answered is given out again"
         raise KitError(f"the server takes nothing: {e}", key="redis", remedy=fix) from e
+    except (OSError, sqlite3.OperationalError) as e:
+        if getattr(e, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and "disk is full" not in str(e):
+            raise
+        fix = "Make room, and run this again: what was not answered is given out again"
+        raise KitError(f"the disk is full: {e}", key="out", value=out, remedy=fix) from e
     return 0
 
 

@@ -115,6 +115,11 @@ class FolderSource:
         "It will be given out again, after a while."
         self.again.append((self.clock() + self.patience, d.at))
 
+    async def spare(self, d: Delivery) -> None:
+        "What happens from now on is not the line's fault: that it was given out does not count."
+        with self.store.write() as db:
+            db.execute("UPDATE lines SET attempts = ? WHERE name = ? AND start = ?", (d.attempts - 1, *d.at[:2]))
+
     async def keep(self, ds: Sequence[Delivery]) -> None:
         "Nothing: a file is locked as long as its reader lives."
 
@@ -260,7 +265,9 @@ class FolderSink:
                 return False
             fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
-                os.write(fd, (json.dumps(dict(event), ensure_ascii=False) + "\n").encode())
+                line = (json.dumps(dict(event), ensure_ascii=False) + "\n").encode()
+                while line:  # a disk that is nearly full takes the beginning
+                    line = line[os.write(fd, line) :]
                 os.fsync(fd)
                 size = os.fstat(fd).st_size
             finally:

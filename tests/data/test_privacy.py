@@ -106,7 +106,13 @@ def keys():
 
     form, none, lock = s.PrivateFormat, s.NoEncryption(), s.BestAvailableEncryption(b"word")
     for key in (rsa.generate_private_key(65537, 2048), ec.generate_private_key(ec.SECP256R1())):
-        for how in ((form.PKCS8, none), (form.PKCS8, lock), (form.TraditionalOpenSSL, none), (form.TraditionalOpenSSL, lock), (form.OpenSSH, none)):
+        for how in (
+            (form.PKCS8, none),
+            (form.PKCS8, lock),
+            (form.TraditionalOpenSSL, none),
+            (form.TraditionalOpenSSL, lock),
+            (form.OpenSSH, none),
+        ):
             yield key.private_bytes(s.Encoding.PEM, *how).decode().strip()
     body = "\n".join(key.private_bytes(s.Encoding.PEM, form.PKCS8, none).decode().splitlines()[1:-1])
     yield f"-----BEGIN PGP {KEY} BLOCK-----\nVersion: GnuPG v2\nComment: of a test\n\n{body}\n=aB3+\n-----END PGP {KEY} BLOCK-----"

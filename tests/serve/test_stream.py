@@ -1,6 +1,7 @@
 "Streams with consumers that are killed, a Redis that restarts, and events that kill whoever reads them."
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from serve_server import PATIENCE, until
 
 PROGRAM = """
-import os, signal, sys, time
+import functools, os, signal, sys, time
 import llmkit.serve.stream as stream
 from llmkit.cli import main
 from llmkit.runtime.dummy import DummyEngine
@@ -22,11 +23,12 @@ from llmkit.serve.server import Target
 
 class Paced(DummyEngine):
     def next_logits(self, prompt, answer=()):
-        time.sleep(0.002)
+        time.sleep(float(os.environ.get("PACE", 0.002)))
         if "poison" in self.tokenizer.decode(list(prompt)):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().next_logits(prompt, answer)
 
+stream.connect = functools.partial(stream.connect, wait=float(os.environ.get("WAIT", 120)))
 stream.resolve = lambda *a: Target("bank", "here")
 stream.open_backend = lambda found, said=None, **how: EngineBackend(Paced(replies=lambda p: "yes"), **how)
 sys.exit(main(["stream", "run", *sys.argv[1:]]))
@@ -189,6 +191,56 @@ def test_redis_that_is_full_is_waited_for(redis_server, consumer):
     assert len(ids) == n and set(ids) == expected(range(n)) and not r.ids("a.dead")
 
 
+def test_redis_that_stays_full_makes_no_dead_letters(redis_server, consumer):
+    r, n, short = redis_server, 24, {**os.environ, "WAIT": "1"}
+    for i in range(n):
+        r.client.xadd("q", {"event": event(i)})
+    r.client.xgroup_create("q", "llmkit", id="0")
+    r.client.config_set("maxmemory", "1mb")
+    how = (r.at("q"), r.at("a"), "--patience", 0.2, "--attempts", 2, "--once")
+    for _ in range(4):  # a supervisor starts it again and again
+        p = consumer(*how, env=short)
+        out, err = p.communicate(timeout=PATIENCE)
+        assert (
+            p.returncode == 2
+            and "redis: the server takes nothing: command not allowed" in err
+            and "Trim its streams" in err
+        ), err
+        assert "Traceback" not in err
+    r.client.config_set("maxmemory", 0)
+    out, err = (p := consumer(*how)).communicate(timeout=PATIENCE)
+    assert p.returncode == 0 and f"{n} answered, 0 duplicates, 0 dead" in out, out + err
+    assert sorted(r.ids("a")) == sorted(expected(range(n))) and not r.ids("a.dead")
+
+
+def test_redis_that_cannot_save_is_waited_for(redis_server, consumer):
+    r, n = redis_server, 60
+    for i in range(n):
+        r.client.xadd("q", {"event": event(i)})
+    p = consumer(r.at("q"), r.at("a"), "--patience", 0.5, "--once")
+    until(lambda: r.client.xlen("a") >= 5, "some answers")
+
+    def save(works):
+        file = r.folder / "dump.rdb"
+        file.rmdir() if works else file.mkdir()  # a folder in the snapshot's place
+        r.client.bgsave()
+        until(lambda: (r.client.info("persistence")["rdb_last_bgsave_status"] == "ok") is works, "the snapshot")
+
+    r.client.config_set("save", "3600 1")
+    save(False)
+    done = r.client.xlen("a")
+    time.sleep(2)
+    assert r.client.xlen("a") == done < n and p.poll() is None, "it waits"
+    late = consumer(r.at("q"), r.at("a"), "--once", env={**os.environ, "WAIT": "1"})
+    _, err = late.communicate(timeout=PATIENCE)
+    assert late.returncode == 2 and "takes nothing: MISCONF" in err and "Its log says why it cannot save" in err, err
+    assert "Traceback" not in err
+    save(True)
+    out, err = p.communicate(timeout=PATIENCE)
+    assert p.returncode == 0 and f"{n} answered, 0 duplicates, 0 dead" in out, out + err
+    assert sorted(r.ids("a")) == sorted(expected(range(n)))
+
+
 def test_redis_a_message_that_kills_its_readers_becomes_a_dead_letter(redis_server, consumer):
     r = redis_server
     for i, text in enumerate(["question", "poison", "question"]):
@@ -262,6 +314,22 @@ def test_a_line_that_kills_its_readers_becomes_a_dead_letter(tmp_path, consumer)
     ids = [json.loads(x)["id"] for x in (tmp_path / "out/answers.ndjson").read_text().splitlines()]
     (dead,) = [json.loads(x) for x in (tmp_path / "out/dead.ndjson").read_text().splitlines()]
     assert sorted(ids) == sorted(expected([0, 2])) and dead["id"] == "/t#e1" and dead["data"]["attempts"] == 2
+
+
+def test_a_folder_on_a_full_disk_makes_no_dead_letters(tmp_path, consumer):
+    n = 12
+    (tmp_path / "in").mkdir(), (tmp_path / "out").mkdir()
+    (tmp_path / "in/a.jsonl").write_text("\n".join(event(i) for i in range(n)))
+    (tmp_path / "out/answers.ndjson").symlink_to("/dev/full")
+    for _ in range(4):
+        p = consumer("in", "out", "--attempts", 2, "--once")
+        _, err = p.communicate(timeout=PATIENCE)
+        assert p.returncode == 2 and "the disk is full" in err and "Make room" in err and "Traceback" not in err, err
+    (tmp_path / "out/answers.ndjson").unlink()
+    out, err = (p := consumer("in", "out", "--attempts", 2, "--once")).communicate(timeout=PATIENCE)
+    assert p.returncode == 0 and f"{n} answered, 0 duplicates, 0 dead" in out, out + err
+    ids = [json.loads(x)["id"] for x in (tmp_path / "out/answers.ndjson").read_text().splitlines()]
+    assert sorted(ids) == sorted(expected(range(n))) and not (tmp_path / "out/dead.ndjson").exists()
 
 
 def test_redis_an_event_that_is_no_utf8_becomes_a_dead_letter(redis_server, consumer):
