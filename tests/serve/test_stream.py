@@ -1,5 +1,6 @@
 "Streams with consumers that are killed, a Redis that restarts, and events that kill whoever reads them."
 
+import asyncio
 import json
 import os
 import shutil
@@ -9,9 +10,13 @@ import sys
 import time
 import urllib.request
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from serve_server import PATIENCE, until
+
+from llmkit.serve.stream import consume
+from llmkit.serve.stream_folder import FolderSource
 
 PROGRAM = """
 import functools, os, signal, sys, time
@@ -338,3 +343,27 @@ def test_redis_an_event_that_is_no_utf8_becomes_a_dead_letter(redis_server, cons
         r.client.xadd("q", {"event": raw})
     _, err = (p := consumer(r.at("q"), r.at("a"), "--once")).communicate(timeout=PATIENCE)
     assert p.returncode == 0 and set(r.ids("a")) == expected([1]) and len(r.ids("a.dead")) == 1, err
+
+
+def test_an_answer_that_the_end_cuts_off_costs_its_event_no_attempt(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.ndjson").write_text(event(1) + "\n")
+
+    async def cut_off():
+        "Take the event, and stop while it is answered."
+        source = FolderSource(tmp_path / "in", "llmkit", 0.01)
+        given, stop = [], asyncio.Event()
+
+        async def handle(d):
+            given.append(d.attempts)
+            stop.set()
+            await asyncio.Event().wait()
+
+        worker = SimpleNamespace(
+            source=source, handle=handle, counts=None, metrics=SimpleNamespace(set=lambda lag: None)
+        )
+        await consume(worker, stop=stop, drain=0.05)
+        await source.close()
+        return given
+
+    assert [asyncio.run(cut_off()) for _ in range(3)] == [[1], [1], [1]]
