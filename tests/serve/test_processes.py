@@ -63,9 +63,11 @@ def test_what_outlasts_the_drain_is_told_so(tmp_path):
 
         async def main():
             async with httpx.AsyncClient(timeout=PATIENCE) as c:
-                tasks = [asyncio.create_task(ask(c, i % 2 == 0)) for i in range(8)]
-                while 'llmkit_running{variant="baseline"} 4.0' not in (await c.get(f"{url}/metrics")).text:
-                    await asyncio.sleep(0.05)
+                tasks = []
+                for state in ("running", "queue_depth"):  # four that have a slot, then four that have none
+                    tasks += [asyncio.create_task(ask(c, i % 2 == 0)) for i in range(4)]
+                    while f'llmkit_{state}{{variant="baseline"}} 4.0' not in (await c.get(f"{url}/metrics")).text:
+                        await asyncio.sleep(0.05)
                 p.send_signal(signal.SIGTERM)
                 return await asyncio.gather(*tasks)
 
