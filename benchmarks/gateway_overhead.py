@@ -53,7 +53,10 @@ class Instant:
     name, tokenizer, context = "instant", ByteTokenizer(), 1024
 
     def __init__(self, release: str):
-        self.release = release
+        self.release = self.identity = release
+
+    def glance(self, call):
+        pass
 
     def prepare(self, call):
         return Work(call, len(self.tokenizer.chat(call.messages)), 8)
@@ -63,6 +66,9 @@ class Instant:
 
     async def check(self):
         pass
+
+    async def alive(self):
+        return True
 
     async def close(self, timeout=None):
         pass
