@@ -303,6 +303,8 @@ def _hold(self: Window, who: int, e: Mapping[str, Any]) -> None:
 
 def _settle(self: Window) -> None:
     "Count the first requests that are old enough, by the end of the newest one."
+    if not self.held:
+        return
     now = max(a.last for a in self.arms.values())
     while self.held and (next(iter(self.held.values()))[0] <= now or len(self.held) > HELD):
         who, (_, e) = self.held.popitem(last=False)
