@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FULL', 'atomic_file', 'cannot_write', 'atomic_folder', 'write_text', 'write_json', 'cannot_read', 'read_text',
-           'read_json', 'read_object', 'write_jsonl', 'read_jsonl']
+           'read_json', 'read_object', 'write_jsonl', 'read_jsonl', 'take_lock', 'locked', 'held']
 
 # %% ../../nbs/01_core/03_files.ipynb #218192d1
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -171,3 +172,46 @@ def _rows(lines: Iterable[str], path: str | Path) -> Iterator[dict]:
         if not isinstance(row, dict):
             raise KitError("must be an object with named values", file=path, key=f"line {i}", value=row)
         yield row
+
+# %% ../../nbs/01_core/03_files.ipynb #bef252d8
+def take_lock(
+    path: str | Path,  # a file; made when missing
+    wait: bool = False,  # wait for the owner rather than giving up
+    shared: bool = False,  # beside others who share it
+) -> int | None:
+    "The file descriptor of a lock, opened for appending, or None when somebody else holds it; raises `KitError`. `os.close` gives it back."
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError as e:
+        raise cannot_write(path, e) from e
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except BaseException as e:  # Ctrl-C while it waits, too
+        os.close(fd)
+        if isinstance(e, BlockingIOError):
+            return None
+        raise
+    return fd
+
+
+@contextmanager
+def locked(
+    path: str | Path,  # a file; made when missing
+    wait: bool = True,  # for the owner rather than giving up
+) -> Iterator[int | None]:
+    "A lock for as long as a block runs, or None when somebody else holds it; raises `KitError`."
+    fd = take_lock(path, wait)
+    try:
+        yield fd
+    finally:
+        if fd is not None:
+            os.close(fd)
+
+
+def held(path: str | Path) -> bool:
+    "Whether somebody holds a lock alone."
+    fd = take_lock(path, shared=True) if Path(path).exists() else None
+    if fd is not None:
+        os.close(fd)
+    return fd is None and Path(path).exists()

@@ -9,10 +9,10 @@ __all__ = ['run_problems', 'mlflow_problems', 'dvc_problems', 'waiting', 'doctor
 from pathlib import Path
 
 from ..core.errors import KitError
-from ..core.files import read_json
+from ..core.files import held, read_json
 from .dag import dag_check
 from .records import check_records, locked, verify_records
-from .runs import bury_dead, held, list_runs
+from .runs import bury_dead, list_runs
 from .tracking import STATES, connect, read_mlflow, settle, tracking_settings
 from ..monitor.state import Memory, database
 

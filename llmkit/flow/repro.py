@@ -7,7 +7,6 @@ __all__ = ['MADE', 'GRACE', 'STOPS', 'BACKUP', 'guard', 'cache_folder', 'check_c
            'stop_below', 'before', 'dvc', 'after', 'alone', 'put_back', 'repro']
 
 # %% ../../nbs/12_flow/12_repro.ipynb #1fb4dda0
-import fcntl
 import os
 import shutil
 import signal
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import KitError
-from ..core.files import read_json, write_text
+from ..core.files import read_json, take_lock, write_text
 from ..core.plugins import need
 from ..core.project import find_project
 from .dag import dag_write
@@ -234,22 +233,27 @@ def alone(
     several: bool = False,  # others that say so too may run beside this
 ) -> Iterator[None]:
     "No training of the project runs beside this, and what a killed one has left is put back; raises `KitError`."
-    (root / BACKUP).parent.mkdir(parents=True, exist_ok=True)
-    with open((root / BACKUP).with_suffix(".lock"), "a") as lock:
-        _hold(lock, fcntl.LOCK_SH if several and not (root / BACKUP).is_file() else fcntl.LOCK_EX)
-        _recover(root, run)
-        if several:
-            _hold(lock, fcntl.LOCK_SH)
+    if several and (root / BACKUP).is_file():
+        with _hold(root, shared=False):
+            _recover(root, run)
+    with _hold(root, several):
+        if not several:
+            _recover(root, run)
         yield
 
 
-def _hold(lock: Any, how: int) -> None:
-    "Take the lock of trainings; raises `KitError` when somebody has it."
-    try:
-        fcntl.flock(lock, how | fcntl.LOCK_NB)
-    except BlockingIOError as e:
+@contextmanager
+def _hold(root: Path, shared: bool) -> Iterator[None]:
+    "The lock of trainings; raises `KitError` when somebody has it."
+    path = (root / BACKUP).with_suffix(".lock")
+    lock = take_lock(path, shared=shared)
+    if lock is None:
         fix = "Wait until it has ended"
-        raise KitError("a retraining or another `llmkit repro` runs in this project", file=lock.name, remedy=fix) from e  # fmt: skip
+        raise KitError("a retraining or another `llmkit repro` runs in this project", file=path, remedy=fix)
+    try:
+        yield
+    finally:
+        os.close(lock)
 
 
 def _recover(root: Path, run: Callable) -> None:

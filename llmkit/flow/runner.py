@@ -25,11 +25,11 @@ from typing import Any
 
 from ..core.digests import digest_bytes, digest_json
 from ..core.errors import KitError
-from ..core.files import read_json, write_json, write_text
+from ..core.files import read_json, take_lock, write_json, write_text
 from .execute import Execution, execute, give_back, judge
 from .plan import Plan, plan
 from .record import SIDECAR, Ending, canonical, digest_path, dump, plain, title
-from .runs import RUNS, Run, bury_dead, now, open_run, take_lock
+from .runs import RUNS, Run, bury_dead, now, open_run
 from .tracking import Watcher, read_mlflow, tracking_settings
 
 # %% ../../nbs/12_flow/10_runner.ipynb #d3ab2ef8

@@ -16,10 +16,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..core.files import read_json, write_json
+from ..core.files import held, read_json, take_lock, write_json
 from ..core.plugins import need
 from ..core.settings import Settings, load_settings
-from .runs import Run, bury, held, list_runs, prune, take_lock
+from .runs import Run, bury, list_runs, prune
 
 # %% ../../nbs/12_flow/06_tracking.ipynb #163c9039
 def tracking_settings(

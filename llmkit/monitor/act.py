@@ -7,7 +7,6 @@ __all__ = ['NO_TEXTS', 'usual_answers', 'traffic_records', 'prepare_request', 'c
            'rollback']
 
 # %% ../../nbs/10_monitor/08_act.ipynb #c9ee1282
-import fcntl
 import json
 import os
 import subprocess
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..core.files import read_json, read_jsonl, write_json, write_jsonl
+from ..core.files import held, locked, read_json, read_jsonl, write_json, write_jsonl
 from ..data.privacy import masked
 from .decide import held_back
 from .policy import MonitorPolicy
@@ -132,14 +131,16 @@ def carry_out(
 ) -> int:
     "Run the command of a request, unless somebody has begun to; gives its exit code."
     folder = Path(folder)
-    with open(folder / "running", "a") as lock:
+    begun = (folder / "started").exists()
+    with locked(folder / "running", wait=not begun) as lock:  # whoever asks how it goes has the lock for a moment
+        if lock is None:
+            return 0
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with open(folder / "started", "x") as f:
                 f.write(str(os.getpid()))
-        except (BlockingIOError, FileExistsError):
+        except FileExistsError:
             return 0
-        return _run(folder, lock.fileno())
+        return _run(folder, lock)
 
 
 def _run(folder: Path, lock: int) -> int:
@@ -170,7 +171,7 @@ def ended(
     folder = Path(folder)
     if not (folder / "request.json").is_file():
         return "lost", f"there is no {folder.name}/request.json any more"
-    running = _running(folder)  # asked first: what ends now has said how before it lets go
+    running = held(folder / "running")  # asked first: what ends now has said how before it lets go
     if (folder / "exit.json").is_file():
         code, note = (read_json(folder / "exit.json")[k] for k in ("code", "note"))
         return ("done", "") if code == 0 else ("failed", note or f"exit code {code}; see {folder.name}/log.txt")
@@ -178,16 +179,6 @@ def ended(
         pid = (folder / "started").read_text()
         return "lost", f"process {pid} is gone and said nothing; see {folder.name}/log.txt"
     return "started", ""
-
-
-def _running(folder: Path) -> bool:
-    "Whether somebody holds the lock of a request."
-    with open(folder / "running", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 # %% ../../nbs/10_monitor/08_act.ipynb #c7ae2688
 def _waits(memory: Memory, a: Action, policy: MonitorPolicy) -> str:

@@ -7,7 +7,6 @@ __all__ = ['Monitor', 'open_monitor', 'run_window', 'publish', 'settle', 'monito
            'monitor_status']
 
 # %% ../../nbs/10_monitor/09_watch.ipynb #afb433fd
-import fcntl
 import sqlite3
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from ..core.digests import short
 from ..core.errors import KitError
-from ..core.files import atomic_folder, read_jsonl
+from ..core.files import atomic_folder, locked, read_jsonl
 from ..core.params import load_params
 from ..core.report import Report, write_report
 from ..core.settings import load_settings
@@ -113,10 +112,8 @@ def settle(m: Monitor) -> list[Action]:
     todo = m.memory.actions("requested", "started")
     if not todo:
         return []
-    with open(f"{m.memory.store.path}.actions.lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # another process is at it
+    with locked(f"{m.memory.store.path}.actions.lock", wait=False) as lock:
+        if lock is None:  # another process is at it
             return []
         done = [_settle(m, a) for a in m.memory.actions("requested", "started")]
     return [a for a in done if a not in todo]

@@ -6,18 +6,16 @@
 __all__ = ['Entry', 'read_ledger', 'actor', 'holder', 'append', 'verify_ledger']
 
 # %% ../../nbs/07_release/09_ledger.ipynb #544c62dc
-import fcntl
 import getpass
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from ..core.digests import canonical_json, digest_json, short
 from ..core.errors import KitError
-from ..core.files import cannot_write, read_jsonl
+from ..core.files import cannot_write, locked, read_jsonl
 
 # %% ../../nbs/07_release/09_ledger.ipynb #de8de3b3
 @dataclass(frozen=True)
@@ -61,21 +59,6 @@ def read_ledger(
     return entries
 
 # %% ../../nbs/07_release/09_ledger.ipynb #8f2b4e57
-@contextmanager
-def _locked(path: Path) -> Iterator[int]:
-    "A file descriptor for appending, which one process at a time can hold."
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    except OSError as e:
-        raise cannot_write(path, e) from e
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield fd
-    finally:
-        os.close(fd)
-
-
 def actor(environ: Mapping[str, str] = os.environ) -> str:
     "Who acts: `LLMKIT_ACTOR`, else the user of this process."
     return environ.get("LLMKIT_ACTOR") or getpass.getuser()
@@ -102,7 +85,7 @@ def append(
 ) -> Entry:
     "Add a move and return its entry; when the alias is there already, return the entry that put it there."
     path = Path(path)
-    with _locked(path) as fd:
+    with locked(path) as fd:
         entries = read_ledger(path)
         before = holder(entries, model, alias)
         if before == after:

@@ -7,7 +7,6 @@ __all__ = ['TAG', 'RETRAIN_ID', 'dvc_md5', 'dvc_reference', 'source_uri', 'Versi
            'register', 'public_uri', 'receipt', 'registry_uri', 'register_release', 'list_releases']
 
 # %% ../../nbs/07_release/11_registry.ipynb #8cd18eb3
-import fcntl
 import hashlib
 import json
 import logging
@@ -22,7 +21,7 @@ from urllib.parse import urlsplit
 from ..core.artifact import open_artifact
 from ..core.digests import digest_json, short
 from ..core.errors import KitError
-from ..core.files import cannot_write, read_json, write_json
+from ..core.files import locked, read_json, write_json
 from ..core.plugins import need
 from ..core.settings import Settings, load_settings
 from .ledger import append, read_ledger
@@ -158,12 +157,7 @@ def _alone(uri: str) -> Iterator[None]:
     if file is None:
         yield
         return
-    try:
-        lock = open(f"{file}.lock", "a")
-    except OSError as e:
-        raise cannot_write(file, e) from e
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(f"{file}.lock"):
         yield
 
 

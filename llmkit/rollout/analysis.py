@@ -7,17 +7,13 @@ __all__ = ['compare', 'finding', 'harmful', 'left_out', 'analyse', 'documented']
 
 # %% ../../nbs/09_rollout/06_analysis.ipynb #ef90ac2f
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, replace
-
-import numpy as np
 
 from ..core.digests import digest_json
 from ..core.report import report_digest
 from ..gate.judge import judge
 from ..gate.policy import Policy, Rule
 from llmkit.gate.sequential import (
-    GROWTH,
     Gap,
     Running,
     mean_difference,
@@ -45,7 +41,7 @@ def compare(
     m = METRICS[g.metric]
     if m.test == "quantile":
         kind, _, q = g.metric.rpartition("_p")
-        return _ratio(base.times.get(kind, {}), cand.times.get(kind, {}), int(q) / 100, alpha)
+        return quantile_ratio(base.times.get(kind, {}), cand.times.get(kind, {}), int(q) / 100, alpha)
     if m.test == "rate":
         gap, scale = rate_difference(*(tuple(a.rates.get(g.metric, (0, 0))) for a in (base, cand)), alpha), 1.0
     else:
@@ -54,22 +50,6 @@ def compare(
     value, low, high = (x * scale for x in (gap.value, gap.low, gap.high))
     ends = (value, low, high) if m.better == "higher" else (-value, -high, -low)
     return Gap(*ends, alpha, gap.n, gap.n_baseline, gap.method)
-
-
-def _ratio(base: Mapping[str, np.ndarray], cand: Mapping[str, np.ndarray], q: float, alpha: float) -> Gap:
-    "The ratio of quantiles; `quantile_ratio` looks at ratios up to 16, so a larger one is taken out first and put back."
-    gap = quantile_ratio(base, cand, q, alpha)
-    k = round(math.log(gap.value) / math.log(GROWTH))
-    if abs(k) < 300:  # less than 4.5 times
-        return gap
-    gap = quantile_ratio(base, {s: _shifted(c, k) for s, c in cand.items()}, q, alpha)
-    return replace(gap, **{end: getattr(gap, end) * GROWTH**k for end in ("value", "low", "high")})
-
-
-def _shifted(counts: np.ndarray, k: int) -> np.ndarray:
-    "Counts by bucket, k buckets quicker; what leaves the table is counted at its end."
-    to = np.clip(np.arange(len(counts)) - k, 0, len(counts) - 1)
-    return np.bincount(to, counts, len(counts)).astype(counts.dtype)
 
 # %% ../../nbs/09_rollout/06_analysis.ipynb #651a411c
 def finding(

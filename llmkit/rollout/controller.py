@@ -7,7 +7,6 @@ __all__ = ['QUEUED', 'BATCH', 'SNAPSHOT', 'RETRY', 'Router', 'Registry', 'Mlflow
            'stop']
 
 # %% ../../nbs/09_rollout/09_controller.ipynb #aa7c2491
-import fcntl
 import threading
 import time
 from collections import deque
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..core.errors import KitError
+from ..core.files import locked
 from ..release.ledger import append as append_ledger
 from ..release.registry import _alone, _client, versions
 from .assign import SLOTS, assign, slot
@@ -179,10 +179,8 @@ def _keep(self: Controller) -> None:
     "Do what was promised, in order; what fails is tried again later."
     if self.store.writing or not self.store.promises(self.id) or self.clock() < self._retry_at:
         return
-    with open(f"{self.store.path}.effects.lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # another process is at it
+    with locked(f"{self.store.path}.effects.lock", wait=False) as lock:
+        if lock is None:  # another process is at it
             return
         for promise in self.store.promises(self.id):
             try:

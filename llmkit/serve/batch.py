@@ -8,7 +8,6 @@ __all__ = ['KINDS', 'Line', 'read_line', 'read_lines', 'read_shard', 'cut_off', 
 
 # %% ../../nbs/08_serve/20_batch.ipynb #5a40f4cd
 import asyncio
-import fcntl
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import KitError
-from ..core.files import cannot_write
+from ..core.files import take_lock
 from ..core.params import read_options
 from ..core.plugins import need
 from ..core.settings import load_settings
@@ -126,17 +125,10 @@ class Appender:
     "A file to which whole lines are added, by one process at a time; raises `KitError` when another one has it."
 
     def __init__(self, path: str | Path):
-        try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        except OSError as e:
-            raise cannot_write(path, e) from e
-        try:
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            os.close(self.fd)
+        self.fd = take_lock(path)
+        if self.fd is None:
             fix = "Wait for its end and go on with --resume, or name another file"
-            raise KitError("another run is writing to it", file=path, remedy=fix) from e
+            raise KitError("another run is writing to it", file=path, remedy=fix)
 
     def add(self, value: Mapping[str, Any]) -> None:
         "Write a line."

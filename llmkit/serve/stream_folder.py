@@ -6,7 +6,6 @@
 __all__ = ['SCHEMA', 'Delivery', 'Lag', 'FolderSource', 'lag', 'FolderSink']
 
 # %% ../../nbs/08_serve/22_stream_folder.ipynb #6c547281
-import fcntl
 import json
 import os
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import KitError
+from ..core.files import take_lock
 from .store import Store
 
 # %% ../../nbs/08_serve/22_stream_folder.ipynb #67eca212
@@ -48,7 +48,7 @@ CREATE TABLE IF NOT EXISTS lines(name TEXT, start INTEGER, attempts INTEGER NOT 
 class _File:
     "A file that this consumer reads."
 
-    lock: Any
+    lock: int
     at: int  # byte up to which it was read
     window: deque = field(default_factory=deque)  # [start, end, settled] of the lines after the settled part
     known: dict[int, tuple[int, int]] = field(default_factory=dict)  # start → attempts, settled, of an earlier reader
@@ -133,11 +133,8 @@ class FolderSource:
 # %% ../../nbs/08_serve/22_stream_folder.ipynb #b6471cef
 def _lock(self: FolderSource, name: str) -> _File | None:
     "Become the file's reader; None while another consumer is."
-    fd = os.open(self.own / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
+    fd = take_lock(self.own / f"{name}.lock")
+    if fd is None:
         return None
     with self.store.write() as db:
         db.execute("INSERT OR IGNORE INTO files VALUES (?, 0, 0)", (name,))

@@ -13,6 +13,7 @@ import pytest
 
 from llmkit.cli import main
 from llmkit.core.errors import KitError
+from llmkit.core.files import take_lock
 from llmkit.flow.plan import plan
 from llmkit.flow.runner import run_stage, stage
 from llmkit.flow.runs import list_runs
@@ -226,8 +227,6 @@ def test_a_full_disk_where_the_record_goes(project):
 
 
 def test_a_stage_that_runs_is_not_started_twice(project, capsys):
-    from llmkit.flow.runs import take_lock
-
     project.stage("x", DONE)
     turn = take_lock(project.path / ".llmkit/stage-x.lock")
     assert stage("x", str(project.path)) == 2

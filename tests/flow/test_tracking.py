@@ -5,9 +5,10 @@ import signal
 
 import pytest
 
+from llmkit.core.files import held
 from llmkit.flow.doctor import doctor
 from llmkit.flow.runner import run_stage
-from llmkit.flow.runs import held, list_runs
+from llmkit.flow.runs import list_runs
 from llmkit.flow.tracking import settle
 
 SLEEP = "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)"
