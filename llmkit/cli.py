@@ -62,6 +62,7 @@ COMMANDS = {
     "monitor run": "llmkit.monitor.watch:monitor_run",
     "monitor watch": "llmkit.monitor.watch:monitor_watch",
     "monitor status": "llmkit.monitor.watch:monitor_status",
+    "monitor close": "llmkit.monitor.watch:monitor_close",
     "dash": "llmkit.monitor.dash:dash",
     "alerts write": "llmkit.monitor.wiring:alerts_write",
     "judge serve": "llmkit.rollout.judge_server:judge_serve",

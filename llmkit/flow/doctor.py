@@ -82,7 +82,11 @@ def waiting(
     if path is None or not path.is_file():
         return []
     last = {a.kind: a for a in Memory(path).actions()}
-    return [f"{a.kind} {a.state}: {a.id}: {a.note}" for a in last.values() if a.state in ("held", "failed", "lost")]
+    return [
+        f"{a.kind} {a.state}: {a.id}: {a.note}"
+        for a in last.values()
+        if a.state in ("held", "failed", "lost") and not a.closed
+    ]
 
 
 def doctor(

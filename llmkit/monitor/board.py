@@ -300,7 +300,15 @@ def _windows(seen: Sequence[Seen]) -> str:
 def _actions(b: Board) -> str:
     "What was asked for."
     found: Sequence[Action] = b.seen.actions
-    rows = [(esc(a.kind), esc(a.state), clock(a.time), esc(a.note or a.reason)) for a in found]
+    rows = [
+        (
+            esc(a.kind),
+            esc(a.state),
+            clock(a.time),
+            esc(a.note or a.reason) + (f"<br>closed by {esc(a.closed)}" if a.closed else ""),
+        )
+        for a in found
+    ]
     return f"<h3>Asked for</h3>{table('Asked for', ('what', 'state', 'when', 'why'), rows)}" if rows else ""
 
 # %% ../../nbs/10_monitor/24_board.ipynb #24bc27b1

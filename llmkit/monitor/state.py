@@ -17,6 +17,7 @@ from typing import Any
 
 from ..core.digests import short
 from ..core.errors import KitError
+from ..core.params import did_you_mean
 from ..core.report import Measurement, Report
 from ..core.settings import load_settings
 from ..gate.verdict import RuleResult, Verdict
@@ -96,6 +97,7 @@ class Action:
     reason: str
     state: str  # requested, held, started, done, failed or lost
     note: str = ""  # what became of it
+    closed: str = ""  # who left it at that, and why
 
 
 _TABLES = """
@@ -103,7 +105,8 @@ CREATE TABLE IF NOT EXISTS windows(release TEXT, number INTEGER, time REAL NOT N
   PRIMARY KEY(release, number));
 CREATE TABLE IF NOT EXISTS streams(release TEXT PRIMARY KEY, body TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS actions(id TEXT PRIMARY KEY, kind TEXT NOT NULL, time REAL NOT NULL, release TEXT NOT NULL,
-  number INTEGER NOT NULL, reason TEXT NOT NULL, state TEXT NOT NULL, note TEXT NOT NULL)
+  number INTEGER NOT NULL, reason TEXT NOT NULL, state TEXT NOT NULL, note TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS closed(id TEXT PRIMARY KEY, time REAL NOT NULL, who TEXT NOT NULL, because TEXT NOT NULL)
 """
 
 
@@ -156,7 +159,9 @@ class Memory:
                 return False
             db.execute("INSERT OR REPLACE INTO streams VALUES (?, ?)", (w.release, json.dumps(stream, allow_nan=False)))
             for a in actions:
-                db.execute("INSERT OR IGNORE INTO actions VALUES (?, ?, ?, ?, ?, ?, ?, ?)", tuple(asdict(a).values()))
+                db.execute(
+                    "INSERT OR IGNORE INTO actions VALUES (?, ?, ?, ?, ?, ?, ?, ?)", tuple(asdict(a).values())[:-1]
+                )
         return True
 
     def windows(self, release: str = "", n: int = 10) -> list[Seen]:
@@ -183,7 +188,8 @@ class Memory:
     def actions(self, *states: str, kind: str = "") -> list[Action]:
         "Actions in some states, or in any, oldest first."
         with self._readable():
-            rows = self.store.read("SELECT * FROM actions ORDER BY time, id")
+            by = "coalesce(c.who || ': ' || c.because, '') AS closed"
+            rows = self.store.read(f"SELECT a.*, {by} FROM actions a LEFT JOIN closed c USING (id) ORDER BY a.time, id")
         found = [Action(**dict(r)) for r in rows]
         return [a for a in found if (not states or a.state in states) and kind in ("", a.kind)]
 
@@ -192,6 +198,26 @@ class Memory:
         with self._writing() as db:
             db.execute("UPDATE actions SET state = ?, note = ? WHERE id = ?", (state, note or a.note, a.id))
         return replace(a, state=state, note=note or a.note)
+
+    def close(
+        self,
+        id: str,  # of an action that failed, was lost or is held
+        who: str,
+        because: str,
+        time: float,  # seconds since the epoch
+    ) -> Action:
+        "Leave an action at what became of it; a second time changes nothing. Raises `KitError`."
+        found = {a.id: a for a in self.actions()}
+        if (a := found.get(id)) is None:
+            raise KitError("no such action", key="action", value=id, remedy=did_you_mean(id, found))
+        if a.state in UNDER_WAY:
+            fix = "Wait for its end: what runs cannot be left as it is"
+            raise KitError(f"is {a.state}", key="action", value=id, remedy=fix)
+        if a.state == "done":
+            raise KitError("was done: there is nothing to close", key="action", value=id)
+        with self._writing() as db:
+            db.execute("INSERT OR IGNORE INTO closed VALUES (?, ?, ?, ?)", (id, time, who, because))
+        return next(a for a in self.actions() if a.id == id)
 
 # %% ../../nbs/10_monitor/05_state.ipynb #8746d19c
 UNDER_WAY = ("requested", "started")  # states of an action that has not ended
@@ -205,7 +231,7 @@ def unsettled(
     for kind in ("retrain", "rollback"):
         left: list[Action] = []
         for a in memory.actions(kind=kind):
-            left = [x for x in left if x.state in UNDER_WAY] if a.state == "done" else [*left, a]
+            left = [x for x in left if x.state in UNDER_WAY] if a.state == "done" else left if a.closed else [*left, a]
         out += [a for a in left if a.state in UNDER_WAY or not (newest and _over(memory, a, newest[0]))]
     return out
 

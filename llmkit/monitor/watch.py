@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Monitor', 'open_monitor', 'run_window', 'publish', 'settle', 'monitor_run', 'monitor_watch', 'watch',
-           'monitor_status']
+           'monitor_status', 'monitor_close']
 
 # %% ../../nbs/10_monitor/09_watch.ipynb #afb433fd
 import sqlite3
@@ -26,6 +26,7 @@ from .decide import decide
 from .policy import MonitorPolicy, read_monitor
 from .state import Action, Memory, Overview, Seen, database, overview
 from .window import Window, next_window, waiting, watched
+from ..release.ledger import actor
 from ..rollout.commands import open_registry, open_store
 from ..rollout.controller import Registry
 from ..serve.events import Events, events_file
@@ -171,7 +172,8 @@ def _awaited(m: Monitor, release: str = "") -> str:
 
 
 def _line(a: Action) -> str:
-    return f"{a.kind} {a.state}: {a.id}" + (f" ({a.note})" if a.note else "") + f", because {a.reason}"
+    said = f"{a.kind} {a.state}: {a.id}" + (f" ({a.note})" if a.note else "") + f", because {a.reason}"
+    return said + (f"; closed by {a.closed}" if a.closed else "")
 
 
 def monitor_watch(
@@ -250,3 +252,19 @@ def _told(seen: Overview) -> list[str]:
         q = "" if s.q is None else f", adjusted p {s.q:.2g}"
         out.append(f"  {'✗' if s.drifted else '✓'} {s.family} {s.metric}{where} {s.value:.4g}, counts from {s.threshold:.4g}{q}")  # fmt: skip
     return out + [_line(a) for a in seen.actions]
+
+
+def monitor_close(
+    action: str,  # its name, from `llmkit monitor status`
+    *,
+    because: str,  # why nothing shall follow
+    who: str = "",  # default: `LLMKIT_ACTOR`, else the user of this process
+    settings: str = "settings.ini",  # where the databases are
+) -> int:
+    "Leave a retraining or rollback that is held, failed or was lost as it is: its alert resolves. Kept with who and why."
+    if not because.strip():
+        raise KitError("needs a reason", key="because", remedy='Say why: --because "the spring sale, over on Monday"')
+    if not (path := database(settings)).is_file():
+        raise KitError("nothing was asked for: no window was decided yet", file=path)
+    print(_line(Memory(path).close(action, who or actor(), because.strip(), time.time())))
+    return 0

@@ -197,7 +197,7 @@ def asked(t, *actions):
     for id, state in actions:
         a = Action(id, "retrain", t.now, "sha256:a", 1, "data: 2 of 3 windows drifted", state)
         with t.monitor.memory.store.write() as db:
-            db.execute("INSERT INTO actions VALUES (?, ?, ?, ?, ?, ?, ?, ?)", tuple(a.__dict__.values()))
+            db.execute("INSERT INTO actions VALUES (?, ?, ?, ?, ?, ?, ?, ?)", tuple(a.__dict__.values())[:-1])
 
 
 def test_two_releases_that_ask_at_once_get_one_training(tmp_path):
