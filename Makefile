@@ -115,9 +115,9 @@ hooks: env ## pre-commit hooks, and git's notebook diff and merge, for this clon
 
 # -- people -----------------------------------------------------------------------------------------------------
 
-lab: env ## JupyterLab, with this environment as its kernel
+lab: env ## JupyterLab, with this environment as its kernel (LAB_ARGS="--no-browser --port 9000")
 	python -m ipykernel install --sys-prefix --name python3 --display-name "llmkit" >/dev/null
-	jupyter lab --notebook-dir=. $(LAB_ARGS)
+	jupyter lab --notebook-dir=. $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
 docs: env ## the site, in site/index.html; needs no network
 	python tools/website
