@@ -12,7 +12,7 @@ unexport GIT_DIR GIT_INDEX_FILE GIT_WORK_TREE
 # Where this is set, every process compiles all that it imports: 8 s for torch alone, 40 s with transformers.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help env system extras lock repro smoke banking77 bench cache-pull cache-push report-pr test quick lint check format sync readme hooks lab docs dist clean
+.PHONY: help env system extras lock repro smoke banking77 bench cache-pull cache-push report-pr rollout-order test quick lint check format sync readme hooks lab docs dist clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +71,9 @@ cache-pull: env ## fetch results that others have made (DVC_REMOTE=a folder or h
 
 cache-push: env ## share results through the same remote
 	tools/cache.sh push
+
+rollout-order: env ## an order to a running service, from a workflow (ORDER=start MODEL=… BECAUSE=…, and where the service keeps its state)
+	tools/rollout_order.sh
 
 report-pr: ## put the verdict on the pull request that brought this commit (needs gh)
 	tools/report_pr.sh artifacts/gate/verdict/verdict.md

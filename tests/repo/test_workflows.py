@@ -1,5 +1,6 @@
 "The workflows are valid, thin and of least privilege; what they call exists."
 
+import json
 import os
 import re
 import subprocess
@@ -23,8 +24,24 @@ def targets():
     return set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.M))
 
 
-def test_the_four_are_there():
-    assert {f.stem for f in FLOWS} >= {"ci", "pipeline", "docs", "release"}
+def test_the_five_are_there():
+    assert {f.stem for f in FLOWS} >= {"ci", "pipeline", "docs", "release", "rollout"}
+
+
+def test_what_moves_a_rollout_forward_waits_for_reviewers_and_what_sends_users_back_for_nobody():
+    from llmkit.cli import COMMANDS
+    from llmkit.rollout.store import MOVES
+
+    y = YAML(typ="safe").load((ROOT / ".github/workflows/rollout.yml").read_text())
+    known = {c.removeprefix("rollout ") for c in COMMANDS if c.startswith("rollout ")}
+    assert set(y["on"]["workflow_dispatch"]["inputs"]["order"]["options"]) == known
+    assert "inputs.order" in y["concurrency"]["group"]
+    (forward,) = re.findall(
+        r"fromJSON\('(.+?)'\), inputs.order\) && 'production' \|\|", y["jobs"]["order"]["environment"]
+    )
+    assert set(json.loads(forward)) == {"start", "resume", "promote", "retry"} and set(json.loads(forward)) | {
+        "undo"
+    } >= set(MOVES)
 
 
 def check(*files):
