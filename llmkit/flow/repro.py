@@ -189,7 +189,10 @@ def dvc(
     ours = STOPS if threading.current_thread() is threading.main_thread() else ()
     previous = {n: signal.signal(n, stop) for n in ours}
     try:
-        process = subprocess.Popen([sys.executable, "-m", "dvc", *words], cwd=folder, env={**os.environ, "PATH": path})
+        started = [sys.executable, "-m", "dvc", *words]
+        process = subprocess.Popen(
+            started, cwd=folder, env={**os.environ, "PATH": path}, close_fds=False
+        )  # it gets `alone`'s lock
         if got and not helper.ident:  # it came while DVC was being started
             helper.start()
         code = process.wait()
@@ -250,6 +253,7 @@ def _hold(root: Path, shared: bool) -> Iterator[None]:
     if lock is None:
         fix = "Wait until it has ended"
         raise KitError("a retraining or another `llmkit repro` runs in this project", file=path, remedy=fix)
+    os.set_inheritable(lock, True)  # DVC, which may outlive this process, holds it too
     try:
         yield
     finally:

@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from llmkit.core.errors import KitError
@@ -93,6 +95,27 @@ def test_repro_puts_back_what_a_killed_training_has_left(project, capsys, monkey
     assert repro(project=str(project)) == 0
     assert met == [("checkout", True), ("repro", True)] and "was killed here" in capsys.readouterr().out
     assert not (project / BACKUP).exists()
+
+
+def test_while_the_dvc_of_a_killed_training_lives_nobody_touches_the_project(project, monkeypatch):
+    (project / "dvc.py").write_text("import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)\n")
+    code = "from llmkit.flow import repro, retrain; retrain.train_again('new.jsonl', 'r1', '.', repro.dvc)"
+    p = subprocess.Popen([sys.executable, "-c", code], cwd=project, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    end = time.monotonic() + 60
+    while not (project / "pid").is_file() or not (project / "pid").read_text():
+        assert time.monotonic() < end and p.poll() is None
+        time.sleep(0.05)
+    p.kill(), p.wait()
+    stub(monkeypatch, lambda words, root: 0)
+    during, left = files(project), psutil.Process(int((project / "pid").read_text()))
+    try:
+        with pytest.raises(KitError, match="a retraining or another `llmkit repro` runs"):
+            repro(project=str(project))
+        assert files(project) == during and (project / BACKUP).exists()
+    finally:
+        left.kill()
+    psutil.wait_procs([left], 30)
+    assert repro(project=str(project)) == 0 and files(project) != during
 
 
 def test_repro_keeps_what_a_person_has_written_since(project, monkeypatch):
