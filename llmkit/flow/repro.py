@@ -189,10 +189,9 @@ def dvc(
     ours = STOPS if threading.current_thread() is threading.main_thread() else ()
     previous = {n: signal.signal(n, stop) for n in ours}
     try:
-        started = [sys.executable, "-m", "dvc", *words]
-        process = subprocess.Popen(
-            started, cwd=folder, env={**os.environ, "PATH": path}, close_fds=False
-        )  # it gets `alone`'s lock
+        env = {**os.environ, "PATH": path}
+        # open files that may be inherited are: `alone`'s lock
+        process = subprocess.Popen([sys.executable, "-m", "dvc", *words], cwd=folder, env=env, close_fds=False)
         if got and not helper.ident:  # it came while DVC was being started
             helper.start()
         code = process.wait()

@@ -36,12 +36,9 @@ def test_what_moves_a_rollout_forward_waits_for_reviewers_and_what_sends_users_b
     known = {c.removeprefix("rollout ") for c in COMMANDS if c.startswith("rollout ")}
     assert set(y["on"]["workflow_dispatch"]["inputs"]["order"]["options"]) == known
     assert "inputs.order" in y["concurrency"]["group"]
-    (forward,) = re.findall(
-        r"fromJSON\('(.+?)'\), inputs.order\) && 'production' \|\|", y["jobs"]["order"]["environment"]
-    )
-    assert set(json.loads(forward)) == {"start", "resume", "promote", "retry"} and set(json.loads(forward)) | {
-        "undo"
-    } >= set(MOVES)
+    condition = r"fromJSON\('(.+?)'\), inputs.order\) && 'production' \|\|"
+    forward = set(json.loads(re.search(condition, y["jobs"]["order"]["environment"])[1]))
+    assert forward == {"start", "resume", "promote", "retry"} and forward | {"undo"} >= set(MOVES)
 
 
 def check(*files):
