@@ -57,10 +57,8 @@ banking77: env ## the same pipeline on real questions, beside a yardstick (BANKI
 	cd examples/banking77 && llmkit repro
 	python examples/banking77/yardstick.py
 
-bench: $(VENV)/.bench ## the benchmarks, as ratios within one run (BANKING77=the folder with its train.csv)
-	for f in benchmarks/[a-z]*.py; do \
-	  args=; [ $$f != benchmarks/finetune_speed.py ] || args="--data $(BANKING77)"; \
-	  echo "bench: $$f"; python $$f $$args; done
+bench: $(VENV)/.bench ## the benchmarks, as ratios within one run (BANKING77=DIR, LLAMA=DIR, BENCH="those"; see benchmarks/README.md)
+	BENCH="$(BENCH)" BANKING77="$(BANKING77)" LLAMA="$(LLAMA)" tools/bench.sh
 
 $(VENV)/.bench: $(VENV)/.installed benchmarks/requirements.txt
 	$(VENV)/bin/python -m pip install -q --no-deps -r benchmarks/requirements.txt

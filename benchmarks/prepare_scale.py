@@ -1,11 +1,12 @@
 """Rows per second and peak memory of `prepare` at 10^4, 10^5 and 10^6 rows: memory must stay flat.
 
-    python benchmarks/prepare_scale.py [ROWS ...]      writes benchmarks/results/prepare_scale.json
+    python benchmarks/prepare_scale.py [ROWS ...] [--out benchmarks/results/prepare_scale.json]
 
 Each size runs in a process of its own. The rows are JSON Lines made beforehand: questions of the bank with an order
 number and a remark of random words, so that they differ as real ones do, 2 % repeated and 1 % nearly repeated.
 """
 
+import argparse
 import json
 import platform
 import random
@@ -21,7 +22,6 @@ from llmkit.data.bank import records
 from llmkit.data.prepare import Reader, Rules, prepare
 from llmkit.data.sources import Source
 
-RESULT = Path(__file__).parent / "results" / "prepare_scale.json"
 RULES = Rules({"train": 0.9, "validation": 0.05, "test": 0.05}, seed=7)
 
 
@@ -70,19 +70,24 @@ def one(n: int) -> dict:
 
 
 def main() -> None:
-    "Run each size in a fresh process and write the table."
-    if sys.argv[1:2] == ["--one"]:
-        print(json.dumps(one(int(sys.argv[2]))))
+    "Run each size in a fresh process."
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("rows", type=int, nargs="*", default=[10_000, 100_000, 1_000_000], help="sizes")
+    p.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    p.add_argument("--out", type=Path, help="a JSON file for the figures")
+    a = p.parse_args()
+    if a.one:
+        print(json.dumps(one(a.one)))
         return
     found = []
-    for n in map(int, sys.argv[1:] or ("10000", "100000", "1000000")):
+    for n in a.rows:
         run = subprocess.run([sys.executable, __file__, "--one", str(n)], capture_output=True, text=True)
         if run.returncode:
             sys.exit(run.stderr)
         found.append(json.loads(run.stdout.splitlines()[-1]))
         print(found[-1], flush=True)
-    RESULT.parent.mkdir(exist_ok=True)
-    write_json(RESULT, {"machine": platform.machine(), "python": platform.python_version(), "sizes": found})
+    if a.out:
+        write_json(a.out, {"machine": platform.machine(), "python": platform.python_version(), "sizes": found})
 
 
 if __name__ == "__main__":

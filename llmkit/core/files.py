@@ -199,9 +199,10 @@ def take_lock(
 def locked(
     path: str | Path,  # a file; made when missing
     wait: bool = True,  # for the owner rather than giving up
+    shared: bool = False,  # beside others who share it
 ) -> Iterator[int | None]:
     "A lock for as long as a block runs, or None when somebody else holds it; raises `KitError`."
-    fd = take_lock(path, wait)
+    fd = take_lock(path, wait, shared)
     try:
         yield fd
     finally:

@@ -195,17 +195,20 @@ def treat(
     "The record as it may be kept, and what was found in it; raises `RowError` where the policy is quarantine."
     found: Counter = Counter()
     for policy, find, known in ((secrets, find_secrets, known_secrets), (pii, find_pii, known_pii)):
+        hits: dict[str, list[Finding]] = {}
         for name, text in fields(record):
             if not (here := find(text) if name.startswith("messages") or name == "id" else known(text)):
                 continue
+            hits[name] = here
             found.update(f.entity for f in here)
             if policy == "quarantine" or (policy == "mask" and not name.startswith("messages")):
                 fix = (
                     "Take it out, or map another column" if name in TEXTS else "Take it out, or set the policy to mask"
                 )
                 raise RowError(f"holds {', '.join(sorted({f.entity for f in here}))}", key=name, remedy=fix)
-        if policy == "mask":
-            said = [{**m, "content": mask(m["content"], find(m["content"]))} for m in record["messages"]]
+        if policy == "mask" and hits:
+            here = [hits.get(f"messages[{i}].content", []) for i in range(len(record["messages"]))]
+            said = [{**m, "content": mask(m["content"], f)} for m, f in zip(record["messages"], here, strict=True)]
             record = {**record, "messages": said}
     return record, found
 

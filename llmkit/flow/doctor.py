@@ -14,7 +14,7 @@ from .dag import dag_check
 from .records import check_records, locked, verify_records
 from .runs import bury_dead, list_runs
 from .tracking import STATES, connect, read_mlflow, settle, tracking_settings
-from ..monitor.state import Memory, database
+from ..monitor.state import UNDER_WAY, Memory, database, unsettled
 
 # %% ../../nbs/12_flow/13_doctor.ipynb #80a34aee
 def run_problems(
@@ -76,17 +76,13 @@ def dvc_problems(
 def waiting(
     project: str | Path = ".",  # the project's folder
 ) -> list[str]:
-    "What monitoring has asked for last and did not get, with the reason and what to do; it is no contradiction."
+    "What monitoring has asked for and did not get, with the reason and what to do; it is no contradiction."
     settings = Path(project) / "settings.ini"
     path = Path(project) / database(str(settings)) if settings.is_file() else None
     if path is None or not path.is_file():
         return []
-    last = {a.kind: a for a in Memory(path).actions()}
-    return [
-        f"{a.kind} {a.state}: {a.id}: {a.note}"
-        for a in last.values()
-        if a.state in ("held", "failed", "lost") and not a.closed
-    ]
+    left = [a for a in unsettled(Memory(path)) if a.state not in UNDER_WAY]
+    return [f"{a.kind} {a.state}: {a.id}: {a.note}" for a in left]
 
 
 def doctor(

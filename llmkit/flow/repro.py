@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import KitError
-from ..core.files import read_json, take_lock, write_text
+from ..core.files import locked, read_json, write_text
 from ..core.plugins import need
 from ..core.project import find_project
 from .dag import dag_write
@@ -248,15 +248,12 @@ def alone(
 def _hold(root: Path, shared: bool) -> Iterator[None]:
     "The lock of trainings; raises `KitError` when somebody has it."
     path = (root / BACKUP).with_suffix(".lock")
-    lock = take_lock(path, shared=shared)
-    if lock is None:
-        fix = "Wait until it has ended"
-        raise KitError("a retraining or another `llmkit repro` runs in this project", file=path, remedy=fix)
-    os.set_inheritable(lock, True)  # DVC, which may outlive this process, holds it too
-    try:
+    with locked(path, wait=False, shared=shared) as lock:
+        if lock is None:
+            fix = "Wait until it has ended"
+            raise KitError("a retraining or another `llmkit repro` runs in this project", file=path, remedy=fix)
+        os.set_inheritable(lock, True)  # DVC, which may outlive this process, holds it too
         yield
-    finally:
-        os.close(lock)
 
 
 def _recover(root: Path, run: Callable) -> None:

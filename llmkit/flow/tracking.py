@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..core.files import held, read_json, take_lock, write_json
+from ..core.files import held, locked, read_json, write_json
 from ..core.plugins import need
 from ..core.settings import Settings, load_settings
 from .runs import Run, bury, list_runs, prune
@@ -53,8 +53,7 @@ def sync(
     where, status = tracking_settings(project), run.status
     if where is None or status.get("state") not in STATES or "tags" not in status:
         return None
-    lock = take_lock(Path(project) / ".llmkit/mlflow.lock", wait=True)  # two clients must not make one database
-    try:
+    with locked(Path(project) / ".llmkit/mlflow.lock"):  # two clients must not make one database
         known, want = read_mlflow(run), STATES[status["state"]]
         if known.get("state") == want:
             return known["run_id"]
@@ -64,8 +63,6 @@ def sync(
             _finish(client, id, want, status)
         write_json(run.folder / "mlflow.json", {"run_id": id, "state": want})
         return id
-    finally:
-        os.close(lock)
 
 
 def read_mlflow(run: Run) -> dict[str, str]:
@@ -133,19 +130,18 @@ def _millis(iso: str) -> int:
 def watch(folder: str | Path, project: str | Path) -> None:
     "Own the MLflow run of one run until its runner ends, then write the truth."
     os.nice(10)  # the kernel goes first
-    lock = take_lock(Path(folder) / "watch.lock", wait=True)
-    run = load(folder)
-    if run.status["state"] == "running":
-        sync(run, project)
-    sys.stdin.buffer.read()
-    for _ in range(100):  # a dying process gives its lock back a moment after its pipe
+    with locked(Path(folder) / "watch.lock"):
         run = load(folder)
-        if run.status["state"] != "running" or bury(run):
-            break
-        time.sleep(0.05)
-    sync(run, project)
-    (run.folder / "tracking.log").unlink(missing_ok=True)  # there was nothing to tell
-    os.close(lock)
+        if run.status["state"] == "running":
+            sync(run, project)
+        sys.stdin.buffer.read()
+        for _ in range(100):  # a dying process gives its lock back a moment after its pipe
+            run = load(folder)
+            if run.status["state"] != "running" or bury(run):
+                break
+            time.sleep(0.05)
+        sync(run, project)
+        (run.folder / "tracking.log").unlink(missing_ok=True)  # there was nothing to tell
     settle(project)
     prune(project)
 

@@ -158,11 +158,19 @@ class Memory:
             if not db.execute(new, row).rowcount:
                 return False
             db.execute("INSERT OR REPLACE INTO streams VALUES (?, ?)", (w.release, json.dumps(stream, allow_nan=False)))
-            for a in actions:
-                db.execute(
-                    "INSERT OR IGNORE INTO actions VALUES (?, ?, ?, ?, ?, ?, ?, ?)", tuple(asdict(a).values())[:-1]
-                )
+            self._ask(db, actions)
         return True
+
+    def ask(self, *actions: Action) -> None:
+        "Write down what was asked for; an action that is known stays as it is."
+        with self._writing() as db:
+            self._ask(db, actions)
+
+    def _ask(self, db: sqlite3.Connection, actions: Sequence[Action]) -> None:
+        "In a transaction."
+        columns = "id, kind, time, release, number, reason, state, note"
+        values = ", ".join(f":{c}" for c in columns.split(", "))
+        db.executemany(f"INSERT OR IGNORE INTO actions({columns}) VALUES ({values})", map(asdict, actions))
 
     def windows(self, release: str = "", n: int = 10) -> list[Seen]:
         "The latest windows, newest first; of all releases, or of one."

@@ -106,12 +106,13 @@ class Request:
     def push(
         self,
         logits: np.ndarray,  # (vocab,) after the last token
+        logprobs: np.ndarray | None = None,  # (vocab,) their log-softmax, where somebody has it already
     ) -> Token:
         "Choose the next token and take note of it."
         u = self.rng.random() if self.sampling.temperature else 0.0
         token = choose(logits, self.sampling, u)
         self.tokens.append(token)
-        self.logprobs.append(token_logprob(logits, token))
+        self.logprobs.append(token_logprob(logits, token) if logprobs is None else float(logprobs[token]))
         text = self._text(token)
         self.pieces.append(text)
         return Token(token, self.logprobs[-1], text, self.finish)
@@ -148,6 +149,13 @@ class EngineBase:
     def batch(self, slots: int = 8, length: int | None = None) -> Batch:
         "Slots that requests join and leave, each for `length` tokens of prompt and answer (the context, when left out)."
         raise NotImplementedError
+
+    def logprobs(
+        self,
+        logits: np.ndarray,  # (rows, vocab) float32
+    ) -> np.ndarray:
+        "Their log-probabilities, (rows, vocab) float32; those of a row do not depend on the others."
+        return log_softmax(logits)
 
     def close(self) -> None:
         "Give memory back; the engine cannot be used afterwards."
@@ -273,7 +281,7 @@ def score(
         for i, logits in zip(group, self.forward([rows[i] for i in group]), strict=True):
             first = max(len(prompts[i]), 1)
             at = np.arange(first, len(rows[i]))
-            out[i] = log_softmax(logits[at - 1])[np.arange(len(at)), np.asarray(rows[i], np.int64)[at]]
+            out[i] = self.logprobs(logits[at - 1])[np.arange(len(at)), np.asarray(rows[i], np.int64)[at]]
     return out
 
 

@@ -23,11 +23,11 @@ class _Noted(Request):
 
     top: tuple[tuple[int, float], ...] = ()  # id and log-probability, likeliest first
 
-    def push(self, logits) -> Token:
+    def push(self, logits, logprobs=None) -> Token:
         "As a `Request`, with a note."
-        token = super().push(logits)
+        token = super().push(logits, logprobs)
         if k := getattr(self.sampling, "alternatives", 0):
-            row = log_softmax(logits)
+            row = log_softmax(logits) if logprobs is None else logprobs
             self.top = tuple((i, float(row[i])) for i in likeliest(row, k))
         return token
 

@@ -195,9 +195,7 @@ def test_a_newer_rollout_of_another_model_does_not_stand_in_the_way(tmp_path):
 def asked(t, *actions):
     "Requests that windows have made."
     for id, state in actions:
-        a = Action(id, "retrain", t.now, "sha256:a", 1, "data: 2 of 3 windows drifted", state)
-        with t.monitor.memory.store.write() as db:
-            db.execute("INSERT INTO actions VALUES (?, ?, ?, ?, ?, ?, ?, ?)", tuple(a.__dict__.values())[:-1])
+        t.monitor.memory.ask(Action(id, "retrain", t.now, "sha256:a", 1, "data: 2 of 3 windows drifted", state))
 
 
 def test_two_releases_that_ask_at_once_get_one_training(tmp_path):
