@@ -6,8 +6,8 @@
 DIR holds banking77's train.csv. All trainers get the same model (a random Llama, of 5.5 M parameters unless --hidden says
 otherwise), the same LoRA (rank 16 on all linear layers), the same questions, the same loss (on the answer only), and
 batches of 32. They take turns, a few steps at a time, within one process, so that whatever else the machine does slows all
-of them; only the ratios mean anything. The first two steps of every turn are not counted. TRL is used with its defaults,
-among which is bfloat16 even where the processor only emulates it, and once more in float32; --fp32 leaves bfloat16 out.
+of them; only the ratios mean anything. The first two steps of every turn are not counted. TRL is used in float32, and with
+its defaults, among which is bfloat16, where the processor computes in that; with --emulated anywhere, at a tenth of the speed.
 Where the kit adds a delta to the weight first (`llmkit.model.lora.sum_first`), it also runs without that: "delta apart".
 """
 
@@ -189,7 +189,7 @@ def main():
         default=SHAPE["hidden_size"],
         help="width of the model; its feed-forward has three times as much",
     )
-    p.add_argument("--fp32", action="store_true", help="leave out what computes in bfloat16")
+    p.add_argument("--emulated", action="store_true", help="bfloat16 also where the processor only emulates it")
     p.add_argument("--out", type=Path, default=None, help="where the JSON goes")
     a = p.parse_args()
     RANK = a.rank
@@ -199,6 +199,7 @@ def main():
 
     from llmkit.model.batches import encode_rows
     from llmkit.model.lora import sum_first
+    from llmkit.model.precision import computes_bf16
 
     torch.set_num_threads(a.threads)
     with open(a.data / "train.csv", encoding="utf-8", newline="") as f:
@@ -211,13 +212,14 @@ def main():
         for r in rows
     ]
     examples, _ = encode_rows(tok, chats, 256, 0.0)
-    trainers = {} if a.fp32 else {"trl SFTTrainer, defaults": sft(tmp, examples, tmp)}
+    bf16 = a.emulated or computes_bf16()
+    trainers = {"trl SFTTrainer, defaults": sft(tmp, examples, tmp)} if bf16 else {}
     trainers |= {
         "trl SFTTrainer, fp32": sft(tmp, examples, tmp, bf16=False),
         "bare loop, fp32": bare(tmp, examples, tok),
     }
     others = list(trainers)
-    kinds = ("fp32",) if a.fp32 else ("fp32", "bf16")
+    kinds = ("fp32", "bf16") if bf16 else ("fp32",)
     trainers |= {f"llmkit, {k}": kit(tmp, examples, tok, k, a.threads) for k in kinds}
     if sum_first(fresh(tmp)):
         trainers["llmkit, fp32, delta apart"] = kit(tmp, examples, tok, "fp32", a.threads, apart=True)
@@ -244,7 +246,7 @@ def main():
         print(f"{n:48} {r['wall']:>6} by wall clock {r['cpu']:>6} by CPU time")
     result = {
         "what": "fine-tuning, tokens per second without padding, median of turns",
-        "command": f"python benchmarks/finetune_speed.py --data DIR --steps {a.steps} --rounds {a.rounds} --threads {a.threads} --rank {a.rank} --hidden {a.hidden}{' --fp32' if a.fp32 else ''}",
+        "command": f"python benchmarks/finetune_speed.py --data DIR --steps {a.steps} --rounds {a.rounds} --threads {a.threads} --rank {a.rank} --hidden {a.hidden}{' --emulated' if a.emulated else ''}",
         "tokens_per_second": rate, "ratios": ratios, "turns": {n: c.turns for n, c in clocks.items()},
         "examples": len(examples), "mean_tokens": round(sum(len(e.ids) for e in examples) / len(examples), 1),
         "versions": {n: version(n) for n in ("torch", "transformers", "peft", "trl")},

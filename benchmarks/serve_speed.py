@@ -43,6 +43,7 @@ from decode_speed import write_gguf
 
 from llmkit.core.files import write_json, write_text
 from llmkit.model.export import export
+from llmkit.model.precision import computes_bf16
 
 VOCAB, CONTEXT = 49152, 2048
 KEYS = ("throughput", "per_cpu", "ttft_p95", "latency_p95", "memory")
@@ -406,7 +407,10 @@ def main() -> None:
     "Measure, and print tables."
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--llama-server", type=Path, help="llama.cpp's server; llama-quantize lies beside it")
-    p.add_argument("--transformers", nargs="*", default=["float32", "bfloat16"], help="precisions of transformers")
+    fast = ["float32", *(["bfloat16"] if computes_bf16() else [])]
+    p.add_argument(
+        "--transformers", nargs="*", default=fast, help="its precisions; default: what the processor computes in"
+    )
     p.add_argument("--blocks", type=int, nargs="*", default=[32, 128], help="weights that share a scale")
     p.add_argument("--clients", type=int, nargs="*", default=[1, 8, 32])
     p.add_argument("--layers", type=int, default=30)
