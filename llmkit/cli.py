@@ -48,7 +48,7 @@ COMMANDS = {
     "harness": "llmkit.evals.harness:harness_run",
     "tradeoff": "llmkit.evals.tradeoff:tradeoff",
     "load": "llmkit.evals.load:load_run",
-    "serve": "llmkit.rollout.live:serve",
+    "serve": "llmkit.rollout.serve:serve",
     "rollout start": "llmkit.rollout.commands:rollout_start",
     "rollout status": "llmkit.rollout.commands:rollout_status",
     "rollout pause": "llmkit.rollout.commands:rollout_pause",

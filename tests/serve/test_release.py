@@ -208,7 +208,7 @@ def test_a_delta_is_loaded_asked_and_unloaded_while_the_server_runs(project, tmp
 
 
 def test_serve_starts_with_nothing_said_and_stops_on_sigterm(project):
-    code = "import sys; from llmkit.rollout.live import serve; sys.exit(serve())"
+    code = "import sys; from llmkit.rollout.serve import serve; sys.exit(serve())"
     p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         line = p.stdout.readline()
