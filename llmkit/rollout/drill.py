@@ -20,7 +20,7 @@ class Drill:
         real: Backend,
         share: float,  # of its answers
     ):
-        self.real, self.share, self._owed = real, share, 0.0
+        self.real, self.share, self._asked = real, share, 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.real, name)
@@ -28,11 +28,9 @@ class Drill:
     async def start(self, work: Any, timeout: float | None = None) -> Any:
         "The real answer, or one that fails; every so many, so that a drill is the same each time."
         answer = await self.real.start(work, timeout)
-        self._owed += self.share
-        if self._owed < 1:
-            return answer
-        self._owed -= 1
-        return _Failing(answer)
+        due = int(self._asked * self.share + 1e-9)  # 0.3 ten times is three, and not a little less
+        self._asked += 1
+        return _Failing(answer) if int(self._asked * self.share + 1e-9) > due else answer
 
 
 def undrilled(backend: Backend) -> Backend:
