@@ -63,6 +63,7 @@ def serve(
     max_output: int = 4096,  # tokens of an answer at most
     context: int = 0,  # tokens of prompt and answer that a slot holds, which take memory; 0: as many as the model
     set: str = "",  # options of the engine, as YAML: "{threads: 2}"
+    system: str = "",  # the system message of chats that bring none; default: each release's own; "-": none
     base: str = "",  # a folder; deltas that were made for it can then be loaded while the server runs
     base_set: str = "",  # options of the engine that runs those deltas
     price_prompt: float = -1.0,  # USD per million prompt tokens; -1: not known
@@ -76,7 +77,7 @@ def serve(
     "Serve a release, a folder or another server as an OpenAI-compatible API."
     s = set_up(
         target, model=model, alias=alias, host=host, port=port, keys=keys, slots=slots, queue=queue, timeout=timeout,
-        max_output=max_output, context=context, set=set, base=base, base_set=base_set, price_prompt=price_prompt, price_completion=price_completion, days=days,
+        max_output=max_output, context=context, set=set, system=system, base=base, base_set=base_set, price_prompt=price_prompt, price_completion=price_completion, days=days,
         policy=policy, settings=settings,
     )  # fmt: skip
     aside = _pushing(s, judge)

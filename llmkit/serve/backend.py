@@ -77,6 +77,7 @@ class EngineBackend:
         chats: Sequence[Sequence[Mapping[str, str]]] = (),  # the self-test's prompts; default: three questions
         expected: Sequence[Sequence[int]] | None = None,  # the tokens that they must give
         test_tokens: int = 16,  # of each self-test answer
+        system: str = "",  # the system message of chats that bring none; "": none
     ):
         if engine.tokenizer is None:
             raise KitError("the engine has no tokenizer", key=engine.info.name, remedy="Serve a folder that has one")
@@ -84,7 +85,7 @@ class EngineBackend:
         self.context = min(context or engine.info.context_length, engine.info.context_length)
         self.name, self.release, self.max_output = engine.info.name, release or engine.info.digest, max_output
         self.chats = chats or [[{"role": "user", "content": q}] for q in FIXTURE]
-        self.expected, self.test_tokens = expected, test_tokens
+        self.expected, self.test_tokens, self.system = expected, test_tokens, system
         self.token_name = namer(engine.tokenizer)
         self.scheduler = Scheduler(engine, slots, queue, self.context)
 
@@ -97,7 +98,7 @@ class EngineBackend:
         "The prompts as tokens, and how many may follow."
         param = "messages" if call.kind == "chat" else "prompt"
         try:
-            ids = [self._encode(p) for p in call.prompts] or [self.tokenizer.chat(call.messages)]
+            ids = [self._encode(p) for p in call.prompts] or [self.tokenizer.chat(self._told(call.messages))]
         except KitError as e:
             raise refused(e, param) from e
         for i in ids:
@@ -111,6 +112,12 @@ class EngineBackend:
     def _encode(self, prompt: str | Sequence[int]) -> list[int]:
         "A text as the model is used to see it, or ids as they are."
         return self.tokenizer.encode(prompt, special=True) if isinstance(prompt, str) else list(prompt)
+
+    def _told(self, messages: Sequence[Mapping[str, str]]) -> Sequence[Mapping[str, str]]:
+        "A chat with a system message, if there is one for it."
+        if not self.system or any(m["role"] == "system" for m in messages):
+            return messages
+        return [{"role": "system", "content": self.system}, *messages]
 
     def glance(self, call: Call) -> None:
         "Refuse what can be seen to be too much before anything is spent on it: reading all of a megabyte takes seconds."

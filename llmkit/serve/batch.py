@@ -294,6 +294,7 @@ def batch_run(
     shard: str = "1/1",  # the part of the lines that this machine answers, such as 3/8
     slots: int = 8,  # requests that run together
     set: str = "",  # options of the engine, as YAML: "{device: cuda}"
+    system: str = "",  # the system message of chats that bring none; default: the release's own; "-": none
     settings: str = "settings.ini",  # where the registry is
 ) -> int:
     "Answer a file of requests; exit code 1 when some could not be answered."
@@ -304,7 +305,7 @@ def batch_run(
             raise KitError("is there already", file=out, remedy="Add --resume to go on with it, or name another file")
         done, by = cut_off(out)
         found = resolve(target, load_settings(settings), model, alias)
-        backend = open_backend(found, slots=slots, queue=queue_for(slots), said=read_options(set))
+        backend = open_backend(found, slots=slots, queue=queue_for(slots), said=read_options(set), system=system)
         gateway = Gateway(found.model, {"baseline": backend}, timeout=None)
 
         async def work(told: Callable[[Tally], None]) -> Tally:

@@ -87,6 +87,7 @@ def batch_ray(
     alias: str = "",  # in the registry; default: champion, else challenger
     slots: int = 8,  # requests that run together in a task
     set: str = "",  # options of the engine, as YAML: "{device: cuda}"
+    system: str = "",  # the system message of chats that bring none; default: the release's own; "-": none
     settings: str = "settings.ini",  # where the registry is
 ) -> int:
     "Answer a file of requests on a Ray cluster; exit code 1 when some could not be answered."
@@ -106,7 +107,8 @@ def batch_ray(
     ray.init(address=address or None, include_dashboard=False if not address else None, log_to_driver=True)
     try:
         task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(run_part)
-        how = {"target": target, "model": model, "alias": alias, "slots": slots, "set": set, "settings": settings}
+        how = {"target": target, "model": model, "alias": alias, "slots": slots, "set": set, "system": system}
+        how["settings"] = settings
         args = (os.getcwd(), source, out)
         codes: Sequence[int] = ray.get([task.remote(*args, k, shards, how) for k in range(1, shards + 1)])
     finally:

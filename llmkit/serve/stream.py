@@ -259,6 +259,7 @@ def stream_run(
     alias: str = "",  # in the registry; default: champion, else challenger
     slots: int = 8,  # requests that run together
     set: str = "",  # options of the engine, as YAML: "{device: cuda}"
+    system: str = "",  # the system message of chats that bring none; default: the release's own; "-": none
     drain: float = 30.0,  # seconds that running events get at the end
     settings: str = "settings.ini",  # where the registry is
 ) -> int:
@@ -271,7 +272,7 @@ def stream_run(
 
     async def work() -> Counts:
         source_, sink, dead = await open_ends(source, out, group, patience, remember * 3600, once)
-        backend = open_backend(found, slots=slots, queue=queue_for(slots), said=said)
+        backend = open_backend(found, slots=slots, queue=queue_for(slots), said=said, system=system)
         gateway = Gateway(found.model, {"baseline": backend}, timeout=None)
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
         for s in (signal.SIGTERM, signal.SIGINT):

@@ -21,9 +21,10 @@ from llmkit.core.params import ParamsError
 from llmkit.core.settings import load_settings
 from llmkit.runtime.sampling import Sampling
 from llmkit.serve.adapters import Adapters
+from llmkit.serve.call import parse
 from llmkit.serve.gateway import Gateway
 from llmkit.serve.keys import Keys
-from llmkit.serve.server import from_registry, open_backend, resolve
+from llmkit.serve.server import Target, from_registry, open_backend, resolve
 
 BUNDLE = "artifacts/package/bundle"
 
@@ -95,6 +96,19 @@ def test_another_bundle_than_the_registered_one_is_not_served(project):
     t = from_registry(load_settings())
     with pytest.raises(KitError, match="it is bundle"):
         open_backend(replace(t, bundle="sha256:" + "0" * 64))
+
+
+def test_a_chat_without_a_system_message_gets_the_one_that_the_release_was_tested_behind(project):
+    found, asked = resolve(BUNDLE, load_settings()), {"role": "user", "content": LINES[0]}
+    whole, brief = ([{"role": "system", "content": s}, asked] for s in ("You sort questions.", "Be brief."))
+    usual, none, other = (open_backend(found, system=s) for s in ("", "-", "Be brief."))
+    read = lambda backend, chat: backend.prepare(parse("chat", {"model": "m", "messages": chat})).ids
+    ids = {name: [usual.tokenizer.chat(c)] for name, c in (("bare", [asked]), ("whole", whole), ("brief", brief))}
+    assert len({str(x) for x in ids.values()}) == 3
+    assert [read(b, [asked]) for b in (usual, none, other)] == [ids["whole"], ids["bare"], ids["brief"]]
+    assert [read(b, whole) for b in (usual, none, other)] == [ids["whole"]] * 3
+    with pytest.raises(KitError, match="--system"):
+        open_backend(Target("m", "http://127.0.0.1:1/v1"), system="Be brief.")
 
 
 def test_options_of_the_engine_are_passed_on_and_checked(project):
