@@ -98,7 +98,7 @@ class EngineBackend:
         "The prompts as tokens, and how many may follow."
         param = "messages" if call.kind == "chat" else "prompt"
         try:
-            ids = [self._encode(p) for p in call.prompts] or [self.tokenizer.chat(self._told(call.messages))]
+            ids = [self._encode(p) for p in call.prompts] or [self.tokenizer.chat(self.whole(call.messages))]
         except KitError as e:
             raise refused(e, param) from e
         for i in ids:
@@ -113,8 +113,8 @@ class EngineBackend:
         "A text as the model is used to see it, or ids as they are."
         return self.tokenizer.encode(prompt, special=True) if isinstance(prompt, str) else list(prompt)
 
-    def _told(self, messages: Sequence[Mapping[str, str]]) -> Sequence[Mapping[str, str]]:
-        "A chat with a system message, if there is one for it."
+    def whole(self, messages: Sequence[Mapping[str, str]]) -> Sequence[Mapping[str, str]]:
+        "A chat as the model reads it: with the backend's system message where it brings none."
         if not self.system or any(m["role"] == "system" for m in messages):
             return messages
         return [{"role": "system", "content": self.system}, *messages]

@@ -51,7 +51,9 @@ def tokenize(gateway: Gateway, body: Mapping[str, Any]) -> dict[str, Any]:
             ids = tok.encode(got["prompt"], special=got.get("add_special_tokens", True))
         else:
             chat = parse("chat", {"model": gateway.model, "messages": got["messages"]})
-            ids = tok.chat(chat.messages, generation=got.get("add_generation_prompt", True))
+            secret = any(marker in gateway.baseline.system for marker in gateway.canaries)
+            messages = chat.messages if secret else gateway.baseline.whole(chat.messages)
+            ids = tok.chat(messages, generation=got.get("add_generation_prompt", True))
     except KitError as e:
         raise refused(e, "messages") from e
     names = [gateway.baseline.token_name(i) for i in ids] if got.get("return_token_strs") else None
