@@ -11,6 +11,7 @@ machine slows all of them; the best round counts. Tokens per second are of this 
 import argparse
 import gc
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -239,8 +240,8 @@ def subjects(work: Path, model: Path, threads: int) -> dict[str, Callable[[], Ca
     return found
 
 
-def main() -> None:
-    "Measure, and print tables."
+def main() -> int:
+    "Measure, and print tables; 1 when a target is missed."
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--layers", type=int, default=30)
     p.add_argument("--prompt", type=int, default=128, help="tokens in a prompt")
@@ -264,11 +265,11 @@ def main() -> None:
                     fill, decode = run(prompts, a.tokens)
                     rates = [batch * a.prompt / fill, batch * a.tokens / decode]
                     best[name, batch] = list(np.maximum(best.get((name, batch), [0, 0]), rates))
-    report(best, list(runs))
+    return int(not report(best, list(runs)))
 
 
-def report(best: dict[tuple[str, int], list[float]], names: list[str]) -> None:
-    "Tables of rates and of ratios, and the targets."
+def report(best: dict[tuple[str, int], list[float]], names: list[str]) -> bool:
+    "Tables of rates and of ratios, and the targets; whether all are met."
     print("tokens per second       | decode 1 | decode 8 | prefill 1 | prefill 8")
     for n in names:
         print(f"{n:23} | {best[n, 1][1]:8.0f} | {best[n, 8][1]:8.0f} | {best[n, 1][0]:9.0f} | {best[n, 8][0]:9.0f}")
@@ -278,14 +279,16 @@ def report(best: dict[tuple[str, int], list[float]], names: list[str]) -> None:
             r = [best[n, b][k] / best[against, b][k] for k, b in ((1, 1), (1, 8), (0, 1), (0, 8))]
             print(f"{n:23} | {r[0]:8.2f} | {r[1]:8.2f} | {r[2]:9.2f} | {r[3]:9.2f}")
     print()
+    met = True
     for (subject, against, b), targets in TARGETS.items():
         for what, k, least in zip(("decoding", "prefill"), (1, 0), targets, strict=True):
             for n in (subject, f"{subject} inexact"):
                 if least is not None and (against, b) in best and (n, b) in best:
                     got = best[n, b][k] / best[against, b][k]
-                    said = "met   " if got >= least else "MISSED"
+                    met, said = met and got >= least, "met   " if got >= least else "MISSED"
                     print(f"{said} {n} / {against}, {what}, batch {b}: {got:.2f}, target {least}")
+    return met
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

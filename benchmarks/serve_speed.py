@@ -403,8 +403,8 @@ def report(a: argparse.Namespace, found: dict, weights: dict[str, int]) -> dict[
     return {"ratios": table, "targets": targets, "bandwidth": speed, "limits": limits, "rounds": found}
 
 
-def main() -> None:
-    "Measure, and print tables."
+def main() -> int:
+    "Measure, and print tables; 1 when a target is missed."
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--llama-server", type=Path, help="llama.cpp's server; llama-quantize lies beside it")
     fast = ["float32", *(["bfloat16"] if computes_bf16() else [])]
@@ -438,8 +438,9 @@ def main() -> None:
         body = report(a, found, weights)
     if a.out:
         setting = {k: v for k, v in vars(a).items() if k not in ("out", "llama_server")}
-        write_json(a.out, {"setting": setting, "cores": os.cpu_count(), "machine": "shared with other work", **body})
+        write_json(a.out, {"setting": setting, "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1), **body})
+    return int(not all(t["met"] for t in body["targets"].values()))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
