@@ -51,8 +51,10 @@ def tokenize(gateway: Gateway, body: Mapping[str, Any]) -> dict[str, Any]:
             ids = tok.encode(got["prompt"], special=got.get("add_special_tokens", True))
         else:
             chat = parse("chat", {"model": gateway.model, "messages": got["messages"]})
-            secret = any(marker in gateway.baseline.system for marker in gateway.canaries)
-            messages = chat.messages if secret else gateway.baseline.whole(chat.messages)
+            asked = got.get("model")
+            backend = gateway.variants[asked] if asked in gateway.adapters else gateway.baseline
+            secret = any(marker in backend.system for marker in gateway.canaries)
+            messages = chat.messages if secret else backend.whole(chat.messages)
             ids = tok.chat(messages, generation=got.get("add_generation_prompt", True))
     except KitError as e:
         raise refused(e, "messages") from e
