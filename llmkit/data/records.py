@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'SPLITS', 'TEXTS', 'FIELDS', 'SPELLINGS', 'LONE', 'WORDS', 'RowError', 'Shape', 'column', 'fill',
-           'clean_text', 'check_messages', 'look_up', 'as_messages', 'normalise', 'prompt_text', 'folded']
+           'clean_text', 'check_messages', 'look_up', 'as_messages', 'normalise', 'prompt_text', 'usual_system',
+           'folded']
 
 # %% ../../nbs/03_data/02_records.ipynb #21d9253b
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,6 +171,15 @@ WORDS = re.compile(r"\w+")
 def prompt_text(messages: list[dict]) -> str:
     "Everything said before the last answer, the system message left out."
     return "\n".join(m["content"] for m in messages[:-1] if m["role"] != "system")
+
+
+def usual_system(
+    records: Iterable[Mapping[str, Any]],  # each with `messages`
+) -> str:
+    'The system message with which more than half of the chats begin, or "".'
+    first = (r["messages"][0] for r in records)
+    told = Counter(m["content"] if m["role"] == "system" else "" for m in first)
+    return next((text for text, n in told.items() if 2 * n > told.total()), "")
 
 
 def folded(text: str) -> str:

@@ -25,6 +25,7 @@ from ..core.digests import digest_json, short
 from ..core.errors import KitError
 from ..core.files import read_json, read_jsonl, write_json
 from ..core.plugins import need
+from ..data.records import usual_system
 from .batches import encode_rows
 from .lora import attach, load_frozen, save_delta
 from .precision import training_precision
@@ -97,6 +98,7 @@ def prepare(
     facts = {"tokenizer_digest": tok.digest, "template_digest": tok.template_digest}
     facts["versions"] = {n: version(n) for n in LIBRARIES}
     facts["trained_parameters"] = sum(p.numel() for p in trainer.params)
+    facts["system"] = usual_system(rows["train"])  # whoever asks the delta asks behind it
     facts["examples"] = {"train": len(train), "validation": len(check)}
     facts["left_out_as_too_long"] = {
         "train": len(rows["train"]) - len(train),

@@ -127,6 +127,7 @@ def package(
     *,
     name: str,  # the model's name
     chats: Sequence[Sequence[Mapping[str, str]]],  # the self-test's prompts
+    system: str = "",  # the system message that the model was trained behind
     baseline: Report | None = None,  # the tracked report that the verdict compared with
     max_tokens: int = 32,  # of each self-test answer
     licences: Mapping[str, str | Path] | None = None,  # name inside the bundle → file
@@ -151,7 +152,7 @@ def package(
             write_report(found["baseline"], folder / "reports/baseline")
         for file, source in (licences or {}).items():
             place(source, folder / "licences" / file, link=False)
-        body = _describe(folder, name, engine, verdict, found, licences or {})
+        body = _describe(folder, name, system, engine, verdict, found, licences or {})
         body["self_test"] = _test_inside(folder, chats, max_tokens, load)
         write_json(folder / "bundle.json", body)
         write_text(folder / "README.md", readme(body))
@@ -167,12 +168,15 @@ def _test_inside(folder: Path, chats, max_tokens: int, load: Callable) -> dict[s
         engine.close()
 
 # %% ../../nbs/07_release/02_bundle.ipynb #1cacc2a1
-def _describe(folder: Path, name: str, engine: Artifact, verdict: Artifact, reports, licences) -> dict[str, Any]:
+def _describe(
+    folder: Path, name: str, system: str, engine: Artifact, verdict: Artifact, reports, licences
+) -> dict[str, Any]:
     "What `bundle.json` says, without the self-test."
     judged, facts = read_verdict(folder / "verdict"), read_json(folder / "engine/engine.json")
     return {
         "schema": SCHEMA,
         "name": name,
+        "system": system,
         "engine": {**facts, "folder": "engine", "digest": engine.digest},
         "tokenizer": {n: digest_file(folder / n) for n in _members(folder, ("tokenizer", "special_tokens", "chat_t"))},
         "reports": {

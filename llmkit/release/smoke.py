@@ -20,7 +20,7 @@ from ..core.artifact import MANIFEST, open_artifact
 from ..core.errors import KitError
 from ..core.files import read_json, read_jsonl, read_object
 from ..core.params import read_options
-from ..data.records import RowError, check_messages
+from ..data.records import RowError, check_messages, usual_system
 from .bundle import verify_bundle
 from ..runtime.engine import Completion, Engine, is_address, load_engine
 from ..runtime.sampling import Sampling
@@ -163,7 +163,9 @@ def prompts_of(
     if kind_of(folder) == "bundle":
         test = read_json(Path(folder) / "bundle.json")["self_test"]
         return [p["messages"] for p in test["prompts"]], [p["tokens"] for p in test["prompts"]], test["max_tokens"]
-    return [[{"role": "user", "content": q}] for q in FIXTURE], None, 16
+    told = system_of(folder)
+    first = [{"role": "system", "content": told}] if told else []
+    return [[*first, {"role": "user", "content": q}] for q in FIXTURE], None, 16
 
 
 def _asked(row: Mapping[str, Any], line: str, file: str) -> list[dict]:
@@ -213,7 +215,7 @@ def ask(
     question: str,  # for the model
     *,
     base: str = "",  # for a delta: what it was made for; empty: the one that it names
-    system: str | None = None,  # the system message; a bundle knows its own
+    system: str | None = None,  # the system message; a bundle and a delta know their own
     set: str = "",  # options of the engine, as YAML: "{device: cuda}"
     max_tokens: int = 64,  # of the answer
     wait: float = 120.0,  # seconds that a server may take until it is ready
@@ -253,9 +255,11 @@ def await_ready(
 
 
 def system_of(folder: str | Path) -> str:
-    'The system message with which a bundle was tested, or "".'
-    if is_address(folder) or kind_of(folder) != "bundle":
+    'The system message behind which a bundle or a delta was trained, or "" where there was none or it is not known.'
+    kind = "" if is_address(folder) else kind_of(folder)
+    if kind == "delta":
+        return open_artifact(folder, "delta", verify=False).meta.get("system", "")
+    if kind != "bundle":
         return ""
-    prompts: list[Any] = read_json(Path(folder) / "bundle.json")["self_test"]["prompts"]
-    told = [m["content"] for p in prompts[:1] for m in p["messages"] if m["role"] == "system"]
-    return told[0] if told else ""
+    body = read_json(Path(folder) / "bundle.json")
+    return body["system"] if "system" in body else usual_system(body["self_test"]["prompts"])

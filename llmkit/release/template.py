@@ -188,6 +188,9 @@ Rows that were not understood are in `quarantine.jsonl` with line and reason, du
 ## Training
 
 A LoRA delta on the base, with the loss on the assistant's answer alone.
+{% for name, ref in leaves("delta:manifest.json#/meta", 1) if name == "system" %}
+It was trained behind the system message "{{ fact(ref) }}", and `llmkit serve`, `llmkit ask` and `llmkit batch run` ask it behind that.
+{% endfor %}
 
 | parameter | |
 |---|--:|

@@ -14,7 +14,7 @@ from pathlib import Path
 from ..core.artifact import open_artifact
 from ..core.digests import short
 from ..core.errors import KitError
-from ..release.smoke import kind_of, open_any
+from ..release.smoke import kind_of, open_any, system_of
 from ..runtime.engine import Engine
 from .backend import EngineBackend
 from .gateway import Gateway
@@ -38,11 +38,12 @@ class Adapters:
         gateway: Gateway,
         base: str | Path,  # the folder of the base that the deltas were made for
         load: Callable[[str, str | Path], Engine] = open_any,  # delta and base to an engine, every byte verified
+        system: str = "",  # the system message of chats that bring none; default: each delta's own; "-": none
         **options,  # of `EngineBackend`: slots, queue, max_output
     ):
         if not Path(base).is_dir():
             raise KitError("no such folder", file=base, key="base", remedy="Run the stage base")
-        self.gateway, self.base, self.open, self.options = gateway, base, load, options
+        self.gateway, self.base, self.open, self.system, self.options = gateway, base, load, system, options
         self.busy = asyncio.Lock()  # one change at a time
 
     async def load(self, name: str, path: str) -> str:
@@ -56,7 +57,8 @@ class Adapters:
                 raise ApiError(400, f"'{full}' is loaded already", param="lora_name", code="already_loaded")
             try:
                 engine = await asyncio.to_thread(self.open, path, self.base)
-                backend = EngineBackend(engine, release=digest, **self.options)
+                told = "" if self.system == "-" else self.system or system_of(path)
+                backend = EngineBackend(engine, release=digest, system=told, **self.options)
                 await backend.check()
             except KitError as e:
                 raise ApiError(400, f"Cannot be served: {e.problem}", param="lora_path", code="invalid_adapter") from e

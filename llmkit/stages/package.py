@@ -11,6 +11,7 @@ from pathlib import Path
 from ..core.artifact import Artifact, open_artifact
 from ..core.files import read_jsonl
 from ..core.report import read_report
+from ..data.records import usual_system
 from ..release.bundle import find_licences, package, pick_prompts
 
 # %% ../../nbs/pipeline/08_package.ipynb #850dc64a
@@ -36,6 +37,7 @@ def run(*, model_name: str, prompts: int, max_tokens: int, licence_files: list[s
         {role: parts[role] for role in ("evaluate", "quantize")},
         MAKES["bundle"],
         name=model_name,
+        system=usual_system(read_jsonl(parts["dataset"] / "train.jsonl")),
         chats=pick_prompts(read_jsonl(parts["dataset"] / "test.jsonl"), prompts),
         baseline=read_report(tracked) if tracked.is_dir() else None,
         max_tokens=max_tokens,

@@ -44,7 +44,7 @@ def random_delta(path, base, dataset):
     for name, p in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.3)
-    meta = {"tokenizer_digest": tok.digest, "template_digest": tok.template_digest}
+    meta = {"tokenizer_digest": tok.digest, "template_digest": tok.template_digest, "system": "You sort questions."}
     with build(path, "delta", {"base": base, "dataset": dataset}, {"rank": 4, "lr": 1e-3}, meta) as folder:
         save_delta(tuned, folder)
         write_json(folder / "history.json", {"train": {"step": [1, 2], "loss": [6.0, 5.0]}})

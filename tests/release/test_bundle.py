@@ -21,7 +21,7 @@ def test_bundle_of_a_passing_engine_is_whole_and_made_twice_the_same(packaged):
     body = read_json(first / "bundle.json")
     assert body["engine"]["digest"] == open_artifact("artifacts/quantize/engine").digest
     assert body["engine"]["precision"] == "int8" and body["engine"]["context_length"] == 128
-    assert len(body["self_test"]["prompts"]) == 3
+    assert len(body["self_test"]["prompts"]) == 3 and body["system"] == "You sort questions."
     assert all(p["tokens"] and p["messages"][0]["role"] == "system" for p in body["self_test"]["prompts"])
     assert "llmkit ask ." in (first / "README.md").read_text()
 

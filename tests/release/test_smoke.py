@@ -10,7 +10,7 @@ import pytest
 from llmkit.core.artifact import build, open_artifact, seal
 from llmkit.core.errors import KitError
 from llmkit.core.files import read_json, write_json, write_jsonl
-from llmkit.release.smoke import ask, await_ready, run_smoke
+from llmkit.release.smoke import ask, await_ready, run_smoke, system_of
 
 PLACES = {
     "base": "artifacts/base/base",
@@ -28,6 +28,24 @@ def test_every_kind_answers_in_time(packaged, kind, capsys):
     out = capsys.readouterr().out
     assert "FAILED" not in out and ("self-test" in out) == (kind == "bundle")
     assert ask(PLACES[kind], "question about my card", base=base, max_tokens=4) == 0
+
+
+def test_what_was_trained_behind_a_system_message_knows_it(packaged, capsys):
+    told = "You sort questions."
+    assert {k: system_of(p) for k, p in PLACES.items()} == dict.fromkeys(PLACES, "") | {"bundle": told, "delta": told}
+    body = read_json("artifacts/package/bundle/bundle.json")
+    assert system_of("http://127.0.0.1:9/v1") == ""
+    for prompts, said in ((body["self_test"]["prompts"], told), ([], "")):  # from before bundles said so
+        write_json("old/bundle.json", {"self_test": {"prompts": prompts}})
+        seal("old", "bundle")
+        assert system_of("old") == said
+    asked = "question about my card"
+    for place in (PLACES["delta"], PLACES["bundle"]):
+        answers = []
+        for more in ({}, {"system": told}, {"system": ""}):
+            assert ask(place, asked, max_tokens=8, **more) == 0
+            answers.append(capsys.readouterr().out)
+        assert answers[0] == answers[1] != answers[2]
 
 
 def test_a_plain_folder_without_manifest_is_a_base(project, capsys):

@@ -25,7 +25,6 @@ LONG = {
     "monitor_null",
     "muon",
 }  # half a minute and more at their smallest, or need what the lock has not
-MISSED = {"decode_speed", "serve_speed", "stage_overhead"}  # end with 1 when a target is missed, as so small a run may
 
 
 @pytest.mark.slow
@@ -34,7 +33,9 @@ def test_a_benchmark_runs(name):
     before = {f: f.read_bytes() for f in (HERE / "benchmarks/results").iterdir()}
     command = [sys.executable, HERE / f"benchmarks/{name}.py", *SMALLEST[name].split()]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=300)
-    assert done.returncode in ((0, 1) if name in MISSED else (0,)), done.stderr[-2000:]
+    said = done.stdout + done.stderr
+    missed = done.returncode == 1 and "MISSED" in said and "Traceback" not in said  # as so small a run may
+    assert done.returncode == 0 or missed, done.stderr[-2000:]
     assert re.search(r"\d\.\d", done.stdout), done.stdout[-2000:]
     assert {f: f.read_bytes() for f in (HERE / "benchmarks/results").iterdir()} == before
 

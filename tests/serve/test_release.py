@@ -98,7 +98,7 @@ def test_another_bundle_than_the_registered_one_is_not_served(project):
         open_backend(replace(t, bundle="sha256:" + "0" * 64))
 
 
-def test_a_chat_without_a_system_message_gets_the_one_that_the_release_was_tested_behind(project):
+def test_a_chat_without_a_system_message_gets_the_one_that_the_release_was_trained_behind(project):
     found, asked = resolve(BUNDLE, load_settings()), {"role": "user", "content": LINES[0]}
     whole, brief = ([{"role": "system", "content": s}, asked] for s in ("You sort questions.", "Be brief."))
     usual, none, other = (open_backend(found, system=s) for s in ("", "-", "Be brief."))
@@ -107,6 +107,8 @@ def test_a_chat_without_a_system_message_gets_the_one_that_the_release_was_teste
     assert len({str(x) for x in ids.values()}) == 3
     assert [read(b, [asked]) for b in (usual, none, other)] == [ids["whole"], ids["bare"], ids["brief"]]
     assert [read(b, whole) for b in (usual, none, other)] == [ids["whole"]] * 3
+    delta = open_backend(resolve("artifacts/finetune/delta", load_settings()))
+    assert (read(delta, [asked]), read(delta, brief)) == (ids["whole"], ids["brief"])
     with pytest.raises(KitError, match="--system"):
         open_backend(Target("m", "http://127.0.0.1:1/v1"), system="Be brief.")
 
@@ -198,6 +200,10 @@ def test_a_delta_is_loaded_asked_and_unloaded_while_the_server_runs(project, tmp
         got = c.post("/v1/completions", json=ask).json()
         assert got["choices"][0]["text"] == want.text and got["model"] == name
         assert got["choices"][0]["logprobs"]["token_logprobs"] == pytest.approx(want.logprobs, abs=1e-4)
+        chat = [{"role": "user", "content": LINES[3]}]
+        behind = [{"role": "system", "content": "You sort questions."}, *chat]
+        bare, whole = (c.post("/tokenize", json={"model": name, "messages": m}).json()["count"] for m in (chat, behind))
+        assert bare == whole > len(prompt), "a delta answers behind what it was trained behind"
         codes, stop = [], threading.Event()
 
         def flood(model):
