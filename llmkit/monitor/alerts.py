@@ -106,7 +106,11 @@ def _slow(rule: Rule, where: str) -> Alert:
 
 # %% ../../nbs/10_monitor/20_alerts.ipynb #35d93e39
 REQUESTS = 'llmkit_requests_total{status=~"ok|error"}'
-STOPS = {"error_rate": 'llmkit_requests_total{status="error"}', "fallback_rate": "llmkit_fallback_total"}
+STOPS = {
+    "error_rate": 'llmkit_requests_total{status="error"}',
+    "fallback_rate": "llmkit_fallback_total",
+    "stall_rate": "llmkit_stalled_total",
+}
 
 
 def rollout_alerts(policy: RolloutPolicy) -> Iterator[Alert]:
@@ -138,14 +142,14 @@ def _stop(g: Guardrail, where: str) -> Alert:
     def case(rate: float) -> dict[str, str]:
         made = {"ok": per * (1 - rate), "error": per * rate} if g.metric == "error_rate" else {"ok": per}
         out = {f'llmkit_requests_total{{model="m",variant="v",status="{s}"}}': growing(n) for s, n in made.items()}
-        return (
-            out
-            if g.metric == "error_rate"
-            else out | {'llmkit_fallback_total{model="m",variant="v"}': growing(per * rate)}
-        )
+        return out if g.metric == "error_rate" else out | {f'{bad}{{model="m",variant="v"}}': growing(per * rate)}
 
     high = (1 + stop.max) / 2
-    text = {"error_rate": "Requests fail.", "fallback_rate": "Requests are answered by another variant than theirs."}
+    text = {
+        "error_rate": "Requests fail.",
+        "fallback_rate": "Requests are answered by another variant than theirs.",
+        "stall_rate": "Requests wait for a token, and none comes.",
+    }
     return Alert(f"Llmkit{camel(g.metric)}", expr, text[g.metric], f"{where}.hard_stop",
         case(high), case(stop.max), f"{high:.3g}", MODEL, "page", "0m")  # fmt: skip
 

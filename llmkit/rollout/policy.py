@@ -47,7 +47,9 @@ class Metric:
 
 
 METRICS = {
-    **dict.fromkeys(("error_rate", "cancel_rate", "fallback_rate", "refusal_rate"), Metric("rate", "lower")),
+    **dict.fromkeys(
+        ("error_rate", "cancel_rate", "fallback_rate", "refusal_rate", "stall_rate"), Metric("rate", "lower")
+    ),
     **{f"{m}_p{q}": Metric("quantile", "lower", "s") for m in ("latency", "ttft") for q in (50, 90, 95, 99)},
     "task_success_rate": Metric("rate", "higher", labelled=True),
     "user_satisfaction": Metric("mean", "higher", labelled=True, low=-1.0, high=1.0),
@@ -235,6 +237,7 @@ class RolloutPolicy:
     digest: str  # of the section as written
     unit: Literal["request", "user"] = "request"  # what counts once in the tests
     settle: float = 30.0  # unit user: seconds within which the first of a user's requests is looked for
+    stall_after: float = 10.0  # seconds without a token after which a request counts in `stall_rate`
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -244,9 +247,9 @@ class RolloutPolicy:
 # %% ../../nbs/09_rollout/01_policy.ipynb #5ef71ce7
 _SECTION = {
     "alpha": float, "label_lag": str, "strata": list[int], "steps": list[Any], "shadow": list[Any], "canary": list[Any],
-    "validity": dict[str, Any], "on": dict[str, Any], "unit": Literal["request", "user"], "settle": str,
+    "validity": dict[str, Any], "on": dict[str, Any], "unit": Literal["request", "user"], "settle": str, "stall_after": str,
 }  # fmt: skip
-_OPTIONAL = ("unit", "settle")
+_OPTIONAL = ("unit", "settle", "stall_after")
 _VALIDITY = {"srm_alpha": float, "stale_after": str, "on_no_data": Literal["inconclusive", "error"]}
 _ON = {"fail": Literal["abort", "pause"], "error": Literal["pause", "abort"], "inconclusive": Literal["pause", "abort"]}
 
@@ -266,6 +269,7 @@ def read_rollout(
     policy = RolloutPolicy(
         s["alpha"], seconds(s["label_lag"], "rollout.label_lag"), tuple(s["strata"]), steps, rules, rails,
         Validity(**valid), on, digest_json(section), s.get("unit", "request"), seconds(s.get("settle", "30s"), "rollout.settle"),
+        seconds(s.get("stall_after", "10s"), "rollout.stall_after"),
     )  # fmt: skip
     if "settle" in s and policy.unit == "request":
         fix = "Write unit: user, or leave settle out"
@@ -289,6 +293,11 @@ def _shadow_rule(entry: Any, alpha: float, key: str) -> Rule:
     return rule
 
 # %% ../../nbs/09_rollout/01_policy.ipynb #11a78a3e
+def _canary(steps: tuple[Step, ...]) -> bool:
+    "Whether users are with the canary after these steps."
+    return any(s.kind == "setWeight" for s in steps)
+
+
 def _unsound(p: RolloutPolicy) -> tuple[str, str, str] | None:
     "What does not fit together in a policy: key, fault, remedy."
     stage, last = None, None
@@ -305,6 +314,11 @@ def _unsound(p: RolloutPolicy) -> tuple[str, str, str] | None:
                 return f"steps[{i}]", "an analysis without a rule that can pass", f"Add rules to {'shadow' if stage == 'shadow' else 'canary'}"  # fmt: skip
     if last != ("setWeight", "noninferiority") or p.steps[-1].kind in ("shadow", "setWeight"):
         return "steps", "may promote what was not shown to be good", "End with setWeight and an analysis that requires noninferiority"  # fmt: skip
+    short = min(
+        (s.min_duration for i, s in enumerate(p.steps) if s.kind == "analysis" and _canary(p.steps[:i])), default=0
+    )
+    if any(g.metric == "stall_rate" and not g.dry_run for g in p.canary) and not 0 < 3 * p.stall_after <= short:
+        return "stall_after", "a third of the shortest analysis of the canary at most: of requests that hang, those of the last `stall_after` are not known yet", "Shorten it, or lengthen min_duration"  # fmt: skip
     if list(p.strata) != sorted(set(p.strata)) or any(x < 1 for x in p.strata):
         return "strata", "bounds rise, from 1 token on", "Write them as in [64, 256, 1024]"
     if not (0 < p.alpha <= 0.5 and 0 < p.validity.srm_alpha <= 0.05 and p.validity.stale_after > 0):

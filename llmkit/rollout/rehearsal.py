@@ -30,6 +30,7 @@ class Traffic:
     cancelled: float = 0.01  # share that the user gave up
     fallbacks: float = 0.01  # share answered by a fallback
     refusals: float = 0.05  # share of answers that refuse
+    stalls: float = 0.002  # share that waits for a token for too long; they are the server's, whoever asks
     latency: float = 0.4  # median of an answer, seconds
     spread: float = 0.5  # standard deviation of the log latency
     success: float = 0.8  # share of labelled answers that solved the task
@@ -40,7 +41,15 @@ class Traffic:
     habits: float = 0.0  # how much users differ: correlation of a user's failures, from 0 to below 1
 
 
-_SEEN = ("error_rate", "cancel_rate", "fallback_rate", "refusal_rate", "task_success_rate", "user_satisfaction")
+_SEEN = (
+    "error_rate",
+    "cancel_rate",
+    "fallback_rate",
+    "refusal_rate",
+    "stall_rate",
+    "task_success_rate",
+    "user_satisfaction",
+)
 _TIMES = ("latency", "ttft")
 
 
@@ -49,6 +58,11 @@ def _cells(t: Traffic, slower: float) -> np.ndarray:
     edges = np.log(SHORTEST * GROWTH ** np.arange(BUCKETS - 1.0))
     below = ndtr((edges - np.log(t.latency * slower)) / t.spread)
     return np.diff(np.concatenate([[0.0], below, [1.0]]))
+
+
+def _stalls(fold: Fold) -> bool:
+    "Whether the policy asks for stalls."
+    return any(g.metric == "stall_rate" for g in fold.policy.canary)
 
 
 def _arrive(fold: Fold, variant: str, t: Traffic, n: int, cells: Sequence[np.ndarray], kinds: Sequence[str], now: float, rng) -> None:  # fmt: skip
@@ -63,6 +77,8 @@ def _arrive(fold: Fold, variant: str, t: Traffic, n: int, cells: Sequence[np.nda
         "fallback_rate": (rng.binomial(n, t.fallbacks), n), "refusal_rate": (rng.binomial(answered, t.refusals), answered),
         "task_success_rate": (rng.binomial(labels, t.success), labels),
     }  # fmt: skip
+    if _stalls(fold):
+        trials["stall_rate"] = (rng.binomial(n, t.stalls), n)
     for metric, (k, m) in trials.items():
         old = arm.rates.get(metric, (0, 0))
         if m:
@@ -149,6 +165,8 @@ class _People:
             ("refusal_rate", refused[ok]),
         ):
             _hits(a, metric, hit)
+        if _stalls(fold):
+            _hits(a, "stall_rate", rng.random(len(i)) < t.stalls)
         stratum = rng.integers(len(medians), size=len(who))
         own, rest = t.habits**0.5 * self.pace[who], (1 - t.habits) ** 0.5 * rng.standard_normal(len(who))
         seconds = np.array(medians)[stratum] * t.latency * slower * np.exp(t.spread * (own + rest))
@@ -285,9 +303,11 @@ def rollout_plan(
     times: int = 20,  # rehearsals of each case
     policy: str = "params.yaml",  # file with a `rollout` section
 ) -> int:
-    "Rehearse the policy on traffic like yours: an equal challenger, and three bad ones."
+    "Rehearse the policy on traffic like yours: an equal challenger, and bad ones."
     rules, now = read_rollout(load_params(policy, "rollout"), policy), Traffic(errors=errors, refusals=refusals, latency=latency, users=users, habits=habits)  # fmt: skip
-    cases = {"as good": {}, "errors 5 times": {"errors": min(1.0, 5 * errors)}, "p95 x 1.5": {"slower": 1.5}, "refusals + 10 points": {"refusals": min(1.0, refusals + 0.1)}}  # fmt: skip
+    cases = {"as good": {}, "errors 5 times": {"errors": min(1.0, 5 * errors)}, "p95 x 1.5": {"slower": 1.5}, "refusals + 10 points": {"refusals": min(1.0, refusals + 0.1)}, "one of ten hangs": {"stalls": 0.1}}  # fmt: skip
+    if all(g.metric != "stall_rate" for g in rules.canary):
+        del cases["one of ten hangs"]
     for name, change in cases.items():
         print(f"{name}: {rehearse(rules, per_hour, times, now, change)}")
     return 0

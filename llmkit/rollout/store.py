@@ -381,7 +381,7 @@ def _known(state: RolloutState, event: Any) -> Mapping[str, Any] | None:
     "An event under the name of its variant here; None when it cannot be read, or is of no release of the rollout."
     if not readable(event):
         return None
-    if event["kind"] != "request":
+    if event["kind"] not in ("request", "stall"):
         return event
     if event["fallback"] and event["variant"] in state.releases:  # answered by another's release: its own could not
         return event

@@ -143,8 +143,9 @@ class Window:
         return self.arms[variant]
 
     def add(self, e: Mapping[str, Any]) -> None:
-        "Take in one event: request, feedback or shadow."
-        {"request": self._request, "feedback": self._feedback, "shadow": self._shadow}[e["kind"]](e)
+        "Take in one event: request, feedback, shadow or stall."
+        take = {"request": self._request, "feedback": self._feedback, "shadow": self._shadow, "stall": self._stall}
+        take[e["kind"]](e)
 
 # %% ../../nbs/09_rollout/05_window.ipynb #5bb2c558
 _NEEDED = {
@@ -162,11 +163,12 @@ _NEEDED = {
     ),
     "feedback": ("id",),
     "shadow": ("id", "result", "latency", "agreement", "exact", "label_same"),
+    "stall": ("id", "variant", "release", "unit", "latency", "fallback"),
 }
 _NUMBERS = (
     "time", "latency", "live_latency", "ttft", "cost", "completion_tokens", "prompt_tokens", "rating", "agreement", "code",
 )  # fmt: skip
-_YES_NO = ("fallback", "refused", "exact", "label_same", "success")
+_YES_NO = ("fallback", "refused", "exact", "label_same", "success", "stalled")
 _WORDS = ("variant", "release", "unit", "status", "result", "unloaded")
 
 
@@ -185,6 +187,8 @@ def readable(e: Any) -> bool:
     )
     if e["kind"] == "request":
         return fits and None not in (e["code"], e["prompt_tokens"], e["variant"])
+    if e["kind"] == "stall":
+        return fits and None not in (e["variant"], e["latency"])
     return fits and (e["kind"] != "shadow" or e["result"] in ("ok", "failed", "dropped"))
 
 # %% ../../nbs/09_rollout/05_window.ipynb #e1320acf
@@ -202,17 +206,15 @@ def _request(self: Window, e: Mapping[str, Any]) -> None:
     if e.get("unloaded"):
         self.counts["unloaded"] += 1
         return
-    a = self.arm(e["variant"])
-    a.last, a.release = max(a.last, ended), e["release"]
-    who = _digest(e["unit"]) if e.get("unit") else None
-    if who is not None and len(self.units) < UNITS:
-        self.units.setdefault(who, e["variant"])
+    a, who = self._heard(e, ended)
     self._settle()
     if 400 <= e["code"] < 499:
         return
     if self.by_user and who is None:
         self.counts["nobody"] += 1
         return
+    if (stalled := _stalled(e, self.policy.stall_after)) is not None and self._new("stall_rate", who):
+        a.hit("stall_rate", stalled)
     live = [e["latency"], int(_failed(e)), began, who]
     if e["id"] in self.copies:
         self._pair(e["id"], live, self.copies.pop(e["id"]))
@@ -225,6 +227,36 @@ def _request(self: Window, e: Mapping[str, Any]) -> None:
         self._hold(who, e)
     else:
         self._take(e)
+
+
+def _heard(self: Window, e: Mapping[str, Any], at: float) -> tuple[Arm, int | None]:
+    "The arm and the unit of a request that was heard of."
+    a, who = self.arm(e["variant"]), _digest(e["unit"]) if e.get("unit") else None
+    a.last, a.release = max(a.last, at), e["release"]
+    if who is not None and len(self.units) < UNITS:
+        self.units.setdefault(who, e["variant"])
+    return a, who
+
+
+def _stall(self: Window, e: Mapping[str, Any]) -> None:
+    "Take in a request that waits for a token for too long."
+    now = e["time"] + e["latency"]
+    if e["time"] < self.since:
+        if self.early is not None and now < self.since:
+            self.early.add(e)
+        return
+    a, who = self._heard(e, now)
+    if not (self.by_user and who is None) and self._new("stall_rate", who):
+        a.hit("stall_rate", True)
+
+
+def _stalled(e: Mapping[str, Any], after: float) -> bool | None:
+    "Whether a finished request had waited for its first token for too long; None when that is counted, or was not waited for."
+    if e.get("stalled"):
+        return None
+    waited = e["latency"] if e.get("ttft") is None else e["ttft"]
+    late = (waited or 0.0) > after
+    return None if e["status"] == "cancelled" and e.get("ttft") is None and not late else late
 
 
 def _digest(unit: str) -> int:
@@ -282,6 +314,7 @@ def _remember(table: dict, key: str, value: Any, most: int) -> None:
 
 
 Window._request, Window._take, Window._waited, Window._answer = _request, _take, _waited, _answer
+Window._heard, Window._stall = _heard, _stall
 
 # %% ../../nbs/09_rollout/05_window.ipynb #3b453c9b
 _COUNTED = (

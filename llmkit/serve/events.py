@@ -23,9 +23,10 @@ KINDS = {
     "refused cost reason",
     "feedback": "time id rating success label",
     "shadow": "time id variant release result latency agreement exact label_same reason",
+    "stall": "time id variant release unit latency fallback",
 }
 ALSO = {
-    "request": "confidence label group surprisal joules meter claim scorer unloaded",
+    "request": "confidence label group surprisal joules meter claim scorer unloaded stalled",
     "shadow": "live_latency",
 }  # may be there
 STATUSES = ("ok", "error", "cancelled", "rejected")

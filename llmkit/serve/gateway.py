@@ -94,11 +94,27 @@ class Gateway:
             from llmkit.evals.detect import refused
 
             self.refusal = refused
-        self.open, self.draining, self.adapters = 0, False, set()  # names of variants that are asked for as a model
+        self.running: set[Exchange] = set()  # requests that have not ended
+        self.draining, self.adapters = False, set()  # names of variants that are asked for as a model
         self.accounts, self.log = (Later(self.metrics.event_failures.inc) for _ in range(2))  # one database each
         self.meter = self.meter or best()
         self._joules = self.meter[1].read()
         self.metrics.watch(lambda: {n: b.stats() for n, b in list(self.variants.items())})
+
+    @property
+    def open(self) -> int:
+        "Requests that have not ended."
+        return len(self.running)
+
+    def tell_stalls(
+        self,
+        after: float,  # seconds
+    ) -> None:
+        "Tell of each request whose next token has been waited for longer than that, once."
+        now = self.timer()
+        for x in list(self.running):
+            if now - x.waits > after:
+                x.stall()
 
     @property
     def baseline(self) -> Backend:
@@ -182,12 +198,13 @@ class Exchange:
         self.answer: Answer | None = None
         self.held: Reservation | None = None
         self.ttft: float | None = None
+        self.waits, self.stalled = self.start, False  # since when it waits for the next token; inf: it does not
         self.found: Found = Counter()
         self.confidence = Confidence()
         self.guards: dict[int, OutputGuard] = {}
         self.event: dict[str, Any] | None = None
         self.parent = ""  # the caller's `traceparent`
-        gateway.open += 1
+        gateway.running.add(self)
 
     @property
     def headers(self) -> dict[str, str]:
@@ -204,7 +221,7 @@ class Exchange:
         if self.answer is not None and status != "ok":
             self.answer.cancel()
         self.event = {"kind": "request", "time": self.time, "status": status, "code": code, "reason": reason}
-        g.open -= 1
+        g.running.discard(self)
         if self.held is not None:
             cost = g.limits.cost(*used)
             g.accounts.add(g.limits.settle, self.held, *used, ran)
@@ -212,11 +229,25 @@ class Exchange:
         self.event |= {"unit": self.unit, "key": self.key.prefix, "latency": g.timer() - self.start, "ttft": self.ttft}
         self.event |= {"prompt_tokens": used[0], "completion_tokens": used[1], "fallback": self.fallback, "cost": cost}
         self.event |= {"unloaded": self.unloaded} if self.unloaded else {}
+        self.event |= {"stalled": True} if self.stalled else {}
         finishes = list(self.reply.finish.values()) if self.reply else []
         text = next(iter(self.reply.texts.values()), "") if self.reply else ""
         self.event |= {"finish": finishes[0] if finishes else None, "refused": ran and bool(g.refusal(text))}
         self.event |= self._seen(text, ran and status == "ok")
         self._tell(status)
+
+    def stall(self) -> None:
+        "Tell that it waits for a token for too long, before anybody knows how it ends; only the first call does anything."
+        if self.stalled or self.event is not None or self.unloaded or not self.release:
+            return
+        self.stalled, g = True, self.gateway
+        event = {"kind": "stall", "time": self.time, "id": self.reply.id if self.reply else "", "variant": self.variant}
+        event |= {"release": self.release, "unit": self.unit, "latency": g.timer() - self.start}
+        event |= {"fallback": self.fallback}
+        if g.events is not None:
+            g.log.add(g.events.append, event)
+        g.metrics.stalled.labels(g.model, self.variant).inc()
+        g.routed("observe", event)
 
     def _seen(self, text: str, whole: bool) -> dict[str, Any]:
         "What monitoring wants to know of an answer beside what everybody does."
@@ -353,6 +384,7 @@ async def pieces(self: Exchange) -> AsyncIterator[Piece]:
     "The answer as it may be shown; ends the exchange, whatever happens."
     try:
         async for p in self.answer:
+            self.waits = math.inf  # from here on it is the reader's time
             if self.ttft is None and p.tokens:
                 self.ttft = self.gateway.timer() - self.start
             if p.index == 0:
@@ -362,6 +394,7 @@ async def pieces(self: Exchange) -> AsyncIterator[Piece]:
             if len(self.guards) == self.call.choices and all(g.blocked for g in self.guards.values()):
                 self.answer.cancel()
                 break
+            self.waits = self.gateway.timer()
         self.reply.usage = self.answer.usage
     except (asyncio.CancelledError, GeneratorExit):
         self.end("cancelled", 499, "client_disconnected")

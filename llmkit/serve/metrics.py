@@ -46,6 +46,7 @@ class Metrics:
         self.queued = hist("llmkit_queue_wait_seconds", "From a request to its slot in the batch.", kinds, FIRST)
         self.requests = count("llmkit_requests_total", "Requests by how they ended.", (*kinds, "status"))
         self.fallback = count("llmkit_fallback_total", "Requests that another variant answered.", kinds)
+        self.stalled = count("llmkit_stalled_total", "Requests that waited too long for a token.", kinds)
         self.unloaded = count("llmkit_unloaded_total", "Requests whose variant was still being loaded.", kinds)
         self.rejected = count("llmkit_ratelimit_rejections_total", "Requests over a limit.", ("kind",))
         self.guard = count("llmkit_guard_findings_total", "What guards found.", ("guard", "entity", "action"))

@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from rollout_road import CANARY, SECTION, H, Recorder, World
+from rollout_road import CANARY, RELEASES, SECTION, H, Recorder, World
 
 from llmkit.core.errors import KitError
 from llmkit.rollout.policy import read_rollout
@@ -60,6 +60,53 @@ def test_a_hard_stop_needs_no_comparison(tmp_path):
     w = World(tmp_path)
     w.traffic(400, step=5, errors=(0.4, 0.4))
     assert w.c.state.aborted and "hard stop" in w.c.state.reason and 30 <= w.n < 500
+
+
+STALLS = CANARY | {
+    "canary": [*CANARY["canary"], {"metric": "stall_rate", "margin": 0.03, "hard_stop": {"max": 0.2, "min_n": 30}}]
+}
+
+
+def hanging(w, share, n=4000, told=True):
+    "Traffic of which the canary leaves a share without an end; how many users got no answer."
+    left = 0
+    for i in range(n):
+        w.n, w.now = w.n + 1, w.now + 5.0
+        unit, v = f"h{i}", w.c.assign(f"h{i}")
+        if v == "canary" and w.rng.random() < share:
+            left += 1
+            stall = {"kind": "stall", "time": w.now - 10, "id": f"q{w.n}", "variant": v, "release": RELEASES[v]}
+            if told:
+                w.c.observe(stall | {"unit": unit, "latency": 10.0, "fallback": False})
+        else:
+            w.request(every=0.0, errors=(0.01, 0.01), refusals=(0.05, 0.05), unit=unit)
+        if i % 10 == 9 and w.c.step().finished:
+            break
+    return left
+
+
+def test_a_canary_that_hangs_now_and_then_is_not_promoted_by_what_it_answers(tmp_path):
+    "Who hangs has no end to be counted by; 10 % are too few for the split of the users to tell."
+    for name, section, told in (("deaf", CANARY, False), ("hears", STALLS, True)):
+        (folder := tmp_path / name).mkdir()
+        w = World(folder, section)
+        left = hanging(w, 0.1, told=told)
+        if told:
+            assert w.c.state.aborted and "stall_rate" in w.c.state.reason and left < 100, w.c.state.reason
+            assert w.store.replay("r1").state == w.c.state
+        else:
+            assert w.c.state.phase == "Healthy" and left > 50, "the reason for the rule"
+
+
+def test_a_canary_that_hangs_for_everybody_is_stopped_and_not_paused(tmp_path):
+    w = World(tmp_path, STALLS)
+    left = hanging(w, 1.0)
+    assert w.c.state.aborted and "stall_rate" in w.c.state.reason and left < 50
+
+
+def test_a_canary_that_stalls_as_rarely_as_the_baseline_is_promoted(tmp_path):
+    w = World(tmp_path, STALLS)
+    assert hanging(w, 0.002) < 10 and w.c.state.phase == "Healthy", w.c.state.reason
 
 
 def test_a_service_that_fails_below_the_hard_stop_is_not_stopped_by_chance(tmp_path):

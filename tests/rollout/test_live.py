@@ -573,6 +573,35 @@ def test_a_drill_stops_a_good_release(town):
     assert abs(len(answered) - len(failed)) <= 8, "half of them, but for those under way"
 
 
+class Hangs(DummyEngine):
+    "Passes its self-test, and then never answers a customer."
+
+    free = threading.Event()
+
+    def next_logits(self, prompt, answer=()):
+        if "my card is gone" in self.tokenizer.decode(list(prompt)):
+            self.free.wait(PATIENCE)
+        return super().next_logits(prompt, answer)
+
+
+def test_a_release_that_hangs_is_stopped_while_it_hangs(town, monkeypatch):
+    monkeypatch.setitem(ENGINES, "sha256:hangs", Hangs)
+    stop = {"metric": "stall_rate", "margin": 0.4, "hard_stop": {"max": 0.3, "min_n": 4}}
+    section = QUICK | {"canary": [stop], "stall_after": "0.3s"}
+    with town.server() as (url, live), town.customers(url, n=12):
+        town.begin("r1", "sha256:hangs", section)
+        try:
+            until(lambda: town.phase("r1") == "Degraded", "the abort")
+            hanging = live.gateway.open
+        finally:
+            Hangs.free.set()
+    assert "stall_rate" in town.store.load("r1").state.reason and hanging >= 4
+    told = list(Events(town.folder / "events.db").all("stall"))
+    assert len(told) >= 4 and {e["variant"] for e in told} == {"canary"}
+    ended = {e["id"]: e for e in Events(town.folder / "events.db").all("request")}
+    assert all(ended[e["id"]]["stalled"] for e in told) and len(ended) == len(town.answers)
+
+
 def test_an_abort_is_felt_within_a_second_and_costs_no_request(town):
     with town.server() as (url, live), town.customers(url):
         town.begin("r1", "sha256:good", QUICK | {"steps": [{"setWeight": 50}, {"analysis": ENDLESS}]})

@@ -32,6 +32,7 @@ def section():
 @pytest.mark.parametrize("evidence", [Evidence(), Evidence(Verdict("error", (), "d"), silent=True), Evidence(Verdict("fail", (), "d"), samples=9, silent=False)])  # fmt: skip
 def test_a_person_who_resumes_the_last_pause_needs_data_too(evidence):
     rules = section()
+    rules["stall_after"] = "0.3s"
     rules["steps"] = [{"setWeight": 20}, {"analysis": {"min_duration": "1s", "max_duration": "1m", "min_samples": 10}}, {"setWeight": 80}, {"pause": {}}]  # fmt: skip
     policy = read_rollout(rules)
     start = {"kind": "start", "time": 0, "id": "r", "model": "m", "releases": {"baseline": "a", "canary": "b"}}
