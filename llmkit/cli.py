@@ -49,6 +49,7 @@ COMMANDS = {
     "tradeoff": "llmkit.evals.tradeoff:tradeoff",
     "load": "llmkit.evals.load:load_run",
     "serve": "llmkit.rollout.serve:serve",
+    "rollout plan": "llmkit.rollout.rehearsal:rollout_plan",
     "rollout start": "llmkit.rollout.commands:rollout_start",
     "rollout status": "llmkit.rollout.commands:rollout_status",
     "rollout pause": "llmkit.rollout.commands:rollout_pause",

@@ -42,6 +42,7 @@ ROWS: dict[str, Sequence[tuple[str, str, Sequence[tuple[str, str]]]]] = {
         ("Share of users by variant", "percentunit", (("llmkit_rollout_weight_ratio", "{{variant}}"),)),
         ("Phase of the rollout", "short", (("llmkit_rollout_phase == 1", "{{phase}}"), ("llmkit_rollout_trouble", "trouble"))),
         ("Copies to the shadow", "reqps", ((rate("llmkit_mirror_requests_total", "result"), "{{result}}"),)),
+        ("Waited for a token too long", "reqps", ((rate("llmkit_stalled_total", "variant"), "{{variant}}"),)),
         ("Answered by another variant", "reqps", ((rate("llmkit_fallback_total", "variant"), "could not: {{variant}}"), (rate("llmkit_unloaded_total", "variant"), "still loading: {{variant}}"))),
     ),
     "What does it cost?": (

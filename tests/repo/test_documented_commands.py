@@ -42,6 +42,15 @@ def test_every_llmkit_command_exists(sources):
         assert find_command(words.split())[0] in COMMANDS, f"{file} names `llmkit {words}`"
 
 
+def test_every_command_that_the_code_advises_exists(root, files):
+    "An error's remedy is read at three in the morning."
+    found = [(f, w) for f in files("llmkit/*.py") for w in re.findall(r"`llmkit ([a-z]+(?: [a-z]+)?)", text(root / f))]
+    assert len(found) > 40
+    groups = {c.split()[0] for c in COMMANDS if " " in c}
+    bad = [(f, w) for f, w in found if w not in groups and w not in COMMANDS and w.split()[0] not in COMMANDS]
+    assert bad == []
+
+
 def shown(source):
     "The llmkit command lines of the shell blocks in a text, and those in backticks, each as its words."
     blocks = re.findall(r"^```sh\n(.*?)^```", source, re.M | re.S)
