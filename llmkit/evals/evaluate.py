@@ -111,7 +111,7 @@ def evaluate_cached(
     "`evaluate`, unless this engine has answered this suite before."
     if not engine.info.digest:
         return evaluate(engine, suite, subject, seed)
-    asked = [suite.digest, [i.cluster for i in suite.items], seed]
+    asked = [suite.digest, [i.cluster for i in suite.items], seed, getattr(engine, "slots", 0)]
     kept = Path(cache) / short(digest_json([engine.info.digest, engine.info.device, *asked, evaluation_digest()]), 24)
     if not (kept / "report.json").is_file():
         with atomic_folder(kept) as tmp:

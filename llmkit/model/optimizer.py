@@ -130,4 +130,6 @@ class Optimizer:
             m.copy_(kept[f"momentum/{n}"])
         for n, p in self.others.items():
             moments = {k: kept[f"{k}/{n}"] for k in ("step", "exp_avg", "exp_avg_sq")}
-            self.adamw.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in moments.items()}
+            self.adamw.state[p] = {
+                k: v.to(p.device) for k, v in moments.items()
+            }  # the fused step wants all of it there

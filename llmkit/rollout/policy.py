@@ -48,7 +48,8 @@ class Metric:
 
 METRICS = {
     **dict.fromkeys(
-        ("error_rate", "cancel_rate", "fallback_rate", "refusal_rate", "stall_rate"), Metric("rate", "lower")
+        ("error_rate", "cancel_rate", "fallback_rate", "refusal_rate", "stall_rate", "reject_rate"),
+        Metric("rate", "lower"),
     ),
     **{f"{m}_p{q}": Metric("quantile", "lower", "s") for m in ("latency", "ttft") for q in (50, 90, 95, 99)},
     "task_success_rate": Metric("rate", "higher", labelled=True),

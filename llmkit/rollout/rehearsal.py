@@ -31,6 +31,7 @@ class Traffic:
     fallbacks: float = 0.01  # share answered by a fallback
     refusals: float = 0.05  # share of answers that refuse
     stalls: float = 0.002  # share that waits for a token for too long; they are the server's, whoever asks
+    rejects: float = 0.01  # share that the release refuses
     latency: float = 0.4  # median of an answer, seconds
     spread: float = 0.5  # standard deviation of the log latency
     success: float = 0.8  # share of labelled answers that solved the task
@@ -47,6 +48,7 @@ _SEEN = (
     "fallback_rate",
     "refusal_rate",
     "stall_rate",
+    "reject_rate",
     "task_success_rate",
     "user_satisfaction",
 )
@@ -60,9 +62,10 @@ def _cells(t: Traffic, slower: float) -> np.ndarray:
     return np.diff(np.concatenate([[0.0], below, [1.0]]))
 
 
-def _stalls(fold: Fold) -> bool:
-    "Whether the policy asks for stalls."
-    return any(g.metric == "stall_rate" for g in fold.policy.canary)
+def _others(fold: Fold, t: Traffic) -> dict[str, float]:
+    "What the policy asks for besides, with its share."
+    shares = {"stall_rate": t.stalls, "reject_rate": t.rejects}
+    return {g.metric: shares[g.metric] for g in fold.policy.canary if g.metric in shares}
 
 
 def _arrive(fold: Fold, variant: str, t: Traffic, n: int, cells: Sequence[np.ndarray], kinds: Sequence[str], now: float, rng) -> None:  # fmt: skip
@@ -77,8 +80,7 @@ def _arrive(fold: Fold, variant: str, t: Traffic, n: int, cells: Sequence[np.nda
         "fallback_rate": (rng.binomial(n, t.fallbacks), n), "refusal_rate": (rng.binomial(answered, t.refusals), answered),
         "task_success_rate": (rng.binomial(labels, t.success), labels),
     }  # fmt: skip
-    if _stalls(fold):
-        trials["stall_rate"] = (rng.binomial(n, t.stalls), n)
+    trials |= {metric: (rng.binomial(n, share), n) for metric, share in _others(fold, t).items()}
     for metric, (k, m) in trials.items():
         old = arm.rates.get(metric, (0, 0))
         if m:
@@ -165,8 +167,8 @@ class _People:
             ("refusal_rate", refused[ok]),
         ):
             _hits(a, metric, hit)
-        if _stalls(fold):
-            _hits(a, "stall_rate", rng.random(len(i)) < t.stalls)
+        for metric, share in _others(fold, t).items():
+            _hits(a, metric, rng.random(len(i)) < share)
         stratum = rng.integers(len(medians), size=len(who))
         own, rest = t.habits**0.5 * self.pace[who], (1 - t.habits) ** 0.5 * rng.standard_normal(len(who))
         seconds = np.array(medians)[stratum] * t.latency * slower * np.exp(t.spread * (own + rest))
@@ -305,9 +307,11 @@ def rollout_plan(
 ) -> int:
     "Rehearse the policy on traffic like yours: an equal challenger, and bad ones."
     rules, now = read_rollout(load_params(policy, "rollout"), policy), Traffic(errors=errors, refusals=refusals, latency=latency, users=users, habits=habits)  # fmt: skip
-    cases = {"as good": {}, "errors 5 times": {"errors": min(1.0, 5 * errors)}, "p95 x 1.5": {"slower": 1.5}, "refusals + 10 points": {"refusals": min(1.0, refusals + 0.1)}, "one of ten hangs": {"stalls": 0.1}}  # fmt: skip
-    if all(g.metric != "stall_rate" for g in rules.canary):
-        del cases["one of ten hangs"]
+    cases = {"as good": {}, "errors 5 times": {"errors": min(1.0, 5 * errors)}, "p95 x 1.5": {"slower": 1.5}, "refusals + 10 points": {"refusals": min(1.0, refusals + 0.1)}, "one of ten hangs": {"stalls": 0.1}, "one of ten is refused": {"rejects": 0.1}}  # fmt: skip
+    watched = {g.metric for g in rules.canary}
+    for metric, case in (("stall_rate", "one of ten hangs"), ("reject_rate", "one of ten is refused")):
+        if metric not in watched:
+            del cases[case]
     for name, change in cases.items():
         print(f"{name}: {rehearse(rules, per_hour, times, now, change)}")
     return 0

@@ -208,9 +208,13 @@ def _request(self: Window, e: Mapping[str, Any]) -> None:
         return
     a, who = self._heard(e, ended)
     self._settle()
-    if 400 <= e["code"] < 499:
+    refused = 400 <= e["code"] < 499
+    named = not (self.by_user and who is None)
+    if e["release"] and e["code"] != 429 and named and self._new("reject_rate", who):
+        a.hit("reject_rate", refused)
+    if refused:
         return
-    if self.by_user and who is None:
+    if not named:
         self.counts["nobody"] += 1
         return
     if (stalled := _stalled(e, self.policy.stall_after)) is not None and self._new("stall_rate", who):
@@ -232,7 +236,7 @@ def _request(self: Window, e: Mapping[str, Any]) -> None:
 def _heard(self: Window, e: Mapping[str, Any], at: float) -> tuple[Arm, int | None]:
     "The arm and the unit of a request that was heard of."
     a, who = self.arm(e["variant"]), _digest(e["unit"]) if e.get("unit") else None
-    a.last, a.release = max(a.last, at), e["release"]
+    a.last, a.release = max(a.last, at), e["release"] or a.release
     if who is not None and len(self.units) < UNITS:
         self.units.setdefault(who, e["variant"])
     return a, who

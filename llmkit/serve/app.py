@@ -100,7 +100,7 @@ def make_app(
         gateway.metrics.ready.set(float(state["ready"]))
         tasks = [asyncio.create_task(_self_test(gateway, state))] if check else []
         tasks += [asyncio.create_task(_again(hourly, 3600))] if hourly else []
-        tasks += [asyncio.create_task(_again(gateway.checkpoint, CHECKPOINT))]
+        tasks += [asyncio.create_task(_again(gateway.checkpoint, CHECKPOINT)), asyncio.create_task(_stalls(gateway))]
         async with beside or nullcontext():
             yield
         for task in tasks:
@@ -141,6 +141,13 @@ async def _self_test(gateway: Gateway, state: dict[str, Any]) -> None:
     except Exception as e:
         state["fault"] = str(e) if isinstance(e, KitError) else type(e).__name__
         log.error("not ready: %s", state["fault"])
+
+
+async def _stalls(gateway: Gateway) -> None:
+    "Look for requests that have stalled, in the loop that ends them."
+    while True:
+        await asyncio.sleep(min(0.25, gateway.stall_after / 2))
+        gateway.tell_stalls()
 
 
 async def _again(work: Callable[[], Any], seconds: float) -> None:

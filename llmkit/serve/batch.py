@@ -132,7 +132,9 @@ class Appender:
 
     def add(self, value: Mapping[str, Any]) -> None:
         "Write a line."
-        os.write(self.fd, (json.dumps(value, ensure_ascii=False) + "\n").encode())
+        left = memoryview((json.dumps(value, ensure_ascii=False) + "\n").encode())
+        while left:  # a disk that is nearly full takes a part, and only then says so
+            left = left[os.write(self.fd, left) :]
 
     def close(self) -> None:
         "Make sure that it is on disk."

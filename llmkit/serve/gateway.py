@@ -10,6 +10,7 @@ __all__ = ['LARGE', 'Router', 'Single', 'Gateway', 'Confidence', 'Exchange', 'op
 import asyncio
 import math
 import re
+import secrets
 import sqlite3
 import time
 from collections import Counter
@@ -81,6 +82,7 @@ class Gateway:
     traces: Traces | None = None  # None: none are made
     canaries: Sequence[str] = ()  # markers that no answer may contain
     timeout: float | None = 300.0  # seconds for a request
+    stall_after: float = 10.0  # seconds without a token after which a request has stalled
     refusal: Callable[[str], bool] | None = None  # whether an answer refuses; default: the rule of the evaluation
     sampler: Sampler | None = None  # looks at a share of the answers
     meter: tuple[str, Meter] | None = None  # a method and its meter; default: the best one here
@@ -99,6 +101,8 @@ class Gateway:
         self.accounts, self.log = (Later(self.metrics.event_failures.inc) for _ in range(2))  # one database each
         self.meter = self.meter or best()
         self._joules = self.meter[1].read()
+        for name in self.variants:
+            self._known(name)
         self.metrics.watch(lambda: {n: b.stats() for n, b in list(self.variants.items())})
 
     @property
@@ -106,15 +110,16 @@ class Gateway:
         "Requests that have not ended."
         return len(self.running)
 
-    def tell_stalls(
-        self,
-        after: float,  # seconds
-    ) -> None:
-        "Tell of each request whose next token has been waited for longer than that, once."
+    def tell_stalls(self) -> None:
+        "Tell of each request that has stalled, once."
         now = self.timer()
         for x in list(self.running):
-            if now - x.waits > after:
+            if now - x.waits > self.stall_after:
                 x.stall()
+
+    def _known(self, variant: str) -> None:
+        "Show a variant's stalls at 0 before there is one, so that the first is seen as a change."
+        self.metrics.stalled.labels(self.model, variant)
 
     @property
     def baseline(self) -> Backend:
@@ -204,7 +209,13 @@ class Exchange:
         self.guards: dict[int, OutputGuard] = {}
         self.event: dict[str, Any] | None = None
         self.parent = ""  # the caller's `traceparent`
+        self._id = f"none-{secrets.token_hex(12)}"
         gateway.running.add(self)
+
+    @property
+    def id(self) -> str:
+        "That of the response; one of its own where it came to none, since readers of the log tell requests apart by it."
+        return self.reply.id if self.reply else self._id
 
     @property
     def headers(self) -> dict[str, str]:
@@ -225,7 +236,7 @@ class Exchange:
         if self.held is not None:
             cost = g.limits.cost(*used)
             g.accounts.add(g.limits.settle, self.held, *used, ran)
-        self.event |= {"id": self.reply.id if self.reply else "", "variant": self.variant, "release": self.release}
+        self.event |= {"id": self.id, "variant": self.variant, "release": self.release}
         self.event |= {"unit": self.unit, "key": self.key.prefix, "latency": g.timer() - self.start, "ttft": self.ttft}
         self.event |= {"prompt_tokens": used[0], "completion_tokens": used[1], "fallback": self.fallback, "cost": cost}
         self.event |= {"unloaded": self.unloaded} if self.unloaded else {}
@@ -241,7 +252,7 @@ class Exchange:
         if self.stalled or self.event is not None or self.unloaded or not self.release:
             return
         self.stalled, g = True, self.gateway
-        event = {"kind": "stall", "time": self.time, "id": self.reply.id if self.reply else "", "variant": self.variant}
+        event = {"kind": "stall", "time": self.time, "id": self.id, "variant": self.variant}
         event |= {"release": self.release, "unit": self.unit, "latency": g.timer() - self.start}
         event |= {"fallback": self.fallback}
         if g.events is not None:
@@ -326,6 +337,7 @@ async def _enter(self: Gateway, x: Exchange, call: Call, session: str | None) ->
     refuse_logprobs(call, policy, self.canaries)
     tokenizer = self.baseline.tokenizer
     decode = (lambda ids: tokenizer.decode(ids, False)) if tokenizer is not None else None
+    x.release = self.variants[x.variant].release  # from here on it is this release that may refuse the call
     await _aside(call, self.variants[x.variant].glance, call)
     x.call, x.found = await _aside(call, guard_input, call, policy, decode)
     if any(not isinstance(p, str) for p in call.prompts) and decode is None and policy.input_pii in ("mask", "block"):
@@ -432,6 +444,7 @@ Exchange.whole = whole
 def set_variant(self: Gateway, name: str, backend: Backend) -> Backend | None:
     "Let a backend answer under a name from now on; gives the one that did so before, which the caller closes."
     old, self.variants[name] = self.variants.get(name), backend
+    self._known(name)
     return old
 
 

@@ -78,7 +78,6 @@ def count(
     kinds, labels = (model, event["variant"]), (operation, PROVIDER, model)
     timed = (*labels, event["variant"])
     self.requests.labels(*kinds, event["status"]).inc()
-    self.stalled.labels(*kinds)  # there at 0, so that the first one is seen as a change
     if event["status"] == "rejected":
         return
     error = "" if event["status"] == "ok" else (event["reason"] or event["status"])

@@ -355,7 +355,7 @@ def set_up(
         limits=Limits(path, price),
         traces=open_traces(conf),
         events=events,
-        canaries=[c for c in os.environ.get("LLMKIT_CANARIES", "").split(",") if c.strip()],
+        canaries=[c.strip() for c in os.environ.get("LLMKIT_CANARIES", "").split(",") if c.strip()],
         timeout=timeout,
         sampler=sampler,
     )

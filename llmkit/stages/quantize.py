@@ -40,7 +40,10 @@ def run(
     found, choice = [], None
     if precision == "auto":
         rows = read_jsonl(open_artifact(NEEDS["dataset"]) / "validation.jsonl")
-        found, choice = pick(NEEDS["model"], candidates, rows, choose, device=device, method=method)
+        sized = [
+            c if "/" in c or not c.startswith("int") or block_size == 32 else f"{c}/{block_size}" for c in candidates
+        ]
+        found, choice = pick(NEEDS["model"], sized, rows, choose, device=device, method=method)
         precision, block_size = read_precision(choice.name)
     how = {"precision": precision, "block_size": block_size, "device": device, "method": method}
     asked = {"prompts": prompts, "max_tokens": max_tokens, "metric": metric}

@@ -104,6 +104,25 @@ def test_a_canary_that_hangs_for_everybody_is_stopped_and_not_paused(tmp_path):
     assert w.c.state.aborted and "stall_rate" in w.c.state.reason and left < 50
 
 
+REJECTS = CANARY | {"canary": [*CANARY["canary"], {"metric": "reject_rate", "margin": 0.03}]}
+
+
+@pytest.mark.parametrize(
+    "bad, section, ends", [(0.3, CANARY, "Healthy"), (0.3, REJECTS, "Degraded"), (0.05, REJECTS, "Healthy")]
+)
+def test_a_canary_that_refuses_what_the_baseline_takes_is_not_promoted(tmp_path, bad, section, ends):
+    "A 4xx says nothing about a release, but that one release gives more of them than the other does. Of 5 % both refuse."
+    w = World(tmp_path, section)
+    for i in range(8000):
+        share = bad if bad < 0.1 or w.c.assign(f"h{i}") == "canary" else 0.0
+        no = {"code": 400, "status": "rejected", "ttft": None} if w.rng.random() < share else {}
+        w.request(every=5.0, errors=(0.01, 0.01), unit=f"h{i}", **no)
+        if i % 10 == 9 and w.c.step().finished:
+            break
+    assert w.c.state.phase == ends, w.c.state.reason
+    assert ends == "Healthy" or "reject_rate" in w.c.state.reason and w.n < 2000
+
+
 def test_a_canary_that_stalls_as_rarely_as_the_baseline_is_promoted(tmp_path):
     w = World(tmp_path, STALLS)
     assert hanging(w, 0.002) < 10 and w.c.state.phase == "Healthy", w.c.state.reason

@@ -78,6 +78,24 @@ def test_a_client_that_hangs_up_frees_its_slot(make_gateway, stream):
     assert scheduler.counts["cancelled"] == 1 and scheduler.counts["finished"] == 1
 
 
+def test_a_server_without_a_rollout_tells_of_a_request_that_hangs(make_gateway):
+    "A judge elsewhere and an alert know of it from here."
+    engine = Gated(replies=REPLIES)
+    engine.gate.clear()
+    gateway = make_gateway(engine, slots=2)
+    gateway.stall_after = 0.2
+    with serving(gateway) as url:
+        asked = threading.Thread(target=post, args=(url,))
+        asked.start()
+        until(lambda: [*gateway.events.all("stall")], "the stall")
+        page = httpx.get(f"{url}/metrics").text
+        assert 'variant="baseline"} 1.0' in next(x for x in page.splitlines() if x.startswith("llmkit_stalled_total"))
+        engine.gate.set()
+        asked.join(PATIENCE)
+    (stall,), (request,) = gateway.events.all("stall"), gateway.events.all("request")
+    assert (request["id"], request["status"], request["stalled"]) == (stall["id"], "ok", True)
+
+
 def test_nothing_is_written_to_a_client_that_is_gone(make_gateway, caplog):
     "Tokens that came while the loop was busy are not all sent in one go to a socket that has been closed."
 
