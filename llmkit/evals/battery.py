@@ -51,7 +51,7 @@ class Surroundings:
 
     questions: Suite | None = None  # the task's
     beside: str | Path | None = None  # the model that the engine was made from
-    dataset: str | Path | None = None  # folder with train.jsonl and test.jsonl
+    dataset: str | Path | None = None  # folder with train.jsonl, validation.jsonl and test.jsonl
     folder: str | Path | None = None  # of the engine itself, for measurements that open it anew
     slots: int = 32  # rows that run together
     seed: int = 0
@@ -77,7 +77,11 @@ class Surroundings:
         "What reports that are kept depend on."
         made = Path(self.beside) / MANIFEST if self.beside else None
         beside = (digest_file(made) if made.is_file() else digest_files(self.beside)) if made else ""
-        rows = [Path(self.dataset) / f for f in ("train.jsonl", "test.jsonl", CANARIES)] if self.dataset else []
+        rows = (
+            [Path(self.dataset) / f for f in ("train.jsonl", "validation.jsonl", "test.jsonl", CANARIES)]
+            if self.dataset
+            else []
+        )
         asked = self.questions.digest if self.questions else ""
         return digest_json([asked, beside, [digest_file(f) for f in rows if f.is_file()], self.slots, self.seed])
 
@@ -227,8 +231,8 @@ def golden(
     n: int = 10,  # tokens in a ranking of that recording
     positions: int = 3,  # tokens of the answer whose rankings it keeps
 ) -> Report:
-    "What the engine says otherwise than the last release did on its golden prompts, beyond that release's own noise."
-    return replace(since_release(folder, engine, around.seed), subject="golden_engine")
+    "What the engine says otherwise than the last release did on golden prompts that it did not learn, beyond that release's own noise."
+    return replace(since_release(folder, engine, around.seed, around.dataset), subject="golden_engine")
 
 
 def load(

@@ -45,6 +45,9 @@ def find(
     if m is None:
         known = {x.metric for x in reports[subject].measurements if x.slice == slice}
         where = "" if slice == "all" else f" on {slice}"
+        why = reports[subject].context.get("unmeasured")  # where the suite itself tells why, and what to do
+        if isinstance(why, Mapping):
+            raise Unmeasured(f"{subject} has no {metric}{where}, since {why['because']}", remedy=why["remedy"])
         raise Unmeasured(f"{subject} has no {metric}{where}", remedy=did_you_mean(metric, known))
     if m.n < 1:
         raise Unmeasured(f"{metric} of {subject} rests on no item", remedy="Measure it on some")

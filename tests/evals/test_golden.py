@@ -2,6 +2,7 @@
 
 import copy
 import json
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,9 @@ from word_engine import engine
 from llmkit.core.artifact import seal
 from llmkit.core.errors import KitError
 from llmkit.core.files import read_jsonl, write_jsonl
-from llmkit.core.report import Measurement, Report, write_report
+from llmkit.core.report import Measurement, Report, read_report, write_report
 from llmkit.evals.battery import Surroundings, run_suite
-from llmkit.evals.regression import RANKS, keep_golden, open_golden, since_release
+from llmkit.evals.regression import RANKS, keep_golden, learnt_prompts, open_golden, since_release
 from llmkit.evals.selftest import gate_selftest
 from llmkit.evals.suite import make_suite
 from llmkit.flow.dag import data_deps
@@ -38,9 +39,17 @@ def kept(tmp_path):
     return tmp_path / "baseline/golden"
 
 
-def verdict(folder, candidate):
+def verdict(folder, candidate, dataset=None):
     "What the rule says of a candidate."
-    return judge({"rules": [RULE]}, {"golden_engine": since_release(folder, candidate)}).outcome
+    return judge({"rules": [RULE]}, {"golden_engine": since_release(folder, candidate, dataset=dataset)}).outcome
+
+
+def dataset_of(folder, train, validation=()):
+    "A dataset whose splits ask for these words."
+    for split, words in (("train", train), ("validation", validation), ("test", ["tea"])):
+        rows = [{"id": f"{split}{i}", "messages": [{"role": "user", "content": f"Say {w}."}, {"role": "assistant", "content": w}]} for i, w in enumerate(words)]  # fmt: skip
+        write_jsonl(folder / f"{split}.jsonl", rows)
+    return folder
 
 
 def test_the_same_engine_passes_and_a_changed_one_is_caught(kept):
@@ -73,6 +82,57 @@ def test_another_tokenizer_leaves_rankings_out_and_says_so(kept):
     assert r.context["left_out"] == list(RANKS)
     assert "rankings left out, since the two have different tokenizers" in r.get("flip_rate").method
     assert verdict(kept, other) == "fail"
+
+
+def test_prompts_that_were_learnt_are_left_out_and_counted(kept, tmp_path):
+    candidate, data = engine(wrong=WORDS[:4] + WORDS[96:99]), dataset_of(tmp_path / "data", WORDS[4:34], WORDS[30:54])
+    assert verdict(kept, candidate) == "pass"  # 3 broken of 100, half of them known by heart
+    assert verdict(kept, candidate, data) == "inconclusive"
+    r = since_release(kept, candidate, dataset=data)
+    assert r.get("broken_rate").n == 50 and r.get("broken_rate").value == 3 / 50 and r.context["prompts"] == 50
+    assert r.get("contamination_rate").value == 0.5 and r.column("prompts/learnt") == [0] * 4 + [1] * 50 + [0] * 46
+    said = judge({"rules": [RULE]}, {"golden_engine": r}).reasons[0].sentence
+    assert "50 of 100 golden prompts left out as questions of the training or validation split" in said
+    write_report(r, tmp_path / "report")
+    assert read_report(tmp_path / "report").measurements == r.measurements
+
+
+@pytest.mark.parametrize("left", [0, 1, 29])
+def test_too_few_prompts_that_were_not_learnt_do_not_pass(kept, tmp_path, left, capsys):
+    report_of(engine(), tmp_path / "report")
+    r = run_suite("golden", engine(), Surroundings(dataset=dataset_of(tmp_path / "data", WORDS[left:])), {"folder": str(kept)}, cache=tmp_path / "cache")  # fmt: skip
+    found = judge({"rules": [{**RULE, "if_absent": "skip"}]}, {"golden_engine": r})
+    assert found.outcome == "fail"
+    assert f"not measured, so it fails; golden_engine has no broken_rate_excess, since {100 - left} of its 100 golden prompts are training or validation questions" in found.reasons[0].sentence  # fmt: skip
+    assert "llmkit baseline set" in found.reasons[0].sentence
+    write_report(r, tmp_path / "report/golden_engine")
+    (tmp_path / "params.yaml").write_text(f"evaluate: {{scorers: [label]}}\ngates:\n  rules:\n    - {json.dumps(RULE)}\n")  # fmt: skip
+    gate_selftest(str(tmp_path / "params.yaml"), str(tmp_path / "report"), "", "", str(tmp_path / "none"))
+    assert "broken_rate_excess" in capsys.readouterr().out
+
+
+def test_a_changed_validation_split_is_looked_at_anew(kept, tmp_path):
+    ask = lambda: run_suite("golden", engine(), Surroundings(dataset=tmp_path / "data"), {"folder": str(kept)}, cache=tmp_path / "cache")  # fmt: skip
+    dataset_of(tmp_path / "data", ["tea"])
+    assert ask().get("contamination_rate").value == 0
+    dataset_of(tmp_path / "data", ["tea"], WORDS[:10])
+    assert ask().get("contamination_rate").value == 0.1
+
+
+def test_learnt_in_another_spelling_and_in_flat_memory(tmp_path):
+    system, said = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "b"}
+    asked = ["say  BALANCE_0!", "Ｓａｙ card_0.", "Say login.", "Say login_0 please."]
+    rows = [{"messages": [system, {"role": "user", "content": q}, said]} for q in asked]
+    rows += [
+        {"messages": [{"role": "user", "content": "Say"}, said, {"role": "user", "content": "refund_0."}, said]}
+    ]  # another conversation
+    write_jsonl(tmp_path / "train.jsonl", rows + [{"messages": [{"role": "user", "content": f"{i} " * 50}, said]} for i in range(5000)])  # fmt: skip
+    tracemalloc.start()
+    found = learnt_prompts(suite_of(WORDS[:100]), tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert {w for w, x in zip(WORDS, found, strict=False) if x} == {"balance_0", "card_0"}
+    assert peak < 500_000 < (tmp_path / "train.jsonl").stat().st_size
 
 
 def reseal(folder, file, change):
