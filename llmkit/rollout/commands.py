@@ -16,7 +16,7 @@ from ..core.params import did_you_mean, load_params
 from ..core.settings import Settings, load_settings
 from ..release.ledger import actor
 from ..release.registry import Version, outside_training, registry_uri, versions
-from .controller import Controller, MlflowRegistry, Registry
+from .controller import Controller, Keeper, MlflowRegistry, Registry
 from .policy import read_rollout
 from .state import Effect
 from .store import MOVES, Store, rollouts_file
@@ -81,20 +81,23 @@ def rollout_start(
     "Begin to roll out the challenger."
     outside_training("llmkit rollout start")
     model = model or read_json(receipt)["name"]
+    store, registry = open_store(settings), _registry(settings)
+    _settled(store, registry, model)  # first: it may move the champion
     found = versions(registry_uri(load_settings(settings)), model)
     new, old = _held(found, model, canary), next((v for v in found if "champion" in v.aliases), None)
     if first or old is None:
-        return _first(new, old, first, _registry(settings))
+        return _first(new, old, first, registry)
     if old.release == new.release:
         raise KitError("the challenger is the champion already", key=model, value=short(new.release), remedy="Register another release first")  # fmt: skip
-    store, section = open_store(settings), load_params(policy, "rollout")
+    section = load_params(policy, "rollout")
     names = read_rollout(section, policy).variants
     releases = {"baseline": old.release} | {v: new.release if v == "canary" else _held(found, model, v).release for v in names}  # fmt: skip
     with store.alone():  # of several that start at once, one does
         _only(store)
+        _settled(store, registry, model)
         id = id or _free_id(store, f"{model}-{new.version}")
         store.create(id, section)
-        c = Controller(store, id, _registry(settings))
+        c = Controller(store, id, registry)
         c.command("start", actor(), because, model=model, releases=releases | {"canary": new.release})
     print(view(c.fold, c.clock()))
     return 0
@@ -104,6 +107,17 @@ def _only(store: Store, id: str = "") -> None:
     "Raise `KitError` when another rollout than this one is under way."
     if (busy := active(store)) not in (None, id):
         raise KitError("a rollout is under way", file=store.path, value=busy, remedy="Promote or abort it first")
+
+
+def _settled(store: Store, registry: Registry, model: str, but: str = "") -> None:
+    "Do what rollouts of a model have promised, but for one of them; raises `KitError` when that cannot be done."
+    owed = lambda: [(id, p) for id, p in store.owed(model) if id != but] if store.path.exists() else []
+    if owed():
+        Keeper(store, registry).keep(model)
+    if left := owed():
+        what, why = ", ".join(f"{p.effect} of {id}" for id, p in left), next((p.error for _, p in left if p.error), "")
+        fix = "See that the registry can be written, then give the order again: it does first what was promised"
+        raise KitError(f"what a rollout promised is still to be done: {what}" + (f": {why}" if why else ""), file=store.path, key=model, remedy=fix)  # fmt: skip
 
 
 def _held(found: list[Version], model: str, name: str) -> Version:
@@ -151,8 +165,8 @@ def rollout_status(
         return EXIT[show(store, id).state.phase]
     c = Controller(store, id, _registry(settings))
     print(view(c.fold, c.clock()))
-    for p in store.promises(id):
-        print(f"still to be done: {p.effect}")
+    for of, p in store.owed(c.state.model) if c.state else ():
+        print("still to be done", f" by {of}" * (of != id), f": {p.effect}", f": {p.error}" * bool(p.error), sep="")
     return EXIT[c.state.phase] if c.state else 3
 
 
@@ -162,11 +176,14 @@ def _order(kind: str, id: str, because: str, settings: str, **more) -> int:
         outside_training(f"llmkit rollout {kind}")
     store = open_store(settings)
     c = Controller(store, latest(store, id), _registry(settings))
+    if kind in _AGAIN:
+        _settled(store, c.registry, c.state.model, c.id)
     champion = _champion(c.state.model, settings) if kind in _AGAIN else ""
     with store.alone():
         store.catch_up(c.id, c.fold)
         if c.state.phase == _AGAIN.get(kind):
             _only(store, c.id)
+            _settled(store, c.registry, c.state.model, c.id)
             _unmoved(c, kind, champion)
         c.command(kind, actor(), because, **more)
     c._keep()  # the order is on the disk now

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WAIT', 'MOVES', 'Fold', 'rollouts_file', 'Promise', 'Store', 'create', 'append', 'load', 'catch_up', 'replay',
-           'history', 'standing', 'snapshot', 'expire', 'Receipt', 'ids', 'under_way', 'receive', 'promises', 'kept']
+           'history', 'standing', 'snapshot', 'expire', 'Receipt', 'ids', 'under_way', 'receive', 'owed', 'promises',
+           'kept', 'failed']
 
 # %% ../../nbs/09_rollout/08_store.ipynb #5d3bfc3a
 import json
@@ -85,6 +86,7 @@ create table if not exists events (rollout text, seq integer, kind text, time re
 create index if not exists decided on events (rollout, seq) where state is not null;
 create table if not exists snapshots (rollout text primary key, seq integer not null, body text not null);
 create table if not exists outbox (rollout text, seq integer, n integer, body text not null, done integer not null default 0, primary key (rollout, seq, n)) without rowid;
+create table if not exists failures (rollout text, seq integer, n integer, error text not null, primary key (rollout, seq, n)) without rowid;
 create table if not exists sources (source text primary key, seen integer not null);
 create table if not exists verdicts (digest text primary key, body text not null);
 """
@@ -104,6 +106,7 @@ class Promise:
     seq: int  # the event that it follows from
     n: int  # which of its effects
     effect: Effect
+    error: str = ""  # why it could not be done when it was tried last
 
 
 class Store:
@@ -393,16 +396,49 @@ def _known(state: RolloutState, event: Any) -> Mapping[str, Any] | None:
 Store.ids, Store.under_way, Store.receive = ids, under_way, receive
 
 # %% ../../nbs/09_rollout/08_store.ipynb #061c000e
+_OWED = """
+select o.rollout, o.seq, o.n, o.body, coalesce(f.error, '') from outbox o
+left join events e on e.rollout = o.rollout and e.seq = o.seq
+left join failures f on f.rollout = o.rollout and f.seq = o.seq and f.n = o.n
+where not o.done and ? in ('', o.rollout)
+order by max(e.time) over (partition by o.rollout order by o.seq), o.rollout, o.seq, o.n
+"""  # a clock that is set back changes no order within a rollout
+
+
+def owed(
+    self: Store,
+    model: str = "",  # the registered name; default: any
+    id: str = "",  # of a rollout; default: any
+) -> list[tuple[str, Promise]]:
+    "The effects of all rollouts that are still to be done, each with the id of its rollout, in their order."
+    rows = self.rows(_OWED, id)
+    found = [(of, Promise(seq, n, Effect(**json.loads(body)), error)) for of, seq, n, body, error in rows]
+    return [(of, p) for of, p in found if model in ("", p.effect.model)]
+
+
 def promises(self: Store, id: str) -> list[Promise]:
-    "The effects that are still to be done, in their order."
-    rows = self.rows("select seq, n, body from outbox where rollout = ? and not done order by seq, n", id)
-    return [Promise(seq, n, Effect(**json.loads(body))) for seq, n, body in rows]
+    "The effects of a rollout that are still to be done, in their order."
+    return [p for _, p in self.owed(id=id)]
 
 
 def kept(self: Store, id: str, promise: Promise) -> None:
     "Note that an effect is done."
+    one = (id, promise.seq, promise.n)
     with self._transaction() as db:
-        db.execute("update outbox set done = 1 where rollout = ? and seq = ? and n = ?", (id, promise.seq, promise.n))
+        db.execute("update outbox set done = 1 where rollout = ? and seq = ? and n = ?", one)
+        db.execute("delete from failures where rollout = ? and seq = ? and n = ?", one)
 
 
-Store.promises, Store.kept = promises, kept
+def failed(
+    self: Store,
+    id: str,  # of a rollout
+    promise: Promise,
+    error: str,  # why it cannot be done now
+) -> None:
+    "Note why an effect could not be done, for whoever asks."
+    if error != promise.error:
+        with self._transaction() as db:
+            db.execute("insert or replace into failures values (?, ?, ?, ?)", (id, promise.seq, promise.n, error))
+
+
+Store.owed, Store.promises, Store.kept, Store.failed = owed, promises, kept, failed

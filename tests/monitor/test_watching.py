@@ -26,7 +26,7 @@ from llmkit.monitor.measure import GROUPS
 from llmkit.monitor.policy import read_monitor
 from llmkit.monitor.scrape import Windows
 from llmkit.monitor.state import Action, Memory, overview, seen_json
-from llmkit.monitor.watch import monitor_watch, open_monitor, run_window, settle, watch
+from llmkit.monitor.watch import FAULT, monitor_watch, open_monitor, run_window, settle, watch
 from llmkit.rollout.controller import Controller
 from llmkit.rollout.store import Store
 from llmkit.serve.call import parse
@@ -217,6 +217,61 @@ def test_two_releases_that_ask_at_once_get_one_training(tmp_path):
     settle(t.monitor)
     assert [a.state for a in t.monitor.memory.actions(kind="retrain")] == ["done", "held", "held"]
     assert (tmp_path / "retrain/launches").read_text() == "retrain-a-1\n"
+
+
+def test_an_action_that_raises_stops_no_other_and_a_rollback_comes_first(tmp_path, monkeypatch, capsys):
+    t = Town(tmp_path, start=launched)
+    t.monitor.texts = Texts(tmp_path / "texts.db")
+    t.promoted()
+    cut = tmp_path / "dataset/train.jsonl"
+    write_jsonl(cut, [{"id": "a", "label": "fee", "split": "train", "messages": [{"role": "user", "content": "a fee?"}, {"role": "assistant", "content": "fee: Yes."}]}])  # fmt: skip
+    whole = cut.read_text()
+    cut.write_text(whole[:20])  # by a full disk
+    t.now += 10
+    back = lambda id: t.monitor.memory.ask(Action(id, "rollback", t.now, "sha256:b", 3, "it is worse", "requested"))
+    asked(t, ("retrain-b-1", "requested"))
+    back("rollback-b-3")
+    state = lambda: {a.id: a.state for a in t.monitor.memory.actions()}
+    note = lambda id: next(a.note for a in t.monitor.memory.actions() if a.id == id)
+    with pytest.raises(KitError, match="train.jsonl") as told:
+        settle(t.monitor)
+    assert state() == {"retrain-b-1": "requested", "rollback-b-3": "done"}
+    assert t.registry.aliases()["champion"] == "sha256:a" and note("retrain-b-1") == f"{FAULT}{told.value}"
+
+    def unread(*_):
+        raise KeyError("messages")
+
+    with monkeypatch.context() as m:  # the window cannot be judged: what waits is done, and that error is raised
+        m.setattr("llmkit.monitor.watch.next_window", unread)
+        back("rollback-b-4")
+        with pytest.raises(KeyError, match="messages"):
+            run_window(t.monitor, "sha256:b")
+        assert state()["rollback-b-4"] == "done"
+    cut.write_text(whole)
+    settle(t.monitor)
+    assert FAULT not in note("retrain-b-1") and "new labelled records" in note("retrain-b-1")
+    looks = []
+
+    def sleep(seconds):
+        looks.append(seconds)
+        if len(looks) > 2:
+            raise KeyboardInterrupt
+
+    asked(t, ("retrain-b-5", "started"))
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr("llmkit.monitor.watch.ended", full)
+        watch(t.monitor, "sha256:b", sleep=sleep)
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("ERROR: ") for line in lines) == 1
+    assert [line for line in lines if "retrain-b-5" in line] == [f"retrain started: retrain-b-5 ({FAULT}OSError: no space), because data: 2 of 3 windows drifted"]  # fmt: skip
+    with monkeypatch.context() as m:  # its note ends with its cause
+        m.setattr("llmkit.monitor.watch.ended", lambda home: ("started", ""))
+        settle(t.monitor)
+        assert (state()["retrain-b-5"], note("retrain-b-5")) == ("started", "")
+
+
+def full(*_):
+    raise OSError("no space")
 
 
 def test_kill_9_of_a_training_is_lost_when_its_command_is_over(tmp_path):

@@ -486,6 +486,37 @@ def test_an_older_rollout_is_undone_or_retried_after_a_newer_one_was_aborted(tow
         until(lambda: town.recent(-20)[fingerprint("sha256:good")] > 3, "answers of its candidate")
 
 
+class Away(Recorder):
+    "A registry that nobody reaches while a file is there."
+
+    def move(self, effect):
+        if self.path.with_suffix(".away").exists():
+            raise OSError("nobody answers")
+        super().move(effect)
+
+
+def test_a_promise_is_kept_however_long_after_the_rollout_the_registry_is_back(town):
+    town.registry = Away(town.folder / "registry.json")
+    away = town.folder / "registry.away"
+    trouble = lambda url: httpx.get(f"{url}/metrics").text.split("\nllmkit_rollout_trouble ")[1].split()[0]
+    champion, good = lambda: town.registry.read()["aliases"]["champion"], {fingerprint("sha256:good")}
+    town.begin("r1", "sha256:good", QUICK | {"steps": [{"setWeight": 50}, {"analysis": ENDLESS}]})
+    with town.server(hold=0.3) as (url, live), town.customers(url):
+        until(lambda: town.canary("r1") > 10, "numbers in the log")
+        away.touch()
+        town.order("r1", "promote", full=True)
+        until(lambda: live.controller is None and live.gateway.baseline.release == "sha256:good", "the end of the hold")
+        assert trouble(url) == "1.0" and "nobody answers" in live.trouble
+    with town.server() as (url, live):  # begun with what the registry calls champion
+        until(lambda: set(ask_all(url, 2)) == good, "the winner")
+        until(lambda: trouble(url) == "1.0", "the trouble")
+        assert champion() == "sha256:a" and "nobody answers" in live.trouble
+        away.unlink()
+        until(lambda: champion() == "sha256:good", "the promise that was kept")
+        until(lambda: trouble(url) == "0.0", "the end of the trouble")
+        assert not town.store.owed() and set(ask_all(url, 2)) == good
+
+
 def damaged(path):
     "Write nonsense over the whole file."
     path.write_bytes(b"nonsense" * (path.stat().st_size // 8))
@@ -600,6 +631,98 @@ def test_a_release_that_hangs_is_stopped_while_it_hangs(town, monkeypatch):
     assert len(told) >= 4 and {e["variant"] for e in told} == {"canary"}
     ended = {e["id"]: e for e in Events(town.folder / "events.db").all("request")}
     assert all(ended[e["id"]]["stalled"] for e in told) and len(ended) == len(town.answers)
+
+
+class Stuck(EngineBackend):
+    "A stand-in for a release that hangs while it is loaded, or while it tests itself."
+
+    go, closed = threading.Event(), []  # replaced by `stuck`
+
+    async def check(self):
+        while not self.go.is_set():
+            await asyncio.sleep(0.01)
+
+    async def close(self, timeout=30.0):
+        self.closed.append(timeout)
+        await super().close(timeout)
+
+
+@pytest.fixture(params=["loaded", "tested"])
+def stuck(town, monkeypatch, request):
+    "A town whose release `stuck` hangs; lets it go on, and what was closed."
+    go, closed, usual = threading.Event(), [], town.open
+
+    def opened(release):
+        if release != "sha256:stuck":
+            return usual(release)
+        if request.param == "loaded":
+            go.wait(PATIENCE)
+        return Stuck(DummyEngine(replies=REPLIES), release=release)
+
+    monkeypatch.setattr(Stuck, "go", go)
+    monkeypatch.setattr(Stuck, "closed", closed)
+    monkeypatch.setattr(town, "open", opened)
+    yield go, closed
+    go.set()
+
+
+def test_an_abort_is_heard_while_a_release_hangs_before_it_serves(town, stuck, monkeypatch):
+    go, closed = stuck
+    waits = QUICK | {"steps": [{"setWeight": 50}, {"analysis": ENDLESS}]}
+    monkeypatch.setattr("llmkit.rollout.live.SLOW", 0.2)
+    with town.server() as (url, live):
+        town.begin("r1", "sha256:stuck", waits)
+        until(lambda: live.trouble.startswith("loading stuck since "), "the trouble")
+        assert set(ask_all(url, 4)) == {fingerprint("sha256:a")}
+        town.order("r1", "abort", because="it hangs")
+        town.begin("r2", "sha256:good", waits)
+        until(lambda: live.controller and live.controller.id == "r2", "the next rollout")
+        assert not live.trouble and town.store.load("r1").state.reason.endswith("it hangs")
+        go.set()
+        until(lambda: closed == [0.0], "the end of what came too late")
+        assert live.gateway.variants["canary"].release == "sha256:good" and town.phase("r2") == "Progressing"
+
+
+def test_a_candidate_that_hangs_before_it_serves_is_refused_after_a_while(town, stuck):
+    go, closed = stuck
+    town.begin("r1", "sha256:stuck")
+    with town.server(load=0.5) as (url, live):
+        until(lambda: town.phase("r1") == "Degraded", "the abort")
+        assert "stuck: was not loaded and tested within 0.5 s" in town.store.load("r1").state.reason
+        until(lambda: not live.trouble, "the end of the trouble")
+        go.set()
+        until(lambda: closed == [0.0], "the end of what came too late")
+        assert set(ask_all(url, 4)) == {fingerprint("sha256:a")}
+
+
+def test_a_champion_that_hangs_before_it_serves_is_tried_again(town, stuck, monkeypatch):
+    go, closed = stuck
+    monkeypatch.setattr("llmkit.rollout.live.FIRST", 0.2)
+    monkeypatch.setitem(ENGINES, "sha256:stuck", ENGINES["sha256:good"])
+    with monkeypatch.context() as m:
+        m.delattr(town, "open")  # it was well once
+        town.begin("r1", "sha256:stuck", QUICK | {"steps": [{"setWeight": 50}, {"analysis": ENDLESS}]})
+        with town.server() as (url, live), town.customers(url):
+            until(lambda: town.canary("r1") > 10, "numbers in the log")
+            town.order("r1", "promote", full=True)
+    with town.server(load=0.5) as (url, live):
+        until(lambda: "within 0.5 s; a goes on serving, and it is tried again" in live.trouble, "the trouble")
+        go.set()
+        until(lambda: live.gateway.baseline.release == "sha256:stuck", "the champion")
+        until(lambda: not live.trouble, "the end of the trouble")
+        assert set(ask_all(url, 4)) == {fingerprint("sha256:stuck")}
+        until(lambda: closed and set(closed) == {0.0}, "the end of what came too late")
+
+
+def test_a_server_stops_at_once_while_a_release_hangs_before_it_serves(town, stuck):
+    go, closed = stuck
+    town.begin("r1", "sha256:stuck")
+    with town.server() as (url, live):
+        until(lambda: live._loading, "the loading")
+        began = time.monotonic()
+    assert time.monotonic() - began < 5 and town.phase("r1") == "Progressing"
+    go.set()
+    until(lambda: closed == [0.0], "the end of what came too late")
 
 
 def test_an_abort_is_felt_within_a_second_and_costs_no_request(town):

@@ -170,6 +170,44 @@ def test_a_promotion_is_undone_while_the_registry_is_away(project, monkeypatch):
     assert aliases(uri)["champion"] == 1 and not commands.open_store().promises("bank-support-2")
 
 
+def test_no_rollout_begins_before_what_another_one_promised_is_done(project, monkeypatch, capsys):
+    uri = "sqlite:///mlflow.db"
+    one, two = versions(uri, "bank-support")
+    register(Release("bank-support", "sha256:bundle3", "sha256:verdict3", "sha256:card3"), uri, "file:///bundle3")
+    three = versions(uri, "bank-support")[2]
+    commands.rollout_start("bank-support", canary=one.release, first=True)
+    commands.rollout_start("bank-support", canary=two.release, id="a")
+    assert commands.rollout_abort("a") == 0
+    commands.rollout_start("bank-support", canary=two.release, id="b")
+    serve(Controller(commands.open_store(), "b", MlflowRegistry(uri)))
+
+    def away(*_):
+        raise OSError("nobody answers")
+
+    with monkeypatch.context() as m:
+        m.setattr("llmkit.rollout.controller._client", away)
+        assert commands.rollout_promote(full=True) == 4
+        for order in (
+            lambda: commands.rollout_start("bank-support", canary=three.release, id="c"),
+            lambda: commands.rollout_start("bank-support", canary=three.release, first=True),
+            lambda: commands.rollout_retry("a"),
+        ):
+            with pytest.raises(
+                KitError, match=r"still to be done: .* champion → \w+ of b: nobody answers.*order again"
+            ):
+                order()
+        capsys.readouterr()
+        assert commands.rollout_status("a") == 1 and commands.rollout_status("b") == 0
+        said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("still")]
+        assert len(said) == 4 and said[0].startswith("still to be done by b: promote: previous → ")
+        assert said[0].endswith(": nobody answers") and said[2].startswith("still to be done: promote")
+    assert commands.open_store().ids() == ["b", "a"] and aliases(uri)["champion"] == 1
+    assert commands.rollout_start("bank-support", canary=three.release, id="c") == 0
+    state = commands.open_store().load("c").state
+    assert state.releases == {"baseline": two.release, "canary": three.release}
+    assert aliases(uri)["champion"] == 2 and aliases(uri)["previous"] == 1 and not commands.open_store().owed()
+
+
 def test_of_four_that_start_at_once_one_does(project, monkeypatch):
     commands.rollout_start(
         "bank-support", canary=versions("sqlite:///mlflow.db", "bank-support")[0].release, first=True
