@@ -163,7 +163,9 @@ def grounding(
 ) -> Report:
     "Questions on passages, with and without an answer in them."
     suite, scorer = load_grounding(file) if file else load_grounding(), find_judge(judge) if judge else HALLUCINATED
-    return _report("grounding", engine, str(suite), run_grounding(engine, suite, k, temperature, scorer, around.seed), around)  # fmt: skip
+    report = _report("grounding", engine, str(suite), run_grounding(engine, suite, k, temperature, scorer, around.seed), around)  # fmt: skip
+    known = {"judge": {"name": str(scorer), "digest": scorer.digest}} if judge else {}
+    return replace(report, context={**report.context, **known})
 
 
 def memorization(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..core.digests import digest_files, digest_json, short
 from ..core.errors import KitError
 from ..core.plugins import Registry
 from .bias import choose
@@ -117,7 +118,7 @@ def judge_detector(
 ) -> Detector:
     "A judge as a detector, with published sensitivity and specificity."
     find = lambda answer, about: judge.judge(answer, about.get("context", ""), about.get("asked", ""))
-    return Detector(judge.name, judge.version, find, labelled)
+    return Detector(judge.name, judge.version, find, labelled, identity=getattr(judge, "identity", ""))
 
 # %% ../../nbs/06_evals/29_claims.ipynb #124fa23e
 class EngineJudge:
@@ -130,8 +131,16 @@ class EngineJudge:
         words: Sequence[str] = ("yes", "no"),  # supported, not supported
         name: str = "engine-judge",
         version: int = 1,
+        digest: str = "",  # of the model, where the engine knows none
     ):
         self.engine, self.form, self.words, self.name, self.version = engine, form, tuple(words), name, version
+        self.model = {"name": engine.info.name, "digest": engine.info.digest or digest}
+
+    @property
+    def identity(self) -> str:
+        "The model by name and digest (at an address: by name and address), and the question by digest."
+        model = " ".join(filter(None, (self.model["name"], short(self.model["digest"]))))
+        return f"{model}, question {short(digest_json([self.form, self.words]))}"
 
     def judge(self, answer: str, context: str, question: str) -> bool:
         "True where 'no' is more likely."
@@ -152,4 +161,6 @@ def find_judge(
     if not is_address(name) and not Path(name).is_dir():
         fix = f"Registered: {', '.join(JUDGES.names()) or 'none'}; or name a model's folder, or a server's address"
         raise KitError("no such judge", key="judge", value=name, remedy=fix)
-    return judge_detector(EngineJudge(load_engine(name)))
+    engine = load_engine(name)
+    made = "" if engine.info.digest or is_address(name) else digest_json(digest_files(name))
+    return judge_detector(EngineJudge(engine, digest=made))

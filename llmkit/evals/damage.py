@@ -19,7 +19,7 @@ from .detect import DETECTORS
 from .language import language_measurements
 from .regression import rate_measurements
 from .safety import corrected_families
-from .speed import speed_measurements
+from .speed import prompts_of, speed_measurements
 from .task import task_measurements
 from ..gate.judge import judge_rule
 from ..gate.policy import Rule, read_policy
@@ -124,11 +124,15 @@ def miscalibrated_head(reports: dict[str, Report], share: float, scorers: Sequen
 
 
 def slow_engine(reports: dict[str, Report], share: float, scorers: Sequence[str]) -> dict[str, Report] | None:
-    "A share of the engine's requests takes a minute."
+    "A share of the engine's prompts takes a minute."
     report = reports.get("speed_engine")
     if report is None or "requests" not in report.samples:
         return None
-    table, hit = report.samples["requests"], _some(len(report.samples["requests"]["id"]), share)
+    table = report.samples["requests"]
+    asked = prompts_of(table)
+    every = list(dict.fromkeys(asked))
+    slowed = dict(zip(every, _some(len(every), share), strict=True))
+    hit = [slowed[p] for p in asked]
     times = ("latency", "ttft", "inter_token")
     slow = {k: [60.0 if h else v for v, h in zip(table[k], hit, strict=True)] for k in times}
     new = {m.metric: m for m in speed_measurements({**table, **slow})}

@@ -151,9 +151,10 @@ class Detector:
     find: Callable[[str, About], bool]  # (answer, what stands beside it) → whether it is there
     labelled: str | Path  # a YAML file; a bare name stands for a file of the kit
     inverted: bool = False  # the file's positives are this rule's negatives
+    identity: str = ""  # what a judge is known by beside its name: a model, a form of the question
 
     def __str__(self) -> str:
-        return f"{self.name}@{self.version}"
+        return f"{self.name}@{self.version}" + (f" ({self.identity})" if self.identity else "")
 
     @property
     def sentences(self) -> dict[bool, list[dict[str, str]]]:
@@ -165,8 +166,9 @@ class Detector:
 
     @property
     def digest(self) -> str:
-        "What the judgement rests on: name, version and every sentence."
-        return digest_json([self.name, self.version, self.sentences[True], self.sentences[False]])
+        "What the judgement rests on: name, version, identity and every sentence."
+        known = [self.name, self.version, self.sentences[True], self.sentences[False]]
+        return digest_json([*known, self.identity] if self.identity else known)
 
     def quality(self) -> Quality:
         "Hits and correct rejections on the labelled sentences."

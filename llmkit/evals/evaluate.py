@@ -175,7 +175,7 @@ def quality_report(
 def timing_report(
     subject: str,
     folder: Path,  # an engine, model or base
-    suite: Suite,  # whose prompts are used, evenly spread
+    suite: Suite,  # whose different prompts are used, evenly spread
     prompts: int,
     tokens: int,
     repeats: int,
@@ -187,7 +187,8 @@ def timing_report(
     "The speed of an artifact, and what its tokens and its successful tasks cost."
     with open_quietly(folder) as engine:
         asked = [engine.tokenizer.chat(list(i.messages)) for i in suite.items]
-    ids = asked[:: max(1, len(asked) // prompts)][:prompts]
+    different = list(dict.fromkeys(map(tuple, asked)))
+    ids = different[:: max(1, len(different) // prompts)][:prompts]
     report = speed_report(f"speed_{subject}", folder, ids, tokens=tokens, repeats=repeats, energy=energy)
     costs = cost_measurements(report, price, utilisation)
     success = cost_per_success(costs, quality, sum(map(len, asked)) / len(asked)) if quality else None

@@ -68,7 +68,7 @@ def measure(
     device: str = "cpu",
     method: str = "rtn",  # how weights are rounded
     families: Sequence[str] = ("direct", "indirect", "encoded", "multiturn", "leak"),  # of attacks
-    timed: tuple[int, int, int] = (16, 24, 4),  # prompts, tokens of each, rounds
+    timed: tuple[int, int, int] = (72, 24, 1),  # prompts, tokens of each, rounds
     seed: int = 0,
 ) -> Candidate:
     "Export a precision and measure it; what was exported before is taken again."

@@ -119,7 +119,7 @@ QUANTILE = re.compile(r"_p(\d+)$")  # the name of a quantile's metric
 def least_values(
     m: Measurement,
 ) -> int:  # 1 for what is no quantile
-    "Values from which on a quantile has both ends of its interval, by order statistics."
+    "Values, each of another prompt or request, from which on a quantile has both ends of its interval."
     found = QUANTILE.search(m.metric)
     if not found:
         return 1
@@ -132,7 +132,7 @@ def _enlarge(m: Measurement) -> str:
     need = least_values(m)
     if need == 1:
         return "Choose another bound, or enlarge the sample"
-    return f"Leave 'bound' out, or measure {need} values or more: fewer do not bound it at a level of {m.level:g}"
+    return f"Leave 'bound' out, or measure {need} values or more: fewer do not bound it at a level of {m.level:g}. Where prompts are asked in rounds, that is {need} different prompts"
 
 
 def _bounds(r: Rule, m: Measurement) -> tuple[float, float, str]:

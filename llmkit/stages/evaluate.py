@@ -36,6 +36,7 @@ DATA = {
     "evaluate.suites.*.file": "named",
     "evaluate.suites.*.canaries": "named",
     "evaluate.suites.*.folder": "there",
+    "evaluate.suites.*.judge": "there",
 }
 SUBJECTS = {"engine": "engine", "merged": "model", "base": "base"}  # subject of a report → role of what is measured
 
@@ -53,9 +54,9 @@ def run(
     noise_items: int,  # items that the engine answers a second time, in other batches
     suites: dict[str, dict[str, Any]],  # behaviour suites and their options: `llmkit.evals.battery`
     speed_subjects: list[Literal["engine", "merged", "base"]],  # which of engine, merged and base are timed
-    speed_prompts: int,  # different prompts for the timing
+    speed_prompts: int,  # different prompts for the timing; a p95 needs 72 for an upper end
     speed_tokens: int,  # tokens generated for each
-    speed_repeats: int,  # rounds over the prompts
+    speed_repeats: int,  # rounds over the prompts, each of which counts once
     machine: str,  # whose price the cost is worked out with
     price_table: str | None,  # YAML file of prices; null for the built-in examples
     utilisation: float,  # share of paid time in which there is work

@@ -1,6 +1,7 @@
 """Grounding: what is invented is found, what is given is not accused, and abstaining does not pay for everything."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,14 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import recall_score
 
+from llmkit.core.digests import short
 from llmkit.core.errors import KitError
 from llmkit.core.params import ParamsError
 from llmkit.core.report import Report
+from llmkit.evals.battery import Surroundings, run_suite
 from llmkit.evals.claims import (
     ABSTAINED,
     HALLUCINATED,
     UNSUPPORTED,
     EngineJudge,
+    find_judge,
     judge_detector,
     names,
     numbers,
@@ -152,6 +156,36 @@ def test_a_judge_takes_the_rules_place_and_is_measured():
     blind = judge_detector(EngineJudge(DummyEngine(context_length=4096, replies=lambda p: "yes")))
     with pytest.raises(KitError, match="say nothing"):
         run_grounding(engine(faithful), SUITE, scorer=blind)
+
+
+def test_a_report_names_the_judge_by_what_it_runs(tmp_path, monkeypatch):
+    given, found = {}, {}
+    monkeypatch.setattr("llmkit.evals.claims.load_engine", lambda name: given[name])
+    truth = {s["text"]: label for label, part in HALLUCINATED.sentences.items() for s in part}
+    knows = lambda p: next(("no" if v else "yes" for t, v in sorted(truth.items(), key=lambda x: -len(x[0])) if f"Answer: {t}\n" in p), "yes")  # fmt: skip
+    for seed in (1, 2):
+        folder = tmp_path / f"judge{seed}"
+        folder.mkdir()
+        given[str(folder)] = DummyEngine(seed=seed, context_length=4096, replies=knows)
+        report = run_suite(
+            "grounding", engine(faithful), Surroundings(), {"judge": str(folder)}, cache=tmp_path / "kept"
+        )
+        found[seed] = report.context["judge"]
+        said = next(m.method for m in report.measurements if m.metric == "hallucination_rate_corrected")
+        assert found[seed]["name"] in said and short(given[str(folder)].info.digest) in said
+    assert found[1]["name"] != found[2]["name"] and found[1]["digest"] != found[2]["digest"]
+
+
+def test_a_judge_without_a_manifest_is_known_by_its_files(tmp_path, monkeypatch):
+    bare = DummyEngine()
+    bare.info = replace(bare.info, digest="")
+    monkeypatch.setattr("llmkit.evals.claims.load_engine", lambda name: bare)
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    first = find_judge(str(tmp_path)).digest
+    assert first == find_judge(str(tmp_path)).digest
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    assert first != find_judge(str(tmp_path)).digest
+    assert find_judge("http://127.0.0.1:9000/v1").identity.startswith("dummy, question ")  # nothing to read there
 
 
 def test_the_suite_is_balanced_and_known():

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_every_option_of_a_suite_that_is_a_path_is_a_dependency():
     keys = {k.rpartition(".")[2] for k in read_stage("evaluate", ROOT).data if k.startswith("evaluate.suites.*.")}
-    assert keys == {*battery._PATHS}
+    assert keys == {*battery._PATHS, "judge"}  # which may also be an address or a registered name
 
 
 @pytest.mark.parametrize(
@@ -23,14 +23,30 @@ def test_every_option_of_a_suite_that_is_a_path_is_a_dependency():
         ("evaluate", {"price_table": "named.yaml"}, "price_table"),
         ("evaluate", {"suites": {"safety": {"files": ["named.yaml"]}, "swaps": {}}}, "suites.safety.files[0]"),
         ("evaluate", {"suites": {"bbq": {"file": "named.yaml"}}}, "suites.bbq.file"),
+        ("evaluate", {"suites": {"grounding": {"judge": "named.yaml"}, "swaps": {}}}, "suites.grounding.judge"),
         ("package", {"licence_files": ["named.yaml"]}, "licence_files[0]"),
     ],
 )
 def test_an_edit_of_a_named_file_repeats_the_stage(tmp_path, stage, section, key):
     read, params, file = read_stage(stage, ROOT), {stage: section}, tmp_path / "named.yaml"
-    assert data_deps(read, params, tmp_path) == [f"${{{stage}.{key}}}"]
     file.write_text("one")
+    assert data_deps(read, params, tmp_path) == [f"${{{stage}.{key}}}"]
     before = data(read, params, tmp_path)
     file.write_text("two")
     after = data(read, params, tmp_path)
     assert [*before] == [*after] and before != after and None not in before.values()
+
+
+def test_the_weights_of_a_judge_repeat_the_stage_and_what_is_no_file_is_none(tmp_path):
+    read = read_stage("evaluate", ROOT)
+    params = {"evaluate": {"suites": {"grounding": {"judge": "judges/small"}}}}
+    assert data_deps(read, params, tmp_path) == []  # not there yet
+    (tmp_path / "judges/small").mkdir(parents=True)
+    weights = tmp_path / "judges/small/model.safetensors"
+    weights.write_bytes(b"one")
+    assert data_deps(read, params, tmp_path) == ["${evaluate.suites.grounding.judge}"]
+    before = data(read, params, tmp_path)
+    weights.write_bytes(b"two")
+    assert before != data(read, params, tmp_path)
+    for other in ("http://127.0.0.1:9000/v1", "registered-name"):
+        assert data_deps(read, {"evaluate": {"suites": {"grounding": {"judge": other}}}}, tmp_path) == []

@@ -1,6 +1,11 @@
 """The kit's tokenizer against transformers: the same text and the same ids from the same folder."""
 
+import json
+import os
 import random
+import subprocess
+import sys
+from datetime import datetime
 
 import pytest
 
@@ -67,7 +72,7 @@ def both(folder, template):
     from transformers import AutoTokenizer
 
     write_text(folder / "chat_template.jinja", template)
-    return Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
+    return Tokenizer.load(folder, now=datetime.now()), AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -98,6 +103,44 @@ def test_control_tokens_that_a_customer_types_are_text(folder, name):
         talk = [{"role": "user", "content": text}]
         want = theirs.apply_chat_template(talk, add_generation_prompt=True, sanitize_control_tokens=True)["input_ids"]
         assert ours.chat(talk) == want
+
+
+CLOCK = """
+import datetime as d, json, sys
+real = d.datetime
+class Fixed(real):
+    @classmethod
+    def now(cls, tz=None):
+        return real(*map(int, sys.argv[2].split("-"))) if sys.argv[2] else real.now(tz)
+d.datetime = Fixed
+from llmkit.model.tokenizer import Tokenizer
+tok = Tokenizer.load(sys.argv[1])
+talk = [{"role": "user", "content": "Where is my card?"}]
+print(json.dumps([tok.chat(talk), tok.template_digest, tok.render(talk)]))
+"""
+
+
+def seen(folder, day, zone):
+    "Ids, digest and text of a conversation in another process, by its clock and in its zone."
+    asked = [sys.executable, "-c", CLOCK, str(folder), day]
+    done = subprocess.run(asked, capture_output=True, text=True, check=True, env={**os.environ, "TZ": zone})
+    return json.loads(done.stdout)
+
+
+def test_a_template_that_writes_the_date_gives_the_same_ids_on_every_day_and_in_every_zone(folder):
+    write_text(folder / "chat_template.jinja", TEMPLATES["dated"])
+    places = [("2026-03-01", "UTC"), ("2031-12-31", "UTC"), ("", "Pacific/Kiritimati"), ("", "Pacific/Pago_Pago")]
+    first, *others = [seen(folder, *p) for p in places]  # the last two zones never have the same day
+    assert others == [first] * 3 and "Today: 26 Jul 2024" in first[2]
+
+
+def test_a_date_that_a_caller_gives_wins_and_counts_in_the_digest(folder):
+    write_text(folder / "chat_template.jinja", TEMPLATES["dated"])
+    kit, march = Tokenizer.load(folder), Tokenizer.load(folder, now=datetime(2026, 3, 1))
+    assert "Today: 01 Mar 2026" in march.render(TALK) and march.template_digest != kit.template_digest
+    write_text(folder / "chat_template.jinja", TEMPLATES["chatml"])
+    plain, other = Tokenizer.load(folder), Tokenizer.load(folder, now=datetime(2026, 3, 1))
+    assert plain.template_digest == other.template_digest and plain.render(TALK) == other.render(TALK)
 
 
 def test_refusal_of_a_template_is_an_error_that_quotes_it(folder):
