@@ -70,6 +70,9 @@ class Instant:
     async def alive(self):
         return True
 
+    def broken(self):
+        return False
+
     async def close(self, timeout=None):
         pass
 

@@ -58,8 +58,7 @@ class Adapters:
             try:
                 engine = await asyncio.to_thread(self.open, path, self.base)
                 told = "" if self.system == "-" else self.system or system_of(path)
-                backend = EngineBackend(engine, release=digest, system=told, **self.options)
-                await backend.check()
+                backend = await self._checked(engine, release=digest, system=told)
             except KitError as e:
                 raise ApiError(400, f"Cannot be served: {e.problem}", param="lora_path", code="invalid_adapter") from e
             except OSError as e:
@@ -67,6 +66,20 @@ class Adapters:
             self.gateway.set_variant(full, backend)
             self.gateway.adapters.add(full)
         return full
+
+    async def _checked(self, engine: Engine, **more) -> EngineBackend:
+        "A backend that has passed its self-test; one that has not leaves neither a model nor a thread behind."
+        try:
+            backend = EngineBackend(engine, **more, **self.options)
+        except BaseException:
+            engine.close()
+            raise
+        try:
+            await backend.check()
+        except BaseException:
+            await backend.close(0)
+            raise
+        return backend
 
     def _digest(self, path: str) -> str:
         "The digest of a delta; raises `ApiError` when there is none at that path, or none that may be read."

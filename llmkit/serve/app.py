@@ -269,6 +269,8 @@ def _other_routes(app: Any, gateway: Gateway, state: Mapping[str, Any], max_body
         return {"id": event["id"], "object": "feedback"}
 
     async def health(request):
+        if gateway.baseline.broken():
+            raise busy("The engine has failed and this server has to be started again", 5, "engine_error")
         return {"status": "ok"}
 
     async def ready(request):
@@ -285,7 +287,7 @@ def _other_routes(app: Any, gateway: Gateway, state: Mapping[str, Any], max_body
         return responses.Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     _route(app, "POST", "/v1/feedback", "Say how good an answer was.", feedback, FEEDBACK)
-    _route(app, "GET", "/health", "Whether the process lives.", health)
+    _route(app, "GET", "/health", "Whether the process can do its work; if not, only a new one helps.", health)
     _route(app, "GET", "/ready", "Whether it takes requests.", ready)
     _route(app, "GET", "/metrics", "Metrics for Prometheus.", metrics, kind="text/plain")
 

@@ -8,14 +8,13 @@ __all__ = ['log', 'PATIENCE', 'error_response', 'told', 'careful', 'read_request
 # %% ../../nbs/08_serve/12_http.ipynb #cd346676
 import asyncio
 import logging
-import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 from ..core.plugins import need
 from .gateway import LARGE, Exchange, aside
 from .reply import DONE, Piece, sse
+from .scheduler import place_of
 from .store import unlocked
 from .wire import ApiError, read_body
 
@@ -33,9 +32,7 @@ def told(e: Exception) -> ApiError:
     e = unlocked(e)
     cause = e.__cause__ if isinstance(e, ApiError) else e
     if cause is not None and getattr(e, "status", 500) == 500:
-        last = traceback.extract_tb(cause.__traceback__)[-1:]
-        where = [f"{Path(f.filename).name}:{f.lineno}" for f in last]
-        log.error("%s at %s", type(cause).__name__, where[0] if where else "an unknown place")
+        log.error("%s at %s", type(cause).__name__, place_of(cause))
     internal = "The server failed on this request"
     return e if isinstance(e, ApiError) else ApiError(500, internal, type="server_error", code="internal_error")
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from ..core.errors import KitError
 from ..core.params import read_options
 from ..core.plugins import need
 from ..core.settings import load_settings
-from .batch import Places, answer_one, queue_for
+from .batch import Places, Presence, answer_one, queue_for
 from .envelope import answer_event, dead_event, read_event
 from .gateway import Gateway
 from .server import open_backend, resolve
@@ -48,7 +49,7 @@ class Sink(Protocol):
     "Where events go."
 
     async def has(self, id: str) -> bool: ...
-    async def put(self, event: Mapping[str, Any]) -> bool: ...  # False when it was there
+    async def put(self, event: Mapping[str, Any]) -> bool: ...  # False when it was there, by `once_by`
     async def close(self) -> None: ...
 
 # %% ../../nbs/08_serve/24_stream.ipynb #7bca5c35
@@ -72,6 +73,8 @@ class StreamMetrics:
         p, r = need("prometheus_client", "serve"), gateway.metrics.registry
         self.lag = p.Gauge("llmkit_stream_lag_events", "Events that wait and were given to nobody.", registry=r)
         self.pending = p.Gauge("llmkit_stream_pending_events", "Events given out and not settled.", registry=r)
+        self.up = p.Gauge("llmkit_stream_backend_up", "1 while what answers is there, else 0.", registry=r)
+        self.up.set(1)
         self.events = p.Counter("llmkit_stream_events_total", "Events by what became of them.", ["outcome"], registry=r)
 
     def set(self, lag: Lag) -> None:
@@ -94,6 +97,7 @@ class Worker:
     ):
         self.gateway, self.source, self.sink, self.dead, self.attempts = gateway, source, sink, dead, attempts
         self.counts, self.metrics, self.places = Counts(), StreamMetrics(gateway), Places(together)
+        self.presence = Presence(lambda: self.gateway.baseline, self.metrics.up.set)
 
     async def handle(self, d: Delivery) -> None:
         "Answer one event, write, settle; or bury it, or give it back."
@@ -112,6 +116,10 @@ class Worker:
             await self.source.spare(d)
             new = await self.sink.put(answer_event(q, self.gateway.model, body))
             return await self._settle(d, "answered" if new else "duplicates")
+        if await self.presence.lost(status):
+            await self.source.spare(d)
+            self._count("again")
+            return await self.source.give_back(d)
         why = f"{status}: {body['error']['message']}"
         if status in (408, 429) or status >= 500:
             if d.attempts < self.attempts:
@@ -122,7 +130,7 @@ class Worker:
     async def _bury(self, d: Delivery, why: str, attempts: int = 0) -> None:
         "A dead letter."
         await self.source.spare(d)
-        await self.dead.put(dead_event(d.raw, self.gateway.model, why, attempts or d.attempts))
+        await self.dead.put(dead_event(d.raw, self.gateway.model, why, attempts or d.attempts, d.mark))
         await self._settle(d, "dead")
 
     async def _settle(self, d: Delivery, outcome: str) -> None:
@@ -155,6 +163,9 @@ async def consume(
     ]
     try:
         while not stop.is_set():
+            if worker.presence.away:
+                await worker.presence.back(stop, partial(_reap, running, beside))
+                continue
             if await source.overdue():
                 await _alone(worker, running, stop)
             new = await source.take(together - len(running)) if len(running) < together else []
@@ -182,7 +193,7 @@ async def _alone(worker: Worker, running: dict[asyncio.Task, Delivery], stop: as
     while running and not stop.is_set():
         await _some(running, stop)
         _reap(running, [])
-    while not stop.is_set() and (d := await worker.source.retake()):
+    while not stop.is_set() and not worker.presence.away and (d := await worker.source.retake()):
         running[task := asyncio.create_task(worker.handle(d))] = d
         while not task.done() and not stop.is_set():
             await _some(running, stop)
@@ -299,6 +310,9 @@ def stream_run(
             fix = "Its log says why it cannot save; often its disk is full"
         fix += ", and run this again: what was not answered is given out again"
         raise KitError(f"the server takes nothing: {e}", key="redis", remedy=fix) from e
+    except gone.ResponseError as e:
+        fix = "Correct the stream's name or the rights, and run this again: what was not answered is given out again"
+        raise KitError(f"the server refuses: {e}", key="redis", remedy=fix) from e
     except (OSError, sqlite3.OperationalError) as e:
         if getattr(e, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and "disk is full" not in str(e):
             raise

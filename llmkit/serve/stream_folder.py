@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..core.digests import digest_json, short
 from ..core.errors import KitError
 from ..core.files import take_lock
+from .envelope import once_by
 from .store import Store
 
 # %% ../../nbs/08_serve/22_stream_folder.ipynb #67eca212
@@ -27,6 +29,7 @@ class Delivery:
     raw: str  # JSON, or whatever it is
     attempts: int  # 1 at first
     at: Any  # where the source finds it again
+    mark: str = ""  # tells it from a copy of the event that came later, and is the same after a crash
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class FolderSource:
             raise KitError("no such folder", file=folder, remedy="Make it, and put NDJSON files into it")
         self.folder, self.patience, self.whole, self.clock = Path(folder), patience, whole, clock
         self.own = self.folder / ".llmkit" / group
+        self.mark = short(digest_json(str(self.folder.resolve())))
         self.store = Store(self.own / "state.db", SCHEMA)
         self.open: dict[str, _File] = {}
         self.counted: dict[str, tuple[int, int]] = {}  # name → bytes, lines
@@ -209,7 +213,7 @@ def _given(self: FolderSource, at: tuple[str, int, int], raw: str | None = None)
     with self.store.write() as db:
         db.execute("INSERT INTO lines VALUES (?, ?, 1, 0) ON CONFLICT DO UPDATE SET attempts = attempts + 1", at[:2])
         row = db.execute("SELECT attempts FROM lines WHERE name = ? AND start = ?", at[:2]).fetchone()
-    return Delivery(raw, row["attempts"], at)
+    return Delivery(raw, row["attempts"], at, f"{self.mark}/{name}:{start}")
 
 
 async def lag(self: FolderSource) -> Lag:
@@ -237,7 +241,7 @@ FolderSource._pass, FolderSource._given, FolderSource.lag = _pass, _given, lag
 
 # %% ../../nbs/08_serve/22_stream_folder.ipynb #5543b675
 class FolderSink:
-    "A file of answers in a folder, each id once."
+    "A file of answers in a folder, each id once, or of dead letters, each delivery once."
 
     def __init__(
         self,
@@ -255,10 +259,10 @@ class FolderSink:
             return db.execute("SELECT 1 FROM ids WHERE id = ?", (id,)).fetchone() is not None
 
     async def put(self, event: Mapping[str, Any]) -> bool:
-        "Write an event, to the disk; False when there is one with its id."
+        "Write an event, to the disk; False when it is there already."
         with self.store.write() as db:
             self._catch_up(db)
-            if not db.execute("INSERT OR IGNORE INTO ids VALUES (?)", (event["id"],)).rowcount:
+            if not db.execute("INSERT OR IGNORE INTO ids VALUES (?)", (once_by(event),)).rowcount:
                 return False
             fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
@@ -288,10 +292,10 @@ class FolderSink:
             self._note(db, noted + len(whole[0] + whole[1]))
 
     def _id(self, line: bytes, n: int) -> str:
-        "The id in a line."
+        "What a line is known by."
         try:
-            return json.loads(line)["id"]
-        except (ValueError, KeyError, TypeError) as e:
+            return once_by(json.loads(line))
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             fix = "Give another folder for the answers"
             raise KitError(
                 "holds a line that is no answer", file=self.path, key=f"{n} after what is known", remedy=fix

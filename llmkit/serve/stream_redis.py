@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from ..core.digests import digest_json, short
 from ..core.errors import KitError
 from ..core.plugins import need
+from .envelope import once_by
 from .stream_folder import Delivery, Lag
 
 # %% ../../nbs/08_serve/23_stream_redis.ipynb #8265ca36
@@ -161,7 +162,8 @@ class RedisSource:
 
     def _delivery(self, id: str, fields: Mapping[str, str], attempts: int) -> Delivery:
         "An entry; one without the field `event` is given on as it is, and will be refused."
-        return Delivery(fields["event"] if "event" in fields else json.dumps(fields), attempts, id)
+        raw = fields["event"] if "event" in fields else json.dumps(fields)
+        return Delivery(raw, attempts, id, f"{self.stream} {id}")
 
 # %% ../../nbs/08_serve/23_stream_redis.ipynb #76bf71db
 async def settle(self: RedisSource, d: Delivery) -> None:
@@ -211,16 +213,17 @@ RedisSource.lag, RedisSource.close = lag, close
 
 # %% ../../nbs/08_serve/23_stream_redis.ipynb #de4cf787
 ADD = """
-if redis.call('SET', KEYS[2], '1', 'NX', 'EX', ARGV[1]) then
-  redis.call('XADD', KEYS[1], '*', 'event', ARGV[2])
-  return 1
+if redis.call('EXISTS', KEYS[2]) == 1 then
+  return 0
 end
-return 0
+redis.call('XADD', KEYS[1], '*', 'event', ARGV[2])
+redis.call('SET', KEYS[2], '1', 'EX', ARGV[1])
+return 1
 """
 
 
 class RedisSink:
-    "A stream of answers, each id once."
+    "A stream of answers, each id once, or of dead letters, each delivery once."
 
     def __init__(
         self,
@@ -239,9 +242,9 @@ class RedisSink:
         return bool(await self.client.exists(self._key(id)))
 
     async def put(self, event: Mapping[str, Any]) -> bool:
-        "Add an event; False when there is one with its id."
+        "Add an event; False when it is there already."
         text = json.dumps(dict(event), ensure_ascii=False)
-        return bool(await self.client.eval(ADD, 2, self.stream, self._key(event["id"]), self.remember, text))
+        return bool(await self.client.eval(ADD, 2, self.stream, self._key(once_by(event)), self.remember, text))
 
     async def close(self) -> None:
         "Close the connection."

@@ -236,6 +236,10 @@ class UpstreamBackend:
                     self._seen = now, False
             return self._seen[1]
 
+    def broken(self) -> bool:
+        "Never: whatever is wrong is wrong over there, and a new process here does not help."
+        return False
+
     async def close(self, timeout: float | None = 30.0) -> None:
         "Wait for what runs, then close the connections."
         self.closing = True

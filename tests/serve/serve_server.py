@@ -51,11 +51,13 @@ def until(condition, what="it"):
 
 
 @contextmanager
-def listening(app):
-    "The address of a real server for an application, in a thread."
+def listening(app, port=0):
+    "The address of a real server for an application, in a thread; on a free port unless one is given."
     import uvicorn
 
-    server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_level="warning", access_log=False, lifespan="on"))
+    server = uvicorn.Server(
+        uvicorn.Config(app, "127.0.0.1", port, log_level="warning", access_log=False, lifespan="on")
+    )
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
     until(lambda: server.started, "the start")

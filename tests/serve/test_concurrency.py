@@ -6,6 +6,7 @@ import random
 import socket
 import struct
 import threading
+import time
 
 import httpx
 import pytest
@@ -43,6 +44,43 @@ def test_a_shared_batch_gives_the_answers_that_each_would_get_alone(dummy):
         for a in asks
     ]
     assert got == want and len(set(got)) > 50
+
+
+class Lost(DummyEngine):
+    "Fails at a step, and makes no second batch."
+
+    made = 0
+
+    def batch(self, slots=8, length=None):
+        self.made += 1
+        if self.made > 1:
+            raise RuntimeError("illegal memory access")
+        return super().batch(slots, length)
+
+    def next_logits(self, prompt, answer=()):
+        raise RuntimeError("illegal memory access")
+
+
+def test_an_engine_that_is_lost_answers_everybody_with_an_error_and_asks_for_a_new_process(make_gateway):
+    gateway = make_gateway(Lost(), slots=2)
+
+    async def many(url):
+        async with httpx.AsyncClient(timeout=PATIENCE) as c:
+            return await asyncio.gather(*(c.post(f"{url}/v1/completions", json=ASK) for _ in range(8)))
+
+    with serving(gateway, drain=PATIENCE) as url:
+        assert httpx.get(f"{url}/health").status_code == 200
+        codes = {(r.status_code, r.json()["error"]["code"]) for r in asyncio.run(many(url))}
+        assert codes <= {(500, "engine_error"), (503, "engine_error")} and (500, "engine_error") in codes
+        late, health, ready = post(url), httpx.get(f"{url}/health"), httpx.get(f"{url}/ready")
+        assert (late.status_code, late.json()["error"]["code"], late.headers["retry-after"]) == (
+            503,
+            "engine_error",
+            "5",
+        )
+        assert (health.status_code, ready.status_code, gateway.open) == (503, 503, 0)
+        start = time.monotonic()
+    assert time.monotonic() - start < PATIENCE / 2, "nothing is left to wait for"
 
 
 @pytest.mark.parametrize("stream", [False, True])

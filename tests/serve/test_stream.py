@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,10 +14,16 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
-from serve_server import PATIENCE, until
+from serve_server import PATIENCE, REPLIES, listening, until
 
-from llmkit.serve.stream import consume
-from llmkit.serve.stream_folder import FolderSource
+from llmkit.core.errors import KitError
+from llmkit.runtime.dummy import DummyEngine
+from llmkit.serve.app import make_app
+from llmkit.serve.backend import EngineBackend
+from llmkit.serve.gateway import Gateway
+from llmkit.serve.stream import Worker, consume
+from llmkit.serve.stream_folder import FolderSink, FolderSource
+from llmkit.serve.upstream import UpstreamBackend
 
 PROGRAM = """
 import functools, os, signal, sys, time
@@ -71,8 +78,6 @@ class Server:
     keep = ("--appendonly", "yes", "--appendfsync", "always")
 
     def __init__(self, folder):
-        import socket
-
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             self.port = s.getsockname()[1]
@@ -246,6 +251,34 @@ def test_redis_that_cannot_save_is_waited_for(redis_server, consumer):
     assert sorted(r.ids("a")) == sorted(expected(range(n)))
 
 
+def test_redis_that_refuses_an_answer_loses_none(redis_server, consumer):
+    r, n = redis_server, 20
+    for i in range(n):
+        r.client.xadd("q", {"event": event(i)})
+    how = (r.at("q"), r.at("a"), "--patience", 0.3, "--once")
+    r.client.set("a", "no stream")
+    for what in ("WRONGTYPE", "NOPERM"):
+        if what == "NOPERM":
+            r.client.delete("a")
+            r.client.acl_setuser("default", enabled=True, nopass=True, keys=["*"], commands=["+@all", "-xadd"])
+        _, err = (p := consumer(*how)).communicate(timeout=PATIENCE)
+        assert p.returncode == 2 and "redis: the server refuses" in err and "Traceback" not in err, err
+    r.client.acl_setuser("default", enabled=True, nopass=True, keys=["*"], commands=["+@all"])
+    out, err = (p := consumer(*how)).communicate(timeout=PATIENCE)
+    assert p.returncode == 0 and f"{n} answered, 0 duplicates, 0 dead" in out, out + err
+    assert sorted(r.ids("a")) == sorted(expected(range(n)))
+
+
+def test_redis_an_event_that_is_put_back_and_fails_again_is_a_second_dead_letter(redis_server, consumer):
+    r, how = redis_server, ("--patience", 0.3, "--once")
+    for want in (1, 2):
+        r.client.xadd("q", {"event": event(3, temperature=-1)})
+        out, err = (p := consumer(r.at("q"), r.at("a"), *how)).communicate(timeout=PATIENCE)
+        assert p.returncode == 0 and "1 dead" in out, out + err
+        assert r.ids("a.dead") == ["/t#e3"] * want
+    assert r.client.xinfo_groups("q")[0]["pending"] == 0
+
+
 def test_redis_a_message_that_kills_its_readers_becomes_a_dead_letter(redis_server, consumer):
     r = redis_server
     for i, text in enumerate(["question", "poison", "question"]):
@@ -360,10 +393,98 @@ def test_an_answer_that_the_end_cuts_off_costs_its_event_no_attempt(tmp_path):
             await asyncio.Event().wait()
 
         worker = SimpleNamespace(
-            source=source, handle=handle, counts=None, metrics=SimpleNamespace(set=lambda lag: None)
+            source=source,
+            handle=handle,
+            counts=None,
+            metrics=SimpleNamespace(set=lambda lag: None),
+            presence=SimpleNamespace(away=False),
         )
         await consume(worker, stop=stop, drain=0.05)
         await source.close()
         return given
 
     assert [asyncio.run(cut_off()) for _ in range(3)] == [[1], [1], [1]]
+
+
+def test_an_upstream_that_is_away_for_long_and_again_makes_no_dead_letters(tmp_path, caplog):
+    n, patience = 200, 0.3
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.ndjson").write_text("".join(event(i) + "\n" for i in range(n)))
+    answers = tmp_path / "out/answers.ndjson"
+    count = lambda: answers.read_text().count("\n") if answers.exists() else 0
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+
+    def up():
+        engine = EngineBackend(DummyEngine(replies=REPLIES), slots=4)
+        return listening(make_app(Gateway("bank", {"baseline": engine}), check=False, drain=0), port)
+
+    async def main():
+        gateway = Gateway("bank", {"baseline": UpstreamBackend(f"http://127.0.0.1:{port}/v1", "bank")}, timeout=None)
+        source = FolderSource(tmp_path / "in", patience=patience, whole=True)
+        dead = FolderSink(tmp_path / "out", "dead")
+        worker = Worker(gateway, source, FolderSink(tmp_path / "out"), dead, attempts=3)
+        run = asyncio.create_task(consume(worker, patience=patience, once=True))
+        await asyncio.sleep(10 * patience)
+        text = gateway.metrics.text().decode()
+        assert "llmkit_stream_backend_up 0" in text and not count() and not run.done()
+        assert len(caplog.records) == 1 and "does not answer" in caplog.text, caplog.text
+        taken = worker.counts.again
+        assert taken <= 16, "it takes nothing more while the other side is away"
+        for goal in (n // 3, n):  # it comes, goes in the middle, and comes again
+            with up():
+                await asyncio.to_thread(until, lambda goal=goal: count() >= goal or run.done(), "some answers")
+            await asyncio.sleep(6 * patience)
+        counts = await asyncio.wait_for(run, PATIENCE)
+        assert "llmkit_stream_backend_up 1" in gateway.metrics.text().decode()
+        await source.close()
+        await gateway.close(0)
+        return counts
+
+    counts = asyncio.run(main())
+    assert (counts.answered, counts.duplicates, counts.dead) == (n, 0, 0)
+    ids = [json.loads(x)["id"] for x in answers.read_text().splitlines()]
+    assert sorted(ids) == sorted(expected(range(n))) and not (tmp_path / "out/dead.ndjson").exists()
+
+
+def test_an_engine_that_is_lost_ends_the_consumer_and_the_next_one_goes_on(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.ndjson").write_text("".join(event(i) + "\n" for i in range(12)))
+
+    class Lost(DummyEngine):
+        made = 0
+
+        def batch(self, slots=8, length=None):
+            self.made += 1
+            if self.made > 1:
+                raise RuntimeError("illegal memory access")
+            return super().batch(slots, length)
+
+        def next_logits(self, prompt, answer=()):
+            if "n 7" in self.tokenizer.decode(list(prompt)):
+                raise RuntimeError("illegal memory access")
+            return super().next_logits(prompt, answer)
+
+    async def once():
+        gateway = Gateway("bank", {"baseline": EngineBackend(Lost(replies=REPLIES), slots=4)}, timeout=None)
+        source = FolderSource(tmp_path / "in", patience=0.1, whole=True)
+        worker = Worker(gateway, source, FolderSink(tmp_path / "out"), FolderSink(tmp_path / "out", "dead"), attempts=2)
+        try:
+            await asyncio.wait_for(consume(worker, patience=0.1, once=True), PATIENCE)
+        finally:
+            await source.close()
+            await gateway.close(0)
+
+    def ends_well():
+        try:
+            asyncio.run(once())
+        except KitError as e:
+            assert "the engine has failed" in str(e)
+            return False
+        return True
+
+    failed = next(i for i in range(8) if ends_well())
+    ids = [json.loads(x)["id"] for x in (tmp_path / "out/answers.ndjson").read_text().splitlines()]
+    (dead,) = [json.loads(x) for x in (tmp_path / "out/dead.ndjson").read_text().splitlines()]
+    assert sorted(ids) == sorted(expected({*range(12)} - {7})) and dead["id"] == "/t#e7" and 2 <= failed <= 4
