@@ -42,6 +42,25 @@ class Gated(DummyEngine):
         return super().next_logits(prompt, answer)
 
 
+class Lost(DummyEngine):
+    "Fails at a step of a prompt that holds some text, and makes no second batch."
+
+    def __init__(self, at="", **options):
+        self.at, self.made = at, 0
+        super().__init__(**options)
+
+    def batch(self, slots=8, length=None):
+        self.made += 1
+        if self.made > 1:
+            raise RuntimeError("illegal memory access")
+        return super().batch(slots, length)
+
+    def next_logits(self, prompt, answer=()):
+        if self.at in self.tokenizer.decode(list(prompt)):
+            raise RuntimeError("illegal memory access")
+        return super().next_logits(prompt, answer)
+
+
 def until(condition, what="it"):
     "Wait for a condition that another thread brings about."
     end = time.monotonic() + PATIENCE

@@ -10,7 +10,7 @@ import time
 
 import httpx
 import pytest
-from serve_server import PATIENCE, REPLIES, Gated, serving, until
+from serve_server import PATIENCE, REPLIES, Gated, Lost, serving, until
 
 from llmkit.runtime.dummy import DummyEngine
 from llmkit.serve.backend import EngineBackend
@@ -44,21 +44,6 @@ def test_a_shared_batch_gives_the_answers_that_each_would_get_alone(dummy):
         for a in asks
     ]
     assert got == want and len(set(got)) > 50
-
-
-class Lost(DummyEngine):
-    "Fails at a step, and makes no second batch."
-
-    made = 0
-
-    def batch(self, slots=8, length=None):
-        self.made += 1
-        if self.made > 1:
-            raise RuntimeError("illegal memory access")
-        return super().batch(slots, length)
-
-    def next_logits(self, prompt, answer=()):
-        raise RuntimeError("illegal memory access")
 
 
 def test_an_engine_that_is_lost_answers_everybody_with_an_error_and_asks_for_a_new_process(make_gateway):

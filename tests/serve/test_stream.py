@@ -14,7 +14,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
-from serve_server import PATIENCE, REPLIES, listening, until
+from serve_server import PATIENCE, REPLIES, Lost, listening, until
 
 from llmkit.core.errors import KitError
 from llmkit.runtime.dummy import DummyEngine
@@ -452,22 +452,8 @@ def test_an_engine_that_is_lost_ends_the_consumer_and_the_next_one_goes_on(tmp_p
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.ndjson").write_text("".join(event(i) + "\n" for i in range(12)))
 
-    class Lost(DummyEngine):
-        made = 0
-
-        def batch(self, slots=8, length=None):
-            self.made += 1
-            if self.made > 1:
-                raise RuntimeError("illegal memory access")
-            return super().batch(slots, length)
-
-        def next_logits(self, prompt, answer=()):
-            if "n 7" in self.tokenizer.decode(list(prompt)):
-                raise RuntimeError("illegal memory access")
-            return super().next_logits(prompt, answer)
-
     async def once():
-        gateway = Gateway("bank", {"baseline": EngineBackend(Lost(replies=REPLIES), slots=4)}, timeout=None)
+        gateway = Gateway("bank", {"baseline": EngineBackend(Lost(at="n 7", replies=REPLIES), slots=4)}, timeout=None)
         source = FolderSource(tmp_path / "in", patience=0.1, whole=True)
         worker = Worker(gateway, source, FolderSink(tmp_path / "out"), FolderSink(tmp_path / "out", "dead"), attempts=2)
         try:
