@@ -9,6 +9,7 @@ __all__ = ['digest_bytes', 'canonical_json', 'refuse_nonfinite', 'digest_json', 
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,18 @@ def digest_files(
 ) -> dict[str, str]:
     "The digest of every file below a folder, keyed by its relative POSIX path, sorted."
     folder = Path(folder)
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    names = sorted(p.relative_to(folder).as_posix() for p in _files(folder, ()))
     return {n: digest_file(folder / n) for n in names if n not in skip}
+
+
+def _files(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+    "The files below a folder; `rglob` passes linked folders by. A link to a folder above it ends there."
+    here = folder.resolve()
+    for p in folder.iterdir() if folder.is_dir() and here not in above else ():
+        if p.is_dir():
+            yield from _files(p, (*above, here))
+        elif p.is_file():
+            yield p
 
 # %% ../../nbs/01_core/02_digests.ipynb #1e19b2e9
 def short(digest: str, n: int = 12) -> str:

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -29,18 +30,34 @@ def atomic_file(
 ) -> Iterator[Any]:
     "An open file that takes its name only when the block ends without an error; raises `KitError` when it cannot be written."
     path = Path(path)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tmp = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # threads and containers share a process number
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(tmp, mode, encoding=None if "b" in mode else "utf-8") as f:
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            f = open(tmp, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8")
+        with _writing(path, FULL), f:
             yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except OSError as e:
-        raise cannot_write(path, e) from e
+            with _writing(path):
+                f.flush()
+                os.fsync(f.fileno())
+        with _writing(path):
+            os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True) if tmp.parent.is_dir() else None
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)  # what a disk says that takes nothing more
+
+
+@contextmanager
+def _writing(path: Path, only: tuple[int, ...] = ()) -> Iterator[None]:
+    "Turn the system's errors, or some of them, into one that says that `path` cannot be written."
+    try:
+        yield
+    except OSError as e:
+        if only and e.errno not in only:
+            raise
+        raise cannot_write(path, e) from e
 
 
 def cannot_write(path: str | Path, e: OSError) -> KitError:
@@ -53,9 +70,6 @@ def cannot_write(path: str | Path, e: OSError) -> KitError:
     return KitError(f"cannot write: {e.strerror or e}", file=path, remedy=fix)
 
 # %% ../../nbs/01_core/03_files.ipynb #173b2df8
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what a disk says that takes nothing more
-
-
 @contextmanager
 def atomic_folder(
     path: str | Path,  # the final name; an existing folder is replaced
@@ -70,24 +84,30 @@ def atomic_folder(
         with _writing(path, FULL):
             yield tmp
         with _writing(path):
-            old = tmp.with_suffix(".old")
-            if path.exists():
-                os.replace(path, old)
-            os.replace(tmp, path)
-            shutil.rmtree(old, ignore_errors=True)
+            while not _took_place(tmp, path):
+                continue
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
 
 
-@contextmanager
-def _writing(path: Path, only: tuple[int, ...] = ()) -> Iterator[None]:
-    "Turn the system's errors, or some of them, into one that says that `path` cannot be written."
+def _took_place(new: Path, path: Path) -> bool:
+    "Whether a folder could take a name from an older one; False when another writer was in between."
+    old = new.with_suffix(".old")
     try:
-        yield
+        os.replace(path, old)
+    except FileNotFoundError:
+        pass  # there was none
+    try:
+        os.replace(new, path)
     except OSError as e:
-        if only and e.errno not in only:
+        if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            if old.exists():
+                os.replace(old, path)
             raise
-        raise cannot_write(path, e) from e
+        shutil.rmtree(old, ignore_errors=True)
+        return False
+    shutil.rmtree(old, ignore_errors=True)
+    return True
 
 # %% ../../nbs/01_core/03_files.ipynb #fbb8278c
 def write_text(path: str | Path, text: str) -> Path:

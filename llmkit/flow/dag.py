@@ -40,6 +40,7 @@ def stage_entry(
     deps = [*code, *lock, *stage.needs.values(), *data_deps(stage, params, project)]
     keys = [stage.name] if params.get(stage.name) else []
     keys += [n for n in stage.parameters if n not in params.get(stage.name, {}) and n in params]
+    keys += ["seed"] if "seed" in params and "seed" not in stage.parameters else []  # every kernel is seeded by it
     home, receipt = f"artifacts/{stage.name}", RECEIPTS.get(stage.name)
     outs = [p for p in stage.makes.values() if p != receipt] + ([{receipt: {"cache": False}}] if receipt else [])
     entry = {"cmd": f"llmkit stage {stage.name}", "deps": deps, "params": keys}

@@ -7,13 +7,15 @@ __all__ = ['run_problems', 'mlflow_problems', 'dvc_problems', 'waiting', 'doctor
 
 # %% ../../nbs/12_flow/13_doctor.ipynb #7bc9a53b
 from pathlib import Path
+from typing import Any
 
 from ..core.errors import KitError
 from ..core.files import held, read_json
+from ..core.plugins import need
 from .dag import dag_check
 from .records import check_records, locked, verify_records
 from .runs import bury_dead, list_runs
-from .tracking import STATES, connect, read_mlflow, settle, tracking_settings
+from .tracking import STATES, answering, connect, read_mlflow, settle, tracking_settings
 from ..monitor.state import UNDER_WAY, Memory, database, unsettled
 
 # %% ../../nbs/12_flow/13_doctor.ipynb #80a34aee
@@ -40,24 +42,49 @@ def mlflow_problems(
     where = tracking_settings(project)
     if where is None or (where[0].startswith("sqlite:///") and not Path(where[0].removeprefix("sqlite:///")).is_file()):
         return []
-    client, local = connect(where[0]), {r.id: r for r in list_runs(project)}
-    experiment, bad = client.get_experiment_by_name(where[1]), []
-    found = client.search_runs([experiment.experiment_id], max_results=1000) if experiment else []
-    for twin in found:
+    try:
+        with answering():
+            return _compare(connect(where[0]), where[1], Path(project), _ours(where[0], project))
+    except KitError as e:
+        return [str(e)]
+
+
+def _ours(uri: str, project: str | Path) -> bool:
+    "Whether the database is the project's own; on a server, others have runs that are none of ours."
+    return uri.startswith(f"sqlite:///{Path(project).resolve()}/")
+
+
+def _compare(client: Any, name: str, project: Path, ours: bool) -> list[str]:
+    "What a client of MLflow knows of an experiment, against the runs and the records."
+    local, bad, experiment = {r.id: r for r in list_runs(project)}, [], client.get_experiment_by_name(name)
+    ids = [experiment.experiment_id] if experiment else []
+    for twin in client.search_runs(ids, "attributes.status = 'RUNNING'", max_results=1000) if ids else []:
         id = twin.data.tags.get("llmkit.run")
-        if twin.info.status == "RUNNING" and (id not in local or not held(local[id].folder / "lock")):
+        if not held(local[id].folder / "lock") if id in local else ours:
             bad.append(f"MLflow run {twin.info.run_id} is RUNNING, and nobody runs it")
-    known = {t.info.run_id: t for t in found}
-    for file in sorted(Path(project).glob("artifacts/*/run.json")):
+    for file in sorted(project.glob("artifacts/*/run.json")):
         side = read_json(file)
-        twin = known.get(side.get("mlflow") or "")
-        if side["run"] not in local:
-            continue  # it came from a cache: its run is in the tracking server of whoever made it
-        if side.get("mlflow") and twin is None:
-            bad.append(f"{side['stage']}: MLflow has no run {side['mlflow']}")
-        elif twin and twin.data.tags.get("llmkit.digest.record") != side["digests"]["record"]:
-            bad.append(f"{side['stage']}: MLflow run {side['mlflow']} vouches for another record")
+        run = local.get(side.get("run", ""))
+        if run is None or held(run.folder / "watch.lock"):
+            continue  # it came from a cache: its run is in the tracking server of whoever made it; or it is being told
+        id = side.get("mlflow") or read_mlflow(run).get("run_id")  # a short stage ends before it is known
+        twin = _twin(client, id) if id else None
+        if id and twin is None:
+            bad.append(f"{side['stage']}: MLflow has no run {id}")
+        elif twin and twin.data.tags.get("llmkit.digest.record") != side.get("digests", {}).get("record"):
+            bad.append(f"{side['stage']}: MLflow run {id} vouches for another record")
     return bad
+
+
+def _twin(client: Any, id: str) -> Any:
+    "An MLflow run by its id, None where there is none."
+    try:
+        found = client.get_run(id)
+    except need("mlflow").MlflowException as e:
+        if e.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    return found if found.info.lifecycle_stage == "active" else None
 
 # %% ../../nbs/12_flow/13_doctor.ipynb #1cef525e
 def dvc_problems(
@@ -91,7 +118,7 @@ def doctor(
 ) -> int:
     "Lay DVC, records, runs and MLflow side by side; returns 1 when they contradict each other."
     if repair:
-        for run in bury_dead(project) + settle(project, wait=60):
+        for run in bury_dead(project, anywhere=True) + settle(project, wait=60):
             print(f"repaired: {run.id} is {run.status['state']}")
     for line in waiting(project):
         print(line)

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,9 +135,10 @@ def give_back(state: Execution) -> None:
 
 
 def end_kernel(state: Execution) -> None:
-    "End the kernel and the processes it started."
-    if state.process is not None and state.process.poll() is None:
-        os.killpg(state.process.pid, signal.SIGTERM)  # a kernel leads its own process group
+    "End the kernel and the processes it started, which outlive a kernel that was killed."
+    if state.process is not None and (state.kernel_died or state.process.poll() is None):
+        with suppress(ProcessLookupError):  # nobody is left
+            os.killpg(state.process.pid, signal.SIGTERM)  # a kernel leads its own process group
 
 
 def execute(plan: Plan, run: Run, state: Execution) -> None:
@@ -164,6 +165,8 @@ def execute(plan: Plan, run: Run, state: Execution) -> None:
         from papermill.exceptions import PapermillExecutionError
 
         state.kernel_died = isinstance(e, DeadKernelError) or state.exit is not None
+        if state.kernel_died:
+            end_kernel(state)
         if not state.kernel_died and not isinstance(e, PapermillExecutionError):
             state.trouble = " ".join(f"{type(e).__name__}: {e}".split())
 

@@ -25,10 +25,13 @@ def locked(
     return load_params(path).get("stages", {}) if path.is_file() else {}
 
 
-def locked_md5(project: str | Path = ".") -> dict[str, str]:
-    "The MD5 of each stage's record, as DVC has it."
+def locked_md5(
+    project: str | Path = ".",  # the folder of `dvc.lock`
+    file: str = "record.ipynb",  # or "run.json", the sidecar
+) -> dict[str, str]:
+    "The MD5 of each stage's record, or of its sidecar, as DVC has it."
     outs = {(s, o["path"]): o.get("md5", "") for s, e in locked(project).items() for o in e.get("outs", [])}
-    return {s: md5 for (s, path), md5 in outs.items() if path == f"artifacts/{s}/record.ipynb"}
+    return {s: md5 for (s, path), md5 in outs.items() if path == f"artifacts/{s}/{file}"}
 
 
 def md5(path: str | Path) -> str:
@@ -92,8 +95,11 @@ def verify_records(
 ) -> list[str]:
     "What does not hold in any stage's record, sidecar or artifacts, one line for each."
     project, bad = Path(project), []
+    known = {file: locked_md5(project, file) for file in ("record.ipynb", "run.json")}
     for name, notebook in find_stages(find_checkout(project)).items():
         bad += verify_record(project / "artifacts" / name, project, notebook)
+        pairs = {f: (md5(project / f"artifacts/{name}/{f}"), known[f].get(name)) for f in known}
+        bad += [f"{name}: {f} is not the one in dvc.lock; run `dvc repro`" for f, (a, b) in pairs.items() if a and b and a != b]  # fmt: skip
         bad += _parameters(project, name)
     return bad
 

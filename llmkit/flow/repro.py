@@ -212,7 +212,10 @@ def after(
     stopped = code in [128 + n for n in STOPS]
     if stopped:
         bury_dead(folder)  # a stage that was stopped before it could put itself down
-    settle(folder, wait=60)
+    try:
+        settle(folder, wait=60)
+    except KitError as e:  # what was made is there, whether MLflow knows or not
+        print(f"llmkit: {e}", file=sys.stderr)
     if stopped:
         return code
     if code:
@@ -261,7 +264,8 @@ def _recover(root: Path, run: Callable) -> None:
     if not (root / BACKUP).is_file():
         return
     said = read_json(root / BACKUP)
-    if (root / "params.yaml").read_text(encoding="utf-8") == said["written"]:
+    # what stood there before, too: whoever put it back may have been killed before the other files were
+    if (root / "params.yaml").read_text(encoding="utf-8") in (said["written"], said["was"]["params.yaml"]):
         print("a retraining was killed here: parameters, dvc.yaml and dvc.lock are put back as they were before it")
         put_back(root, {root / n: text for n, text in said["was"].items()}, run)
     (root / BACKUP).unlink()
@@ -269,13 +273,13 @@ def _recover(root: Path, run: Callable) -> None:
 
 def put_back(
     root: Path,
-    was: Mapping[Path, str],  # file → its text
+    was: Mapping[Path, str | None],  # file → its text; None for one that was not there
     run: Callable,  # what runs DVC
 ) -> None:
     "Write files as they were, and bring the artifacts that belong to them."
     for p, text in was.items():
-        write_text(p, text)
-    if root / "dvc.lock" in was and run(["checkout", "--force", "--quiet"], root):
+        p.unlink(missing_ok=True) if text is None else write_text(p, text)
+    if was.get(root / "dvc.lock") is not None and run(["checkout", "--force", "--quiet"], root):
         print("dvc checkout: not every artifact of the run before is in DVC's cache; `llmkit repro` makes it again")
 
 # %% ../../nbs/12_flow/12_repro.ipynb #1b671058

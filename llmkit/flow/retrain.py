@@ -35,10 +35,31 @@ def with_records(
     root = YAML().compose(text)
     prepare = next(value for key, value in root.value if key.value == "prepare")
     new = {"source": "jsonl", "path": json.dumps(records), "columns": "{}", "templates": "{}", "splits": "{}"}
-    spans = [(v.start_mark.index, v.end_mark.index, new[k.value]) for k, v in prepare.value if k.value in new]
-    for start, end, value in reversed(spans):
-        text = text[:start] + value + ("\n" if text[start:end].endswith("\n") else "") + text[end:]
+    for key, value in reversed([(k, v) for k, v in prepare.value if k.value in new]):
+        start, end, rest = _span(text, key, value)
+        text = f"{text[:start]} {new[key.value]}{rest}{text[end:]}"
     return text
+
+
+def _span(text: str, key: Any, value: Any) -> tuple[int, int, str]:
+    "Where a value stands, from behind its key's colon, and the comment on the key's line: the parser counts comments below a block to it."
+    start = text.index(":", key.end_mark.index) + 1
+    flow = (
+        value.flow_style
+        if isinstance(value.value, list)
+        else value.style in ("'", '"') or value.value and not value.style
+    )
+    if flow and value.start_mark.index >= start:  # not an alias, whose value stands elsewhere
+        return start, value.end_mark.index, ""
+    lines, last = text[start:].splitlines(keepends=True) or [""], 0
+    for i, line in enumerate(lines[1:], 1):
+        deep, bare = len(line) - len(line.lstrip()), line.strip()
+        if bare and bare[0] != "#":
+            if deep < key.start_mark.column or deep == key.start_mark.column and not f"{bare} ".startswith("- "):
+                break
+            last = i
+    rest = re.sub(r"^ *[*&!|>]\S*", "", lines[0])  # an alias, an anchor, the mark of a block of text
+    return start, start + sum(map(len, lines[: last + 1])), rest
 
 # %% ../../nbs/12_flow/15_retrain.ipynb #d3966b63
 RECEIPT = "artifacts/register/receipt.json"
@@ -104,7 +125,7 @@ def _train(root: Path, records: Path, id: str, run: Callable) -> int:
     home, files = root.resolve(), [root / n for n in ("params.yaml", "dvc.yaml", "dvc.lock")]
     load_params(files[0], "prepare")
     name = records.relative_to(home).as_posix() if records.is_relative_to(home) else str(records)
-    was, begun, code = {p: p.read_text(encoding="utf-8") for p in files if p.is_file()}, now(), 1
+    was, begun, code = {p: p.read_text(encoding="utf-8") if p.is_file() else None for p in files}, now(), 1
     text = with_records(was[files[0]], name)
     write_json(root / BACKUP, {"written": text, "was": {p.name: t for p, t in was.items()}})
     try:

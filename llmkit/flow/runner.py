@@ -170,12 +170,19 @@ def run_stage(
     turn = take_lock(todo.project / f".llmkit/stage-{name}.lock")
     if turn is None:
         raise KitError("this stage is running already", value=name, remedy="See `llmkit runs`")
-    sweep(todo)
-    facts = surroundings(todo)
-    run = open_run(todo.project, name, parameters=todo.values, tags=tags(facts, todo), inputs=todo.digest)
-    watcher = Watcher(run, todo.project) if tracking_settings(todo.project) else None
-    state = Execution()
     try:
+        sweep(todo)
+        return _run(todo)
+    finally:
+        os.close(turn)
+
+
+def _run(todo: Plan) -> Run:
+    "Run a stage whose turn it is."
+    name, facts, state, watcher = todo.stage.name, surroundings(todo), Execution(), None
+    run = open_run(todo.project, name, parameters=todo.values, tags=tags(facts, todo), inputs=todo.digest)
+    try:
+        watcher = Watcher(run, todo.project) if tracking_settings(todo.project) else None
         with progress(name, state):
             execute(todo, run, state)
         finish(todo, run, state, facts)
@@ -183,7 +190,6 @@ def run_stage(
         if watcher and (problem := watcher.close()):
             print(f"llmkit stage {name}: {problem}. `llmkit doctor --repair` repairs it", file=sys.stderr)
         run.close()
-        os.close(turn)
         give_back(state)
     return run
 

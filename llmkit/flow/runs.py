@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import KitError
-from ..core.files import held, read_json, take_lock, write_json
+from ..core.files import held, read_json, read_object, take_lock, write_json
 from ..core.params import did_you_mean
 from .record import ending
 
@@ -60,7 +60,12 @@ def open_run(project: str | Path, stage: str, **facts: Any) -> Run:
     folder = Path(project) / RUNS / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{stage}-{secrets.token_hex(2)}"
     run = Run(folder, lock=take_lock(folder / "lock"))
     who = {"pid": os.getpid(), "host": socket.gethostname()}
-    run.save(run=run.id, stage=stage, state="running", started=now(), ended=None, exit_code=None, **who, **facts)
+    try:
+        run.save(run=run.id, stage=stage, state="running", started=now(), ended=None, exit_code=None, **who, **facts)
+    except BaseException:  # a full disk: a run that says nothing would stay for ever
+        run.close()
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return run
 
 # %% ../../nbs/12_flow/04_runs.ipynb #35af1e96
@@ -72,7 +77,7 @@ def list_runs(project: str | Path = ".") -> list[Run]:
 def _status(folder: Path) -> dict[str, Any]:
     "The status of a run's folder, whatever is left of it."
     try:
-        return read_json(folder / "status.json")
+        return read_object(folder / "status.json")
     except KitError as e:
         stage = "-".join(folder.name.split("-")[1:-1])
         return {"run": folder.name, "stage": stage, "state": "unreadable", "error": {"message": str(e)}}
@@ -88,19 +93,26 @@ def find_run(project: str | Path, id: str) -> Run:
     return found[0]
 
 # %% ../../nbs/12_flow/04_runs.ipynb #65ea8e05
-def bury(run: Run, why: str = "SIGKILL or a crash of the runner") -> bool:
+def bury(
+    run: Run,
+    why: str = "SIGKILL or a crash of the runner",
+    anywhere: bool = False,  # also one of another host, whose lock may not be seen here, and one that cannot be read
+) -> bool:
     "Mark a run that is `running` without an owner as killed; False when it is alive or was not running."
-    if run.status.get("state") != "running" or run.status.get("host") != socket.gethostname():
+    states = ("running", "unreadable") if anywhere else ("running",)
+    if run.status.get("state") not in states or not (anywhere or run.status.get("host") == socket.gethostname()):
         return False
     fd = take_lock(run.folder / "lock")
     if fd is None:
         return False
     try:
         run.status = _status(run.folder)  # the owner may have finished since
-        if run.status.get("state") != "running":
+        if run.status.get("state") not in states:
             return False
-        nb = run.folder / "notebook.ipynb"
-        end = ending(read_json(nb), stopped=why) if nb.is_file() and nb.stat().st_size else None
+        try:
+            end = ending(read_json(run.folder / "notebook.ipynb"), stopped=why)
+        except (KitError, KeyError, TypeError):  # none yet, or half of one: papermill writes in place
+            end = None
         error = {"message": f"stopped by {why}"}
         if end:
             error |= {"cell": end.cell, "title": end.title}
@@ -110,9 +122,12 @@ def bury(run: Run, why: str = "SIGKILL or a crash of the runner") -> bool:
         os.close(fd)
 
 
-def bury_dead(project: str | Path = ".") -> list[Run]:
+def bury_dead(
+    project: str | Path = ".",
+    anywhere: bool = False,  # see `bury`
+) -> list[Run]:
     "Find the runs whose owner died, mark them, and return them."
-    return [r for r in list_runs(project) if bury(r)]
+    return [r for r in list_runs(project) if bury(r, anywhere=anywhere)]
 
 # %% ../../nbs/12_flow/04_runs.ipynb #dd6e70f9
 def prune(

@@ -232,3 +232,14 @@ def test_a_signal_to_the_command_ends_the_stage_that_runs(pipeline, reach, numbe
     assert run.status["state"] == "killed" and run.status["exit_code"] == code
     assert (run.folder / "notebook.ipynb").is_file() and "killed in cell" in err
     assert not (pipeline.path / "artifacts/one/record.ipynb").exists()
+
+
+def test_another_seed_repeats_a_stage_that_has_no_parameter_for_it(pipeline):
+    "The runner seeds every kernel, so the seed is part of what every stage reads."
+    pipeline.stage("one", "import random; make('artifacts/one/out.json', random.random())")
+    dag_write(pipeline.path)
+    pipeline.sh("dvc", "repro", "one")
+    first = pipeline.read("artifacts/one/out.json")
+    pipeline.params("seed: 8\none: {lr: 1e-4}\nregister: {}\n")
+    pipeline.sh("dvc", "repro", "one")
+    assert pipeline.read("artifacts/one/out.json") != first

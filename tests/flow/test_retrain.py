@@ -15,12 +15,12 @@ from llmkit.core.errors import KitError
 from llmkit.flow import repro as flow
 from llmkit.flow.dag import dag_write
 from llmkit.flow.repro import BACKUP, alone, repro
-from llmkit.flow.retrain import train_again
+from llmkit.flow.retrain import train_again, with_records
 
 ROOT = Path(__file__).resolve().parents[2]
 DIES = """
 import os, sys
-from llmkit.flow.retrain import train_again
+from llmkit.flow.retrain import train_again, with_records
 def run(words, root):
     (root / "dvc.lock").write_text("half of the new\\n")
     os.kill(os.getpid(), 9)
@@ -146,3 +146,60 @@ def test_repro_and_a_training_do_not_run_beside_each_other(project, monkeypatch)
     repro(project=str(project))
     train_again("new.jsonl", "r1", project, beside)
     assert tried == ["repro", "exp"]
+
+
+BLOCK = """prepare:
+  source: csv  # where from
+  # the file
+  path:
+  # of text files
+  columns:  # as in the file
+    prompt: question
+    # the class
+    label: class
+  # text around a column
+  templates:
+    prompt: "Q: {text}"
+
+  # file or split name
+  splits:
+  - a
+
+# the next section
+gate: {alpha: 0.05}
+"""
+
+
+def test_naming_the_records_keeps_every_comment():
+    assert with_records(BLOCK, "new.jsonl") == (
+        "prepare:\n  source: jsonl  # where from\n  # the file\n"
+        '  path: "new.jsonl"\n  # of text files\n'
+        "  columns: {}  # as in the file\n  # text around a column\n"
+        "  templates: {}\n\n  # file or split name\n  splits: {}\n\n"
+        "# the next section\ngate: {alpha: 0.05}\n"
+    )
+    flow = "prepare: {source: csv, path: , columns: {a: b}, templates: *t, splits: 'x'}\ngate: 1\n"
+    want = 'prepare: {source: jsonl, path: "new.jsonl" , columns: {}, templates: {}, splits: {}}\ngate: 1\n'
+    assert with_records("t: &t {}\n" + flow.replace("*t,", "*t ,"), "new.jsonl").replace(" ,", ",") == (
+        "t: &t {}\n" + want.replace(" ,", ",")
+    )
+
+
+def test_a_lock_file_that_was_not_there_is_gone_after_a_failure(project):
+    (project / "dvc.lock").unlink()
+
+    def fail(words, root):
+        (root / "dvc.lock").write_text("half of the new\n")
+        return 3
+
+    assert train_again("new.jsonl", "r1", project, fail) != 0
+    assert not (project / "dvc.lock").exists() and not (project / BACKUP).exists()
+
+
+def test_putting_back_that_was_killed_halfway_is_done_to_its_end(project):
+    was = files(project)
+    killed(project)
+    (project / "params.yaml").write_text(was["params.yaml"])  # and no more, before it was killed too
+    assert files(project) != was
+    with alone(project, lambda words, root: 0):
+        assert files(project) == was and not (project / BACKUP).exists()

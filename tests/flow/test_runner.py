@@ -13,10 +13,12 @@ import pytest
 
 from llmkit.cli import main
 from llmkit.core.errors import KitError
-from llmkit.core.files import take_lock
+from llmkit.core.files import take_lock, write_json
+from llmkit.flow.doctor import doctor, run_problems
 from llmkit.flow.plan import plan
+from llmkit.flow.records import md5, verify_records
 from llmkit.flow.runner import run_stage, stage
-from llmkit.flow.runs import list_runs
+from llmkit.flow.runs import RUNS, bury_dead, list_runs, open_run
 
 DONE = "make('artifacts/x/out.json', 1)"
 
@@ -280,3 +282,92 @@ def test_starting_a_stage_imports_nothing_heavy():
     heavy = ("scipy", "pandas", "torch", "transformers", "mlflow", "matplotlib", "onnxruntime", "fastapi", "dvc")
     code = f"import sys, llmkit.flow.repro, llmkit.flow.runner; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+MODEL = "from llmkit.core.artifact import build\nwith build('artifacts/x/model', 'model') as f:\n    (f / 'w.bin').write_text('weights')"
+
+
+@pytest.mark.parametrize("harm", ["a byte", "a file", "the sidecar", "half of the sidecar"])
+def test_a_record_does_not_hold_when_what_it_vouches_for_was_changed(project, harm):
+    project.stage("x", MODEL, makes={"model": "artifacts/x/model"})
+    assert run_stage("x", project.path).status["exit_code"] == 0
+    home = project.path / "artifacts/x"
+    outs = [{"path": f"artifacts/x/{f}", "md5": md5(home / f)} for f in ("record.ipynb", "run.json")]
+    write_json(project.path / "dvc.lock", {"stages": {"x": {"outs": outs}}})
+    assert verify_records(project.path) == []
+    side = project.read("artifacts/x/run.json")
+    if harm == "a byte":
+        (home / "model/w.bin").write_text("Weights")
+        want = ["x: artifacts/x/model: w.bin differs"]
+    elif harm == "a file":
+        (home / "model/w.bin").unlink()
+        want = ["x: artifacts/x/model: w.bin is missing"]
+    elif harm == "the sidecar":
+        write_json(home / "run.json", side | {"git": {"commit": "another"}})
+        want = ["x: run.json is not the one in dvc.lock; run `dvc repro`"]
+    else:
+        write_json(home / "run.json", {k: v for k, v in side.items() if k != "digests"})
+        want = ["x: the record or its sidecar is not whole: KeyError('digests')"]
+        want += ["x: run.json is not the one in dvc.lock; run `dvc repro`"]
+    assert verify_records(project.path) == want
+
+
+@pytest.mark.parametrize("victim", ["kernel", "runner"])
+def test_what_a_killed_kernel_or_runner_has_started_ends_with_it(project, victim):
+    "A training on several GPUs is a process of its own; it would write into the checkpoints of the next run."
+    start = "import os, signal, subprocess\nchild = subprocess.Popen(['sleep', '600'])\nopen('pid', 'w').write(str(child.pid))"
+    end = "os.kill(os.getpid(), signal.SIGKILL)" if victim == "kernel" else "child.wait()"
+    project.stage("x", f"{start}\n{end}", DONE)
+    pid, process = project.path / "pid", project.spawn("x")
+    project.wait_for(lambda: pid.exists() and pid.read_text())
+    try:
+        if victim == "runner":
+            process.kill()
+        process.communicate(timeout=120)
+        project.wait_for(lambda: not project.alive(int(pid.read_text())), 20)
+    finally:
+        subprocess.run(["kill", "-9", pid.read_text()], capture_output=True)
+
+
+@pytest.mark.parametrize("left", ['{"cells": [{"cell_type": "code", "sou', "{}", "[]"])
+def test_a_run_killed_while_its_notebook_was_saved_stops_no_other(project, left):
+    "papermill writes in place, so a kill can leave half of a notebook."
+    dead = open_run(project.path, "x")
+    (dead.folder / "notebook.ipynb").write_text(left)
+    dead.close()
+    project.stage("x", DONE)
+    assert stage("x", str(project.path)) == 0
+    assert sorted(r.status["state"] for r in list_runs(project.path)) == ["completed", "killed"]
+
+
+def test_a_run_that_cannot_be_written_down_leaves_nothing(project, capsys):
+    disk = project.path / ".llmkit"
+    if not small_disk(disk):
+        pytest.skip("may not mount a tmpfs")
+    try:
+        project.stage("x", DONE)
+        (disk / "full").write_bytes(bytes(1 << 20))
+    except OSError:
+        pass
+    try:
+        assert stage("x", str(project.path)) == 2 and "No space left on device" in capsys.readouterr().err
+        (disk / "full").unlink()
+        assert list_runs(project.path) == [] and stage("x", str(project.path)) == 0
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_the_doctor_can_close_what_a_container_and_a_crash_have_left(project, capsys):
+    "A container has another name after each start, so that its dead runs look like those of another host."
+    other = open_run(project.path, "x")
+    other.save(host="container-1")
+    other.close()
+    (project.path / RUNS / "20260101T000000-x-ffff").mkdir()
+    project.stage("x", DONE)
+    assert bury_dead(project.path) == [] and len(run_problems(project.path)) == 2
+    doctor(str(project.path), repair=True)
+    assert run_problems(project.path) == []
+    assert {r.status["state"] for r in list_runs(project.path)} == {"killed"}
+    alive = open_run(project.path, "x")
+    alive.save(host="container-2")
+    assert bury_dead(project.path, anywhere=True) == []

@@ -2,14 +2,19 @@
 
 import os
 import signal
+import sqlite3
 
 import pytest
 
-from llmkit.core.files import held
-from llmkit.flow.doctor import doctor
+from llmkit.core.errors import KitError
+from llmkit.core.files import held, write_json
+from llmkit.flow import tracking
+from llmkit.flow.doctor import doctor, mlflow_problems
+from llmkit.flow.records import md5
+from llmkit.flow.repro import after
 from llmkit.flow.runner import run_stage
-from llmkit.flow.runs import list_runs
-from llmkit.flow.tracking import settle
+from llmkit.flow.runs import list_runs, now, open_run
+from llmkit.flow.tracking import connect, read_mlflow, settle
 
 SLEEP = "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)"
 DONE = "make('artifacts/x/out.json', 1)"
@@ -108,3 +113,56 @@ def test_a_server_that_is_down_does_not_lose_the_run(project, capsys):
     settled(project)
     assert not (run.folder / "mlflow.json").exists()
     assert (run.folder / "tracking.log").read_text()  # what went wrong is kept
+
+
+def test_a_server_that_is_away_neither_fails_the_pipeline_nor_hides_from_the_doctor(project, capsys, monkeypatch):
+    (project.path / "settings.ini").write_text("[DEFAULT]\ntracking_uri = http://127.0.0.1:9\nexperiment = kit\n")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    project.stage("x", DONE)
+    begun = now()
+    assert run_stage("x", project.path).status["exit_code"] == 0
+    lock = {"path": "artifacts/x/record.ipynb", "md5": md5(project.path / "artifacts/x/record.ipynb")}
+    write_json(project.path / "dvc.lock", {"stages": {"x": {"outs": [lock]}}})
+    assert after(project.path, begun, 0) == 0  # as after a `dvc repro` that went well
+    assert "MLflow does not answer" in capsys.readouterr().err
+    assert (project.path / "records/01_x.ipynb").is_file()  # what comes after MLflow is done
+    (said,) = mlflow_problems(project.path)
+    assert "MLflow does not answer" in said and "llmkit doctor --repair" in said
+
+
+def test_on_a_server_the_doctor_minds_no_runs_but_the_projects_own(project, empty_mlflow, tmp_path, monkeypatch):
+    project.track(empty_mlflow)
+    shared = f"sqlite:///{tmp_path}/server.db"
+    (project.path / "mlflow.db").rename(tmp_path / "server.db")
+    monkeypatch.setenv("LLMKIT_TRACKING_URI", shared)
+    project.stage("x", DONE)
+    run = run_stage("x", project.path)
+    settle(project.path, wait=60)
+    client = connect(shared)
+    experiment = client.get_experiment_by_name("kit").experiment_id
+    client.create_run(experiment, tags={"llmkit.run": "20990101T000000-x-ffff"})  # of a colleague, who is at work
+    assert mlflow_problems(project.path) == []
+    # nor does it lose its own among a thousand of theirs
+    with sqlite3.connect(tmp_path / "server.db") as db:
+        names = [r[1] for r in db.execute("pragma table_info(runs)") if r[1] != "run_uuid"]
+        row = ", ".join(names).replace("start_time", "start_time + 1 + n")
+        count = "with recursive c(n) as (select 1 union all select n + 1 from c where n < 1000)"
+        copy = f"{count} select 'copy' || n, {row} from runs, c where run_uuid = ?"
+        db.execute(f"insert into runs (run_uuid, {', '.join(names)}) {copy}", [read_mlflow(run)["run_id"]])
+    assert mlflow_problems(project.path) == []
+    client.delete_run(read_mlflow(run)["run_id"])
+    assert mlflow_problems(project.path) == [f"x: MLflow has no run {read_mlflow(run)['run_id']}"]
+
+
+def test_a_server_that_goes_away_after_it_made_the_run_is_told_its_parameters_later(project, empty_mlflow, monkeypatch):
+    project.track(empty_mlflow)
+    run = open_run(project.path, "x", tags={}, parameters={"lr": 0.5})
+    with monkeypatch.context() as m:
+        m.setattr(tracking, "_log", lambda *a, **k: 1 / 0)
+        with pytest.raises(KitError, match="MLflow does not answer"):
+            tracking.sync(run, project.path)
+    run.save(state="completed", ended=now())
+    run.close()
+    assert [r.id for r in settle(project.path)] == [run.id]
+    where, _ = tracking.tracking_settings(project.path)
+    assert connect(where).get_run(read_mlflow(run)["run_id"]).data.params == {"lr": "0.5"}

@@ -1,0 +1,94 @@
+"What is written is whole, whoever else writes it at the same time."
+
+import os
+import threading
+
+import pytest
+
+from llmkit.core import files
+from llmkit.core.artifact import ArtifactError, build, open_artifact
+from llmkit.core.errors import KitError
+from llmkit.core.files import atomic_folder, read_json, write_json, write_jsonl
+
+
+def together(*jobs):
+    "Run functions at once, and give what they raised."
+    raised = []
+
+    def run(job):
+        try:
+            job()
+        except Exception as e:
+            raised.append(e)
+
+    threads = [threading.Thread(target=run, args=(job,)) for job in jobs]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    return raised
+
+
+def test_threads_that_write_one_file_leave_it_whole(tmp_path):
+    file = tmp_path / "status.json"
+    write_json(file, {"by": 0, "rows": [0] * 2000})
+
+    def write(by):
+        for _ in range(150):
+            write_json(file, {"by": by, "rows": [by] * 2000})
+
+    def read():
+        for _ in range(300):
+            found = read_json(file)
+            assert set(found["rows"]) == {found["by"]}
+
+    assert together(lambda: write(1), lambda: write(2), read) == []
+    assert [p.name for p in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_threads_that_make_one_folder_leave_one(tmp_path):
+    def make(by):
+        for _ in range(150):
+            with atomic_folder(tmp_path / "kept") as folder:
+                (folder / "by").write_text(str(by))
+
+    assert together(lambda: make(1), lambda: make(2)) == []
+    assert [p.name for p in tmp_path.iterdir()] == ["kept"]
+    assert (tmp_path / "kept/by").read_text() in "12"
+
+
+def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path, monkeypatch):
+    with atomic_folder(tmp_path / "kept") as folder:
+        (folder / "a").write_text("old")
+    real = os.replace
+
+    def refuse(source, target):
+        if str(source).endswith(".tmp"):
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(files.os, "replace", refuse)
+    with pytest.raises(KitError, match="No space left on device. Free some space"):
+        with atomic_folder(tmp_path / "kept") as folder:
+            (folder / "a").write_text("new")
+    assert (tmp_path / "kept/a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("e", [ConnectionError("the peer went"), FileNotFoundError(2, "No such file", "rows.csv")])
+def test_an_error_of_the_rows_is_not_told_as_one_of_the_disk(tmp_path, e):
+    def rows():
+        yield {"i": 0}
+        raise e
+
+    with pytest.raises(type(e)) as got:
+        write_jsonl(tmp_path / "out.jsonl", rows())
+    assert got.value is e and not list(tmp_path.iterdir())
+
+
+def test_a_file_behind_a_linked_folder_is_part_of_an_artifact(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs/weights.bin").write_text("one")
+    with build(tmp_path / "base", "base") as folder:
+        (folder / "shards").symlink_to(tmp_path / "blobs")
+    assert list(open_artifact(tmp_path / "base").files) == ["shards/weights.bin"]
+    (tmp_path / "blobs/weights.bin").write_text("two")
+    with pytest.raises(ArtifactError, match="shards/weights.bin differs"):
+        open_artifact(tmp_path / "base")
