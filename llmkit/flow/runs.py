@@ -169,6 +169,7 @@ def describe(run: Run) -> str:
     lines += [f"  exit code {s['exit_code']}"] if s.get("exit_code") is not None else []
     lines += [f"  values    {s['parameters']}"] if s.get("parameters") else []
     lines += [f"  outcome   {s['outcome']}"] if s.get("outcome") else []
+    lines += [f"  unmet     {line}" for line in s.get("unmet", ())]
     lines += [f"  error     {_summary(s)}"] if error else []
     lines += [f"  kept      {n}" for n in sorted(p.name for p in run.folder.iterdir() if p.name != "lock")]
     trace = run.folder / "traceback.txt"

@@ -17,8 +17,9 @@ from llmkit.core.files import take_lock, write_json
 from llmkit.flow.doctor import doctor, run_problems
 from llmkit.flow.plan import plan
 from llmkit.flow.records import md5, verify_records
-from llmkit.flow.runner import run_stage, stage
-from llmkit.flow.runs import RUNS, bury_dead, list_runs, open_run
+from llmkit.flow.runner import report, run_stage, stage
+from llmkit.flow.runs import RUNS, bury_dead, describe, list_runs, open_run
+from llmkit.gate.verdict import SCHEMA
 
 DONE = "make('artifacts/x/out.json', 1)"
 
@@ -166,16 +167,20 @@ def test_a_cell_that_may_raise_still_fails(project):
 
 @pytest.mark.parametrize("outcome, code", [("pass", 0), ("inconclusive", 3), ("maybe", 1)])
 def test_a_verdict_decides_the_exit_code(project, outcome, code):
+    rule = {"rule": "r", "outcome": outcome, "sentence": "x is 1. So", "metric": "x", "on": "engine"}
+    verdict = {"schema": SCHEMA, "outcome": outcome, "reasons": [rule], "policy_digest": "", "reports": {}}
     project.stage(
         "x",
-        f"make('artifacts/x/verdict/verdict.json', {{'outcome': {outcome!r}}})",
+        f"make('artifacts/x/verdict/verdict.json', {verdict!r})",
         makes={"verdict": "artifacts/x/verdict"},
     )
     run = run_stage("x", project.path)
     assert run.status["exit_code"] == code
     assert (run.folder / "record.ipynb").exists() == (outcome == "inconclusive")  # DVC drops it, the run keeps it
     if outcome == "maybe":
-        assert "unknown outcome" in run.status["error"]["message"]
+        assert "maybe" in run.status["error"]["message"]
+    elif code:  # the rules that did not pass are told where the stage is
+        assert "\n  ? x is 1\n" in report(run) and "unmet     ? x is 1" in describe(run)
 
 
 def small_disk(path):

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from llmkit.core.errors import KitError
 from llmkit.evals import battery
 from llmkit.flow.dag import data_deps
 from llmkit.flow.notebook import read_stage
 from llmkit.flow.plan import data
+from llmkit.flow.repro import check_data, repro
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,3 +52,19 @@ def test_the_weights_of_a_judge_repeat_the_stage_and_what_is_no_file_is_none(tmp
     assert before != data(read, params, tmp_path)
     for other in ("http://127.0.0.1:9000/v1", "registered-name"):
         assert data_deps(read, {"evaluate": {"suites": {"grounding": {"judge": other}}}}, tmp_path) == []
+
+
+def test_a_file_that_only_a_late_stage_needs_is_missed_before_anything_runs(project, monkeypatch):
+    project.stage("x", data={"x.terms": "named"}, parameters="lr: float = 1e-3\nterms: str = ''")
+    project.params("seed: 7\nx: {lr: 1e-4, terms: TERMS}\n")
+    monkeypatch.setattr("llmkit.flow.repro.dvc", lambda words, folder: pytest.fail("DVC was started"))
+    with pytest.raises(KitError, match="x.terms: no such file or folder .*TERMS"):
+        repro(project=str(project.path))
+    # who names stages, or lets DVC fetch, may have it elsewhere; an address is asked by whoever reads it
+    for args in (["y"], ["--pull"], ["--allow-missing", "--force"]):
+        check_data(project.path, args)
+    project.params("seed: 7\nx: {lr: 1e-4, terms: 's3://bucket/TERMS'}\n")
+    check_data(project.path)
+    project.params("seed: 7\nx: {lr: 1e-4, terms: TERMS}\n")
+    (project.path / "TERMS").write_text("")
+    check_data(project.path, ["--force"])
