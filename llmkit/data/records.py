@@ -183,5 +183,17 @@ def usual_system(
 
 
 def folded(text: str) -> str:
-    "One spelling: compatibility forms, lower case, words alone, single spaces."
-    return " ".join(WORDS.findall(unicodedata.normalize("NFKC", text).casefold()))
+    "One spelling: compatibility forms, lower case, words and pictures alone, single spaces."
+    text = unicodedata.normalize("NFKC", text).casefold()
+    words = WORDS.findall(text) if text.isascii() else "".join(map(_folded, text)).split()
+    return " ".join(words or text.split())
+
+
+def _folded(c: str) -> str:
+    "A sign as it is folded: letters, digits and marks as they are, a picture as a word, anything else as a space."
+    if c == "_" or c.isalnum():
+        return c
+    kind = unicodedata.category(c)
+    if kind in ("Mn", "Mc"):
+        return "" if "︀" <= c <= "️" else c  # these choose between two drawings of one sign
+    return f" {c} " if kind == "So" else " "

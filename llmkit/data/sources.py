@@ -81,6 +81,8 @@ def find(source: Source, *suffixes: str) -> list[tuple[str, Path]]:
     if not path.exists():
         raise KitError("no such file or folder", file=path, remedy="Paths are relative to the folder with params.yaml")
     files = sorted(_files(path, suffixes)) if path.is_dir() else [path]
+    if path.is_dir():
+        _refuse_unread(path, suffixes)
     if not files:
         raise KitError(f"no {' or '.join(suffixes)} file in this folder", file=path)
     for p in files:
@@ -102,6 +104,16 @@ def _files(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
     for p in folder.rglob("*"):
         if p.suffix.lower() in suffixes and not hidden(p.relative_to(folder)):
             yield p
+
+
+def _refuse_unread(folder: Path, suffixes: tuple[str, ...]) -> None:
+    "Refuse a folder with files of the source that would be left out: packed ones, and those behind a link to a folder."
+    for p in sorted(p for p in folder.rglob("*") if not hidden(p.relative_to(folder))):
+        if p.suffix.lower() in (".gz", ".bz2", ".xz", ".zst", ".zip") and Path(p.stem).suffix.lower() in suffixes:
+            raise KitError("is packed", file=p, remedy="Unpack it, or take it out of the folder")
+        if p.is_symlink() and p.is_dir() and any(_files(p, suffixes)):
+            fix = "Copy it into the folder, or take it out"
+            raise KitError("is a link to a folder, whose files would not be read", file=p, remedy=fix)
 
 
 def check_splits(source: Source, names: list[str]) -> None:
@@ -140,6 +152,10 @@ def open_text(path: Path, encoding: str = "utf-8") -> Iterator[TextIO]:
             raise KitError(f"is packed with {packed}", file=path, remedy="Unpack it, or save it as text")
         if name in ("utf-8", "ascii") and (found := wide(head)):
             raise KitError(f"is {found[:6].upper()}", **where, remedy=f"Set `encoding: {found}`")
+        if head.startswith(codecs.BOM_UTF8) and name not in ("utf-8", "utf-8-sig"):
+            raise KitError("begins with the mark of UTF-8", **where, remedy="Set `encoding: utf-8`")
+        if name.startswith(("utf-16-", "utf-32-")) and any(head.startswith(mark) for mark in MARKS):
+            name = name[:6]  # which takes the mark off, and the order of bytes from it
         name, strict = "utf-8-sig" if name == "utf-8" else name, name.startswith(("utf-16", "utf-32"))
         with open(path, encoding=name, errors="strict" if strict else "surrogateescape", newline="") as f:
             yield f
@@ -355,6 +371,7 @@ def read_hf(source: Source) -> Iterator[Row]:
         named = {c: f.names for c, f in part.features.items() if isinstance(f, datasets.ClassLabel)}
         for n, value in enumerate(part, 1):
             value = {c: named[c][v] if c in named and type(v) is int and v >= 0 else v for c, v in value.items()}
+            value |= {c: None for c in named if value[c] == -1}
             yield Row(name or Path(source.path).name, n, value, None, source.splits.get(name, name or None))
 
 # %% ../../nbs/03_data/03_sources.ipynb #79bb10eb

@@ -7,6 +7,7 @@ __all__ = ['Example', 'encode_rows', 'drop_words', 'plan', 'collate']
 
 # %% ../../nbs/04_model/04b_batches.ipynb #4ee1b113
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -53,9 +54,11 @@ def drop_words(
     "The conversation with some words of its last question left out; one word always stays."
     rng = random.Random("/".join(map(str, key)))
     last = max(i for i, m in enumerate(messages[:-1]) if m["role"] == "user")
-    words = messages[last]["content"].split()
+    asked = messages[last]["content"]
+    words = re.findall(r"\s*\S+", asked)
     kept = [w for w in words if rng.random() >= share] or words[:1]
-    return [{**m, "content": " ".join(kept)} if i == last else dict(m) for i, m in enumerate(messages)]
+    left = asked if len(kept) == len(words) else "".join(kept).strip()
+    return [{**m, "content": left} if i == last else dict(m) for i, m in enumerate(messages)]
 
 # %% ../../nbs/04_model/04b_batches.ipynb #b3e5aac2
 def plan(

@@ -123,11 +123,14 @@ def attach(
         model = peft.prepare_model_for_kbit_training(model)
     torch.manual_seed(seed)
     try:
-        return peft.get_peft_model(model, config)
+        tuned = peft.get_peft_model(model, config)
     except ValueError as e:  # PEFT knows which layers a delta does nothing for, such as Mamba's out_proj
         fix = "Name others under finetune.targets; the model has " + ", ".join(linear_names(model))
         told = f"stage finetune: PEFT cannot adapt a layer: {' '.join(str(e).split())}"
         raise KitError(told, key="targets", value=targets, remedy=fix) from e
+    for p in tuned.parameters():
+        p.data = p.data.float() if p.requires_grad else p.data
+    return tuned
 
 
 def _tied(model: Any) -> bool:

@@ -177,7 +177,8 @@ def check_packing(
     "Refuse to pack for a model that lets an example see the one before it; raises `KitError`."
     torch = need("torch")
     ids, at = torch.tensor([[1, 1, 3, 3], [2, 2, 3, 3]]), torch.tensor([[0, 1, 0, 1]] * 2)
-    with torch.inference_mode():
+    half = any(p.dtype == torch.bfloat16 for p in model.parameters())
+    with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=half):
         out = model.eval()(input_ids=ids.to(model.device), position_ids=at.to(model.device), use_cache=False)
     one, other = out.logits[:, 2:].float()
     if (one - other).abs().max() > 0.01 * one.std():

@@ -82,9 +82,13 @@ def choose(
     sampling: Sampling,
     u: float = 0.0,  # uniform in [0, 1); not used when greedy
 ) -> int:
-    "The next token."
+    "The next token; raises `KitError` when the logits are not finite."
+    best = int(logits.argmax())  # the first NaN, where there is one
+    if not np.isfinite(logits[best]):
+        fix = "Look for an overflow: a float16 export, say"
+        raise KitError("the model's logits are not finite", value=float(logits[best]), remedy=fix)
     if sampling.temperature < COLDEST:
-        return int(logits.argmax())
+        return best
     if (found := _near(logits, sampling, u)) is not None:
         return found
     ids, p = candidates(logits, sampling)

@@ -111,6 +111,41 @@ def test_a_link_that_leads_nowhere(make, tmp_path):
         make(tmp_path / "rows")
 
 
+@pytest.mark.parametrize("name", ["b.jsonl.gz", "sub/b.JSONL.zst", "linked"])
+def test_a_folder_of_which_a_part_would_not_be_read(make, tmp_path, name):
+    (tmp_path / "rows/sub").mkdir(parents=True)
+    (tmp_path / "rows/a.jsonl").write_bytes(b"\n".join(GOOD))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/c.jsonl").write_bytes(b"\n".join(GOOD))
+    if name == "linked":
+        (tmp_path / "rows/linked").symlink_to(tmp_path / "elsewhere")
+    else:
+        (tmp_path / "rows" / name).write_bytes(gzip.compress(b"\n".join(GOOD)))
+    with pytest.raises(KitError, match=f"{name}: is (packed|a link to a folder)"):
+        make(tmp_path / "rows")
+    (tmp_path / "elsewhere/c.jsonl").rename(
+        tmp_path / "elsewhere/readme.txt"
+    )  # what is not of the source may be linked
+    if name == "linked":
+        make(tmp_path / "rows")
+
+
+@pytest.mark.parametrize(
+    "wrote, named",
+    [("utf-8-sig", "cp1252"), ("utf-8-sig", "latin-1"), ("utf-16", "utf-16-le"), ("utf-32", "utf-32-le")],
+)
+def test_a_mark_is_no_part_of_the_first_column(make, wrote, named):
+    "The first column is one that a record need not have: lost, it would be missed by nobody."
+    rows = "".join(f"{'test' if i < 9 else ''},{r['prompt']},{r['label']}\n" for i, r in enumerate(good_rows()))
+    content = f"split,prompt,completion\n{rows}".encode(wrote)
+    if wrote == "utf-8-sig":
+        with pytest.raises(KitError, match="begins with the mark of UTF-8 .*Set `encoding: utf-8`"):
+            make(content, "csv", Shape(), encoding=named)
+    else:
+        data = make(content, "csv", Shape(), encoding=named, shares={"train": 0.8, "validation": 0.2})
+        assert len([*read_jsonl(data / "test.jsonl")]) == 9
+
+
 def test_file_without_rows(make):
     with pytest.raises(KitError, match="the source has no rows"):
         make(b"\n \n")
@@ -190,6 +225,24 @@ def test_duplicate_ids_are_quarantined_but_a_repeated_row_is_a_duplicate(make):
     [(line, reason)] = quarantine(data)
     assert line == 42 and "id: the same id as rows.jsonl: line 8" in reason
     assert [r["kind"] for r in read_jsonl(data / "duplicates.jsonl")] == ["exact"]
+
+
+@pytest.mark.parametrize("heir", ["9", "7"])
+def test_a_repeated_row_comes_back_when_the_row_it_repeats_has_a_taken_id(make, heir):
+    other = {"prompt": "Quite another question", "completion": "find", "label": "find"}
+    rows = [{**r, "id": f"r{i}"} for i, r in enumerate(good_rows())]
+    rows += [{"id": "7", "prompt": "The first of two", "completion": "find", "label": "find"}]
+    rows += [{**other, "id": "7"}, {**other, "id": heir}, {**other, "id": "8"}, {**other, "id": "10"}]
+    data = make(rows)
+    lines = [line for line, _ in quarantine(data)]
+    left = [
+        r["id"]
+        for s in ("train", "validation", "test")
+        for r in read_jsonl(data / f"{s}.jsonl")
+        if "another" in r["messages"][0]["content"]
+    ]
+    assert (lines, left) == (([42], ["9"]) if heir == "9" else ([42, 43], ["8"]))
+    assert {r["of"]["id"] for r in read_jsonl(data / "duplicates.jsonl")} == set(left)
 
 
 def test_bom_crlf_and_quoted_newlines(make):
@@ -275,6 +328,25 @@ def test_the_quarantine_does_not_become_the_leak(make):
     text = (make(b"\n".join(rows)) / "quarantine.jsonl").read_text()
     assert "jo@example.org" not in text and key not in text
     assert "<EMAIL_ADDRESS>" in text and "holds AWS Access Key" in text
+
+
+@pytest.mark.parametrize(
+    "number", ["+49 170 1234567", "DE89 3704 0044 0532 0130 00", "10.0.0.7", "4111\u00a01111\u00a01111\u00a01111"]
+)
+@pytest.mark.parametrize("before", ["Reach me:\n", "Reach me:\t", "Reach me: "])
+def test_the_quarantine_masks_what_stands_behind_an_escape(make, number, before):
+    "JSON writes a line's end as backslash and n, which was taken for a letter that the number continues."
+    said = f"{before}{number}"
+    rows = [
+        json.dumps({"prompt": said, "completion": ""}).encode(),
+        json.dumps({"prompt": said}).encode()[:-1] + b", ",  # no JSON
+        json.dumps({"messages": [{"role": "user", "content": said}, {"role": "assistant", "content": "x"}]}).encode(),
+        *GOOD,
+    ]
+    text = (make(b"\n".join(rows), pii="quarantine") / "quarantine.jsonl").read_text()
+    assert (
+        len(text.splitlines()) == 3 and number[-4:] not in text and number.split()[0].split("\u00a0")[0] not in text
+    ), text
 
 
 def test_policies(make):

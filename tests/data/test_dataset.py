@@ -91,9 +91,26 @@ def test_near_duplicates_against_all_pairs(tmp_path):
         twins = [*table.all("SELECT seq, twin FROM rows WHERE state = 'duplicate'")]
     sets = {i: ngrams(folded(prompt_text(r["messages"]))) for i, r in enumerate(records, 1)}
     assert all(jaccard(sets[a], sets[b]) >= 0.8 for a, b in twins)
+    assert {b for _, b in twins} <= kept, "a row is named that went itself"
     true = [(a, b) for a, b in combinations(sets, 2) if jaccard(sets[a], sets[b]) >= 0.8]
     missed = [(a, b) for a, b in true if a in kept and b in kept]
     assert len(true) > 300 and len(missed) <= 0.05 * len(true), (len(missed), len(true))
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("मेरा दिन कैसा है", "मेरा दान कैसा है"),
+        ("ไม่ ไป", "ไม้ ไป"),
+        ("👍", "👎"),
+        ("The meal was 👍", "The meal was 👎"),
+        ("...", "?"),
+    ],
+)
+def test_questions_that_differ_in_vowel_signs_or_pictures_are_two(make, one, other):
+    rows = [*good_rows(), *({"prompt": q, "completion": "find", "label": "find"} for q in (one, other))]
+    data = make(rows)
+    assert [*read_jsonl(data / "duplicates.jsonl")] == [*read_jsonl(data / "quarantine.jsonl")] == []
 
 
 def test_leaks_into_a_given_test_leave_the_training_and_the_test_stays_whole(tmp_path):
@@ -189,6 +206,17 @@ def test_all_sources_give_the_same_records(tmp_path):
         )
         got[kind] = sorted((r["messages"][0]["content"], r["label"], r["split"]) for r in all_rows(data))
     assert len(got["hf"]) == 40 and all(g == got["hf"] for g in got.values())
+
+
+def test_a_hidden_label_of_a_hugging_face_folder_is_no_label(tmp_path):
+    "Benchmarks mark it by -1 in their test split; it became a class of that name."
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "category": datasets.ClassLabel(names=["a", "b"])})
+    coded = {"text": [f"How do I {i}?" for i in range(4)], "category": [0, 1, -1, None]}
+    datasets.Dataset.from_dict(coded, features=features).save_to_disk(str(tmp_path / "x"))
+    shape = Shape(columns={"prompt": "text", "label": "category"})
+    assert [r.value["category"] for r in Source("hf", str(tmp_path / "x"), shape).rows()] == ["a", "b", None, None]
 
 
 def test_splits_of_a_hugging_face_folder_are_given_unless_a_parameter_frees_them(tmp_path):

@@ -25,6 +25,17 @@ def test_fp32_agrees_with_torch(llama, open_onnx, prompts):
         assert [c.tokens for c in o.generate(prompts, HOT)] == [c.tokens for c in t.generate(prompts, HOT)]
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, HOT], ids=["greedy", "sampled"])
+def test_a_model_that_overflows_gives_an_error_and_no_answer(sampling, monkeypatch):
+    "The largest of NaNs is the first: token 0, over and over."
+    engine = DummyEngine()
+    said = engine.next_logits
+    monkeypatch.setattr(engine, "next_logits", lambda p, a=(): said(p, a) * (np.nan if len(a) > 3 else 1))
+    with pytest.raises(KitError, match="the model's logits are not finite .got nan."):
+        engine.generate([list(b"Hello")], sampling)
+    assert len(engine.generate([list(b"Hello")], Sampling(max_tokens=4, stop_ids=()))[0].tokens) == 4
+
+
 def test_torch_agrees_with_transformers(llama, prompts):
     import torch
 
