@@ -9,6 +9,7 @@ __all__ = ['API', 'conditions', 'template', 'duration', 'looks', 'argo_steps', '
 import re
 from collections.abc import Sequence
 from io import StringIO
+from math import gcd
 from typing import Any
 
 from ..core.errors import KitError
@@ -90,26 +91,37 @@ def argo_objects(
     judge: str,  # address of `llmkit judge serve` inside the cluster
     rollout: str,  # the judge's id of the rollout
     ingress: str = "",  # the nginx Ingress that divides requests; empty: the numbers of pods do
+    replicas: int = 0,  # pods that serve; 0: an autoscaler of the Rollout says it
     every: float = 30.0,  # seconds between two looks
 ) -> list[dict[str, Any]]:
     "A Rollout and its AnalysisTemplates; raises `KitError` on what cannot be said in Argo."
     _check(name, workload, judge, rollout)
     when, steps = conditions(policy), argo_steps(policy, name, rollout)
+    if not ingress:
+        _check_pods(replicas, [s["setWeight"] for s in steps if "setWeight" in s])
     parts = [template(f"{name}-step-{i}", judge, when | looks(s, every), i) for i, s in enumerate(policy.steps) if s.kind == "analysis"]  # fmt: skip
     canary: dict[str, Any] = {"steps": steps}
     if "failureCondition" in when:
         harm = {"failureCondition": when["failureCondition"], "successCondition": f"!({when['failureCondition']})", "interval": duration(every), "failureLimit": 0}  # fmt: skip
         parts.append(template(f"{name}-harm", judge, harm))
-        first = next(i for i, s in enumerate(steps) if "setWeight" in s)
+        first = next((i for i, s in enumerate(steps) if "setWeight" in s), 0)
         canary["analysis"] = {"templates": [{"templateName": f"{name}-harm"}], "args": [{"name": "rollout", "value": rollout}], "startingStep": first}  # fmt: skip
     if ingress:
         canary |= {"stableService": f"{name}-stable", "canaryService": f"{name}-canary", "trafficRouting": {"nginx": {"stableIngress": ingress}}}  # fmt: skip
     spec = {
         "workloadRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": workload},
         "strategy": {"canary": canary},
-    }
+    } | ({"replicas": replicas} if replicas else {})
     about = {"name": name, "annotations": {"llmkit/policy": policy.digest}}
     return [{"apiVersion": API, "kind": "Rollout", "metadata": about, "spec": spec}, *parts]
+
+
+def _check_pods(replicas: int, weights: Sequence[int]) -> None:
+    "Refuse shares of users that so many pods cannot have."
+    least = 100 // gcd(100, *weights)
+    if replicas < 1 or replicas % least:
+        fix = f"Give {least} pods or a multiple, or name the ingress that divides requests"
+        raise KitError(f"these pods cannot take {', '.join(map(str, weights))} percent of the users", key="replicas", value=replicas, remedy=fix)  # fmt: skip
 
 
 def _check(name: str, workload: str, judge: str, rollout: str) -> None:
@@ -141,6 +153,7 @@ def export_argo(
     name: str = "llmkit",  # of the Rollout
     judge: str = "http://llmkit-judge:8081",  # address of `llmkit judge serve` inside the cluster
     ingress: str = "",  # the nginx Ingress that divides requests; default: the numbers of pods do
+    replicas: int = 0,  # pods that serve; default: an autoscaler of the Rollout says it, which needs an ingress
     every: float = 30.0,  # seconds between two looks at the verdict
     params: str = "params.yaml",  # the section `rollout`
 ) -> int:
@@ -149,10 +162,19 @@ def export_argo(
         raise KitError("must be at least 1", key="every", value=every)
     policy = read_rollout(load_params(params, "rollout"), params)
     objects = argo_objects(
-        policy, name=name, workload=workload, judge=judge, rollout=rollout, ingress=ingress, every=every
+        policy,
+        name=name,
+        workload=workload,
+        judge=judge,
+        rollout=rollout,
+        ingress=ingress,
+        replicas=replicas,
+        every=every,
     )
     write_text(out, as_yaml(objects))
     print("\n".join(f"{o['kind']} {o['metadata']['name']}" for o in objects))
+    if not replicas:
+        print("Argo begins with one pod: let an autoscaler name the Rollout first, or give --replicas")
     if any(s.kind == "shadow" for s in policy.steps):
         print("the shadow is llmkit's own: `llmkit serve` makes the copies, the judge answers for them")
     return 0

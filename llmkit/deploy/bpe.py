@@ -70,6 +70,9 @@ def plain_spec(
     normalizer = raw.get("normalizer")
     _want("normalizer.type", (normalizer or {"type": None})["type"], None, "NFC")
     added = raw.get("added_tokens", [])
+    for t in added:
+        for key in ("lstrip", "rstrip", "single_word"):
+            _want(f"added_tokens.{key} of {t['content']}", t.get(key, False), False)
     return {
         "vocab": model["vocab"],
         "merges": [m.split(" ") if isinstance(m, str) else list(m) for m in model["merges"]],

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import llmkit
@@ -37,7 +38,7 @@ from ..gate.policy import Policy, read_policy
 from ..gate.verdict import Verdict, write_verdict
 from ..model.quantize import quantize
 from ..model.tokenizer import Tokenizer
-from ..release.bundle import place, verify_bundle
+from ..release.bundle import place, require_room, verify_bundle
 from ..runtime.engine import Completion
 
 # %% ../../nbs/11_deploy/04_edge.ipynb #082a204f
@@ -108,7 +109,7 @@ def questions_of(
 README = """# {name}, for the edge
 
     pip install -r requirements.txt     # onnxruntime, and the numpy that it needs
-    python run.py "{question}"
+    python run.py {question}
     python run.py --check               # is every byte what it was, and every answer?
     python run.py --lines < questions   # JSON lines with id and question
 
@@ -144,7 +145,9 @@ def fill(
     said = {"name": about["name"], "engine": facts, "prompt": prompt, "max_tokens": suite.max_tokens, "self_test": []}
     write_json(folder / "edge.json", {"schema": "llmkit.edge/1", **said})
     names = {"bundle": short(bundle.digest), "engine": short(engine.digest)}
-    write_text(folder / "README.md", README.format(name=about["name"], question=asked[0].replace('"', "'"), **names))
+    write_text(
+        folder / "README.md", README.format(name=about["name"], question=quote(" ".join(asked[0].split())), **names)
+    )
 
 # %% ../../nbs/11_deploy/04_edge.ipynb #9f3894f6
 ALLOWED = {
@@ -240,6 +243,7 @@ def edge_write(
 ) -> int:
     "Write a self-contained bundle for the edge, if it is within the policy; exits 0 pass, 1 fail, 3 inconclusive, 4 error."
     policy = read_policy(load_params(params, "edge"), params, "edge")
+    require_room(out, "edge.json")
     art, suite, release = open_parts(bundle, records, params)
     with ExitStack() as stack:
         engine = open_artifact(art / "engine", "engine")

@@ -21,7 +21,7 @@ from pathlib import Path
 import llmkit
 from ..core.errors import KitError
 from ..core.files import atomic_folder, read_json, write_text
-from ..release.bundle import place, verify_bundle
+from ..release.bundle import place, require_room, verify_bundle
 
 # %% ../../nbs/11_deploy/01_image.ipynb #bd9b50bb
 ASK = "import sys; from llmkit.release.smoke import ask; sys.exit(ask('/bundle', ' '.join(sys.argv[1:])))"
@@ -105,8 +105,8 @@ def _copy_distribution(name: str, site: Path) -> None:
 CONTAINERFILE = """\
 # Made from bundle {digest}
 FROM scratch
-COPY root/ /
-COPY bundle/ /bundle/
+COPY --chmod=755 root/ /
+COPY --chmod=755 bundle/ /bundle/
 ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PYTHONHOME=/python
 USER 65532:65532
 LABEL org.opencontainers.image.title="{name}" org.opencontainers.image.version="{short}" llmkit.bundle="{digest}"
@@ -129,6 +129,7 @@ def image_write(
     out: str,  # a folder that becomes the build context
 ) -> int:
     "Write everything an image of a bundle is built from."
+    require_room(out, "root/python/bin/python3")
     art = verify_bundle(bundle)
     names = packages_needed(bundle)
     with atomic_folder(out) as folder:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'HEADING', 'Source', 'open_source', 'measurement', 'fact', 'find_source', 'look_up', 'show', 'Cited',
-           'Evidence', 'parse_evidence', 'check_evidence', 'literals']
+           'Evidence', 'code_span', 'parse_evidence', 'check_evidence', 'literals']
 
 # %% ../../nbs/07_release/04_evidence.ipynb #479dbbf8
 import re
@@ -124,6 +124,8 @@ def show(
         if fmt in SCALES:
             factor, digits, unit = SCALES[fmt]
             return format(value * factor, digits) + unit
+        if fmt == "g" and isinstance(value, int):  # a seed of eight digits keeps them all
+            return str(value)
         return format(value, fmt) if fmt else _plain(value)
     except (TypeError, ValueError) as e:
         raise KitError("does not fit the value", key="format", value=fmt) from e
@@ -168,10 +170,10 @@ class Evidence:
         rows = ["| # | shown | reference | as |", "|--:|---|---|---|"]
         for i, c in enumerate(self.cited, 1):
             rows.append(
-                f'| <a id="e{i}"></a>{i} | {_escape(c.shown)} | {_code(c.ref)} | {_code(c.fmt) if c.fmt else ""} |'
+                f'| <a id="e{i}"></a>{i} | {_escape(c.shown)} | {code_span(c.ref)} | {code_span(c.fmt) if c.fmt else ""} |'
             )
         rows += ["", "| source | folder | digest |", "|---|---|---|"]
-        rows += [f"| {s.name} | {_code(s.folder)} | {_code(s.digest)} |" for s in self.sources.values()]
+        rows += [f"| {s.name} | {code_span(s.folder)} | {code_span(s.digest)} |" for s in self.sources.values()]
         return "\n".join(rows) + "\n"
 
 # %% ../../nbs/07_release/04_evidence.ipynb #10a12638
@@ -185,7 +187,7 @@ def _unescape(text: str) -> str:
     return re.sub(r"\\(.)", r"\1", text)
 
 
-def _code(text: str) -> str:
+def code_span(text: str) -> str:
     "A code span in a table."
     return f"`{text.replace('|', chr(92) + '|')}`"
 
@@ -279,7 +281,7 @@ def _dotted(ref: str) -> str:
 def _bare(section: str, refs: Collection[str] = ()) -> list[str]:
     "The lines of a section in which a digit is left when evidence, names and links are taken out."
     rest = _LINK.sub("", _FENCE.sub(_fenced, section))
-    rest = _SPAN.sub(lambda m: "" if _is_name(m[1], refs) else m[0], rest)
+    rest = _SPAN.sub(lambda m: "" if _is_name(m[1].replace("\\|", "|"), refs) else m[0], rest)
     return [line for line in _CALLED.sub("", unescape(_TARGET.sub("]", rest))).splitlines() if re.search(r"\d", line)]
 
 

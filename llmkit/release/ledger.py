@@ -97,11 +97,16 @@ def append(
     return entry
 
 
+def _ends(fd: int, size: int) -> bool:
+    "Whether the last line has its end: an editor, or a torn write, may have taken it."
+    return size == 0 or os.pread(fd, 1, size - 1) == b"\n"
+
+
 def _write_line(fd: int, path: Path, line: str) -> None:
     "Append one line whole, or take back what was written of it."
     size = os.fstat(fd).st_size
     try:
-        data = (line + "\n").encode()
+        data = ("" if _ends(fd, size) else "\n").encode() + (line + "\n").encode()
         while data:
             data = data[os.write(fd, data) :]
         os.fsync(fd)

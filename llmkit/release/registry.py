@@ -139,8 +139,9 @@ def versions(
 ) -> list[Version]:
     "The registered versions of a model, oldest first; an unknown model has none."
     client = _client(uri)
-    known = client.search_registered_models(f"name = '{model}'")
-    where = f"name = '{model}'" + (f" and tags.`{TAG}release` = '{release}'" if release else "")
+    named = f'name = "{model}"' if "'" in model else f"name = '{model}'"
+    known = client.search_registered_models(named)
+    where = named + (f" and tags.`{TAG}release` = '{release}'" if release else "")
     found, token = [], None
     while known:
         page = client.search_model_versions(where, max_results=1000, page_token=token)
@@ -199,18 +200,27 @@ def register(
 def _register(client: Any, uri: str, release: Release, source: str, alias: str, ledger, tags: dict, run_id) -> Version:
     "What `register` does while it is alone."
     number = _find_or_create(client, uri, release.name, release.digest, source, tags, run_id)
-    aliases = client.get_registered_model(release.name).aliases
-    entries = read_ledger(ledger)
-    had_it = any((e.model, e.alias, e.after) == (release.name, alias, release.digest) for e in entries)
-    takes = alias not in aliases or (not had_it and int(aliases[alias]) < number)
+    here = versions(uri, release.name)
+    mine = next(v for v in here if v.version == number)
+    holder = next((v for v in here if alias in v.aliases), None)
+    turns = [e.after for e in read_ledger(ledger) if (e.model, e.alias) == (release.name, alias)]
+    had_it = release.digest in turns and bool(mine.tags.get("ledger"))  # the tag is this registry's word for it
+    takes = holder is None or not (had_it or holder.version >= number or _before(turns, release, holder))
     if takes:
         client.set_registered_model_alias(release.name, alias, str(number))
-    found = next(v for v in versions(uri, release.name, release.digest) if v.version == number)
-    if takes or (alias in found.aliases and not (had_it and found.tags.get("ledger"))):
+        mine = next(v for v in versions(uri, release.name, release.digest) if v.version == number)
+    if takes or (alias in mine.aliases and not had_it):
         entry = append(ledger, release.name, alias, release.digest, release.verdict)
         client.set_model_version_tag(release.name, str(number), TAG + "ledger", entry.digest)
-        found = replace(found, tags={**found.tags, "ledger": entry.digest})
-    return found
+        mine = replace(mine, tags={**mine.tags, "ledger": entry.digest})
+    return mine
+
+
+def _before(turns: list[str], release: Release, holder: Version) -> bool:
+    "Whether a release had an alias before the one that holds it, according to the ledger."
+    late = turns[::-1]
+    both = release.digest in late and holder.release in late
+    return both and late.index(holder.release) < late.index(release.digest)
 
 
 def _tags(release: Release, facts: Mapping[str, str] | None) -> dict[str, str]:

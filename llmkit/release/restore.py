@@ -10,12 +10,12 @@ import shutil
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from ..core.artifact import MANIFEST, open_artifact
+from ..core.artifact import MANIFEST, damage, open_artifact
 from ..core.digests import short
 from ..core.errors import KitError
-from ..core.files import atomic_folder, read_json
+from ..core.files import atomic_folder, locked, read_json
 from ..core.plugins import need
-from .registry import Version
+from .registry import Version, _md5
 
 # %% ../../nbs/07_release/12_restore.ipynb #af3c0d87
 BUNDLES = ".llmkit/bundles"  # where restored ones are kept
@@ -26,7 +26,7 @@ def checkout(
     folder: str | Path,  # made, empty
     project: str | Path = ".",  # whose cache is read
 ) -> None:
-    "Put the files of a DVC address into a folder; raises `KitError` when the cache lacks one."
+    "Put the files of a DVC address into a folder; raises `KitError` when the cache lacks one, or holds another."
     need("dvc")
     from dvc.exceptions import NotDvcRepoError
     from dvc.repo import Repo
@@ -41,6 +41,8 @@ def checkout(
         if not path.is_file():
             fix = "Check out the commit of that release, and `dvc pull`"
             raise KitError("is not in DVC's cache", key=address, value=oid, remedy=fix)
+        if _md5(path) != oid.removesuffix(".dir"):
+            raise KitError("DVC's cache is damaged", file=path, key=address, remedy="Remove that file, and `dvc pull`")
         return path
 
     for row in read_json(held(address)):
@@ -60,13 +62,29 @@ def bundle_of(
         raise KitError("is no release of this kit", key=f"{v.model} version {v.version}", remedy="Register it with the kit")  # fmt: skip
     parts = urlsplit(v.source)
     for folder in (unquote(parts.path) if parts.scheme == "file" else "", v.tags.get("path", "")):
-        if folder and (Path(folder) / MANIFEST).is_file() and open_artifact(folder, verify=False).digest == digest:
+        if folder and _is(folder, digest):
             return Path(folder)
     there = Path(kept) / short(digest, 24)
-    if not there.is_dir():
-        if "dvc_md5" not in v.tags:
-            fix = "Run its stages again, at the commit that made it"
-            raise KitError("the bundle is not where it was, and DVC did not hold it", key=f"{v.model} version {v.version}", value=short(digest), remedy=fix)  # fmt: skip
-        with atomic_folder(there) as tmp:
-            checkout(v.tags["dvc_md5"], tmp, project)
+    if _whole(there, digest):
+        return there
+    if "dvc_md5" not in v.tags:
+        fix = "Run its stages again, at the commit that made it"
+        raise KitError("the bundle is not where it was, and DVC did not hold it", key=f"{v.model} version {v.version}", value=short(digest), remedy=fix)  # fmt: skip
+    with locked(Path(kept) / ".lock"):  # of several that want it at once, one puts it there
+        if not _whole(there, digest):
+            with atomic_folder(there) as tmp:
+                checkout(v.tags["dvc_md5"], tmp, project)
     return there
+
+
+def _is(folder: str | Path, digest: str) -> bool:
+    "Whether a folder's manifest is that of a bundle; one that cannot be read is not."
+    try:
+        return (Path(folder) / MANIFEST).is_file() and open_artifact(folder, verify=False).digest == digest
+    except KitError:
+        return False
+
+
+def _whole(folder: Path, digest: str) -> bool:
+    "Whether a folder is a bundle, and every byte of it what it was."
+    return _is(folder, digest) and not damage(open_artifact(folder, verify=False))

@@ -14,7 +14,7 @@ from typing import Any
 from ..core.errors import KitError
 from ..core.plugins import need
 from ..core.report import Measurement
-from .evidence import Evidence, find_source, look_up, measurement
+from .evidence import Evidence, code_span, find_source, look_up, measurement
 
 # %% ../../nbs/07_release/05_template.ipynb #56db7430
 CALIBRATION = ("ece", "brier", "log_loss", "calibration_error", "overconfidence")
@@ -70,6 +70,15 @@ class Asker:
     def method(self, ref: str) -> str:
         "How a measurement was obtained, cited, or a dash when its report does not say."
         return self.evidence.cite(f"{ref}#method") if self._of(ref).method else "–"
+
+    def how(self, metric: str, subjects: Sequence[str]) -> str:
+        "How subjects were measured, cited: once where it is the same for all that were, by name where it is not."
+        found: dict[str, list[str]] = {}
+        for s in subjects:
+            if self.has(f"{s}/{metric}"):
+                found.setdefault(self._of(f"{s}/{metric}").method, []).append(s)
+        cited = [(names, self.method(f"{names[0]}/{metric}")) for names in found.values()]
+        return cited[0][1] if len(cited) == 1 else "; ".join(f"{', '.join(names)}: {c}" for names, c in cited)
 
     def fact(self, ref: str, fmt: str = "") -> str:
         "A value of a JSON file, cited."
@@ -151,8 +160,21 @@ def fill(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     asker = Asker(evidence)
-    env.tests["measured"] = lambda source, m: asker.has(f"{source}/{m}")
-    names = ("metric", "interval", "method", "fact", "has", "keys", "leaves", "metrics", "slices", "sources", "having")
+    env.filters["code"] = code_span
+    names = (
+        "metric",
+        "interval",
+        "method",
+        "how",
+        "fact",
+        "has",
+        "keys",
+        "leaves",
+        "metrics",
+        "slices",
+        "sources",
+        "having",
+    )
     try:
         return env.from_string(template).render({n: getattr(asker, n) for n in names} | dict(values))
     except jinja2.TemplateError as e:
@@ -180,7 +202,7 @@ DATA = """
 | count | |
 |---|--:|
 {% for name, ref in data_refs %}
-| `{{ name }}` | {{ fact(ref) }} |
+| {{ name | code }} | {{ fact(ref) }} |
 {% endfor %}
 
 Rows that were not understood are in `quarantine.jsonl` with line and reason, duplicates in `duplicates.jsonl`; nothing was dropped in silence.
@@ -195,7 +217,7 @@ It was trained behind the system message "{{ fact(ref) }}", and `llmkit serve`, 
 | parameter | |
 |---|--:|
 {% for name, ref in recipe_refs %}
-| `{{ name }}` | {{ fact(ref, "g") }} |
+| {{ name | code }} | {{ fact(ref, "g") }} |
 {% endfor %}
 {% if has("delta:history.json#/train/loss/0") %}
 
@@ -220,7 +242,7 @@ What was evaluated is what ships: the quantized engine. Beside it are the merged
 | metric |{% for s in subjects %} {{ s }} | interval |{% endfor %} n |
 |---|{% for s in subjects %}--:|---|{% endfor %}--:|
 {% for m in metrics("quality", subjects) %}
-| `{{ m }}` |
+| {{ m | code }} |
 {%- for s in subjects %}
 {% set ref = s ~ "/" ~ m %}
 {% if has(ref) %} {{ metric(ref) }} | {{ interval(ref) }} |{% else %} not measured | – |{% endif %}
@@ -236,7 +258,7 @@ What was evaluated is what ships: the quantized engine. Beside it are the merged
 |---|--:|---|--:|
 {% for part in slices(subjects[0], m) %}
 {% set ref = subjects[0] ~ "/" ~ m ~ "@" ~ part %}
-| `{{ part }}` | {{ metric(ref) }} | {{ interval(ref) }} | {{ metric(ref ~ "#n") }} |
+| {{ part | code }} | {{ metric(ref) }} | {{ interval(ref) }} | {{ metric(ref ~ "#n") }} |
 {% endfor %}
 {% endfor %}
 
@@ -255,7 +277,7 @@ Every hop from the adapter to the engine was measured on the same prompts. The p
 | metric | value | interval |
 |---|--:|---|
 {% for kind in ("quality", "calibration") %}{% for m in metrics(kind, [hop]) %}
-| `{{ m }}` | {{ metric(hop ~ "/" ~ m) }} | {{ interval(hop ~ "/" ~ m) }} |
+| {{ m | code }} | {{ metric(hop ~ "/" ~ m) }} | {{ interval(hop ~ "/" ~ m) }} |
 {% endfor %}{% endfor %}
 {% endfor %}
 
@@ -273,7 +295,7 @@ Every candidate was built and compared with the first of them on the validation 
 |---|--:|--:|--:|--:|--:|
 {% for s in sources("choice") if s.endswith(".quality") %}
 {% set name = s.split(".")[1] %}
-| `{{ name }}` |{% for ref in ("quality/accuracy", "quality/ece_debiased", "quality/perplexity", "speed/latency_p95", "speed/size_bytes") %} {{ metric("choice." ~ name ~ "." ~ ref) if has("choice." ~ name ~ "." ~ ref) else "not measured" }} |{% endfor %}
+| {{ name | code }} |{% for ref in ("quality/accuracy", "quality/ece_debiased", "quality/perplexity", "speed/latency_p95", "speed/size_bytes") %} {{ metric("choice." ~ name ~ "." ~ ref) if has("choice." ~ name ~ "." ~ ref) else "not measured" }} |{% endfor %}
 
 {% endfor %}
 {% endif %}
@@ -289,8 +311,7 @@ MEASURED = """
 | metric |{% for s in who %} {{ s }} |{% endfor %} how |
 |---|{% for s in who %}--:|{% endfor %}---|
 {% for m in metrics(kind, who) %}
-{% set first = who | select("measured", m) | first %}
-| `{{ m }}` |{% for s in who %} {{ metric(s ~ "/" ~ m) if has(s ~ "/" ~ m) else "not measured" }} |{% endfor %} {{ method(first ~ "/" ~ m) }} |
+| {{ m | code }} |{% for s in who %} {{ metric(s ~ "/" ~ m) if has(s ~ "/" ~ m) else "not measured" }} |{% endfor %} {{ how(m, who) }} |
 {% endfor %}
 {% else %}
 Not measured.

@@ -47,7 +47,14 @@ def test_the_policy_of_the_project_is_valid_for_argo(crds, tmp_path, ingress):
 
     out = tmp_path / "argo.yaml"
     assert (
-        export_argo(str(out), workload="bank-server", rollout="r1", ingress=ingress, params=str(ROOT / "params.yaml"))
+        export_argo(
+            str(out),
+            workload="bank-server",
+            rollout="r1",
+            ingress=ingress,
+            replicas=10,
+            params=str(ROOT / "params.yaml"),
+        )
         == 0
     )
     objects = list(YAML(typ="safe").load_all(out.read_text()))
@@ -85,7 +92,9 @@ def test_argo_learns_from_the_judge_what_to_do(tmp_path, how, step, harm):
     from llmkit.rollout.judge_server import judge_app
 
     w = World(tmp_path, CANARY)
-    objects = argo_objects(read_rollout(CANARY), name="b", workload="s", judge="http://judge:8081", rollout="r1")
+    objects = argo_objects(
+        read_rollout(CANARY), name="b", workload="s", judge="http://judge:8081", rollout="r1", ingress="b"
+    )
     first = next(o for o in objects if o["metadata"]["name"].startswith("b-step-"))
     background = next(o for o in objects if o["metadata"]["name"] == "b-harm")
     http = TestClient(judge_app(World(tmp_path, CANARY, begin=False).store, lambda: w.now))

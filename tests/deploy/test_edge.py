@@ -123,3 +123,8 @@ def test_other_questions_or_another_model_are_refused(release):
     with pytest.raises(KitError, match="is a base, not a model"):
         edge_write("bundle", "edge", model="artifacts/base/base", **how)
     assert not Path("edge").exists()
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("years")
+    with pytest.raises(KitError, match="holds something else"):
+        edge_write("bundle", "mine", **how)
+    assert Path("mine/thesis.txt").read_text() == "years"

@@ -37,3 +37,15 @@ def test_the_container_answers_as_the_bundle(packaged, containers, capsys):
     done = subprocess.run(run, capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().startswith(prompt["text"].strip()) and prompt["text"].strip()
+
+
+def test_an_image_made_under_a_narrow_umask_can_be_read_by_its_user(packaged, containers):
+    os.chmod(f"{BUNDLE}/bundle.json", 0o600)
+    before = os.umask(0o077)
+    try:
+        assert image_build(BUNDLE, tag="localhost/bank-support:narrow") == 0
+    finally:
+        os.umask(before)
+    run = ["podman", "run", "--rm", "--network", "none", "--read-only", "localhost/bank-support:narrow", "Hello"]
+    done = subprocess.run(run, capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
