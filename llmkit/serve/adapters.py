@@ -58,6 +58,9 @@ class Adapters:
             try:
                 engine = await asyncio.to_thread(self.open, path, self.base)
                 told = "" if self.system == "-" else self.system or system_of(path)
+                if self._digest(path) != digest:  # the name would belong to what is no longer there
+                    engine.close()
+                    raise KitError("the delta was replaced while it was read", remedy="Try again")
                 backend = await self._checked(engine, release=digest, system=told)
             except KitError as e:
                 raise ApiError(400, f"Cannot be served: {e.problem}", param="lora_path", code="invalid_adapter") from e

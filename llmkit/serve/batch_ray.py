@@ -44,6 +44,10 @@ def put_together(
     n: int,
 ) -> tuple[int, int]:
     "Write the whole from its parts, and the errors beside it; gives the number of answers and of errors."
+    files = [Path(part_name(out, k, n)) for k in range(1, n + 1)]
+    if lost := next((p for p in files if not p.is_file()), None):
+        fix = "Give a folder that all machines see, bring the part there, and go on with --resume"
+        raise KitError("this part was answered out of sight", file=lost, remedy=fix)
     counts = []
     for tail in (".errors.jsonl", ""):
         parts = [Path(part_name(out, k, n) + tail) for k in range(1, n + 1)]

@@ -90,4 +90,4 @@ def once_by(
 ) -> str:
     "What a place takes once: an answer to a question, and a dead letter for each delivery."
     delivery = event["data"].get("delivery", "") if event.get("type") == "llmkit.dead" else ""
-    return f"{event['id']} {delivery}".rstrip()
+    return f"{event['id']} {delivery}" if delivery else event["id"]

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['ACTIONS', 'INJECTION', 'Found', 'UNFINISHED', 'TAIL', 'GuardPolicy', 'read_policy', 'find_injection', 'guard_input',
-           'Blocked', 'OutputGuard', 'refuse_logprobs']
+           'Blocked', 'holds_canary', 'OutputGuard', 'refuse_logprobs']
 
 # %% ../../nbs/08_serve/06_guards.ipynb #55d088df
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 
 from ..core.errors import KitError
 from ..core.params import did_you_mean
@@ -119,6 +120,24 @@ UNFINISHED = re.compile(
 TAIL = 700  # characters that are searched for an unfinished finding; an e-mail address has at most 320
 
 
+def _bare(canary: str) -> str:
+    "A marker as it looks, in small letters."
+    return plain(canary).replace(WIDTHLESS, "").lower()
+
+
+@lru_cache(64)
+def _pattern(bare: tuple[str, ...]) -> re.Pattern | None:
+    "What finds markers in a plain text, where signs that are not seen may stand in them."
+    forms = [f"{WIDTHLESS}*".join(map(re.escape, c)) for c in bare]
+    return re.compile("|".join(forms), re.IGNORECASE) if forms else None
+
+
+def holds_canary(text: str, canaries: Sequence[str]) -> bool:
+    "Whether a text holds one of the markers, as an answer would be found to."
+    pattern = _pattern(tuple(filter(None, map(_bare, canaries))))
+    return pattern is not None and pattern.search(plain(text)) is not None
+
+
 class OutputGuard:
     "Text goes in as it is made, and comes out as it may be shown."
 
@@ -128,8 +147,8 @@ class OutputGuard:
         canaries: Sequence[str] = (),  # secret markers that no answer may contain
     ):
         self.policy, self.found, self.blocked = policy, Counter(), False
-        self.canaries = tuple(c.lower() for c in canaries if c)
-        self._canary = re.compile("|".join(map(re.escape, self.canaries)), re.IGNORECASE) if self.canaries else None
+        self.canaries = tuple(filter(None, map(_bare, canaries)))
+        self._canary = _pattern(self.canaries)
         self._text, self._seen = "", 0  # what is held, after `_seen` characters of context
         self._rewrites = policy.rewrites(self.canaries)
 
@@ -168,11 +187,20 @@ def _safe(self: OutputGuard) -> int:
     "How much of the text cannot be part of an unfinished finding."
     text, start = plain(self._text), max(0, len(self._text) - TAIL)
     m = UNFINISHED.search(text, start)
-    cut, low = (m.start() if m else len(text)), text.lower()
+    cut, low = (m.start() if m else len(text)), text.lower().replace(WIDTHLESS, "")
     for c in self.canaries:
         n = next((n for n in range(min(len(c), len(low)), 0, -1) if low.endswith(c[:n])), 0)
-        cut = min(cut, len(text) - n)
+        cut = min(cut, _last(text, n))
     return max(cut, self._seen)
+
+
+def _last(text: str, n: int) -> int:
+    "Where the last `n` signs of a text begin that can be seen."
+    at = len(text)
+    while n and at:
+        at -= 1
+        n -= text[at] != WIDTHLESS
+    return at
 
 
 def _release(self: OutputGuard, cut: int) -> str:

@@ -94,6 +94,8 @@ class Keys:
         if not re.fullmatch(r"[\w.@-]{1,64}", account):
             fix = "Up to 64 letters, digits and . _ - @"
             raise KitError("not a name for an account", key="account", value=account, remedy=fix)
+        if expires is not None and not expires > 0:
+            raise KitError("must be positive", key="expires", value=expires, remedy="A key that is not to be used need not be made")  # fmt: skip
         prefix, secret, now = f"llk_{secrets.token_hex(4)}", secrets.token_urlsafe(32), self.clock()
         text, until = f"{prefix}_{secret}", None if expires is None else now + expires
         with self.store.write() as db:
@@ -193,15 +195,20 @@ def allow(
     guards: str = "",  # "input_pii=mask, output_pii=block"; "": the default
 ) -> None:
     "Set the limits and the guards of an account; raises `KitError`."
-    read_policy(guards)
-    for name, value in (("rpm", rpm), ("tpm", tpm), ("budget", budget)):
-        if value is not None and value <= 0:
-            raise KitError("must be positive", key=name, value=value, remedy="Revoke the keys to allow nothing")
+    _allowable(rpm, tpm, budget, guards)
     with self.store.write() as db:
         change = (rpm, tpm, budget, guards, account)
         done = db.execute("UPDATE accounts SET rpm = ?, tpm = ?, budget = ?, guards = ? WHERE name = ?", change)
         if not done.rowcount:
             raise KitError("no such account", key="account", value=account, remedy="Create a key for it first")
+
+
+def _allowable(rpm: int | None, tpm: int | None, budget: float | None, guards: str) -> None:
+    "Raise `KitError` unless an account can have these limits and guards."
+    read_policy(guards)
+    for name, value in (("rpm", rpm), ("tpm", tpm), ("budget", budget)):
+        if value is not None and not value > 0:
+            raise KitError("must be positive", key=name, value=value, remedy="Revoke the keys to allow nothing")
 
 
 Keys.check, Keys.revoke, Keys.rotate, Keys.allow = check, revoke, rotate, allow
@@ -232,7 +239,7 @@ def keys_create(
 ) -> int:
     "Make an API key and print it; it is never shown again."
     keys = Keys(database_path(settings))
-    read_policy(guards)
+    _allowable(rpm or None, tpm or None, budget or None, guards)  # before there is a key that nobody has seen
     text, key = keys.create(account, tuple(s.strip() for s in scopes.split(",")), days * 86400 or None)
     if rpm or tpm or budget or guards:
         a = key.account

@@ -85,7 +85,9 @@ class Limits:
 
 
 def _levels(db, account: str, caps: Mapping[str, float], now: float) -> dict[str, float]:
-    "The levels of an account's buckets; a new one is full."
+    "The levels of an account's buckets; a new one is full, and one from the future is one of now."
+    if caps:
+        db.execute("UPDATE buckets SET at = ? WHERE account = ? AND at > ?", (now, account, now))
     known = {r["kind"]: r for r in db.execute("SELECT kind, level, at FROM buckets WHERE account = ?", (account,))} if caps else {}  # fmt: skip
     return {k: refill(known[k]["level"], now - known[k]["at"], cap) if k in known else cap for k, cap in caps.items()}
 
@@ -113,15 +115,17 @@ def reserve(
         return Reservation(account, tokens, 0.0, {})  # nothing to take: the database is not asked
     with self.store.write() as db:
         levels = _levels(db, account.name, {kind: cap for kind, cap, _ in needs if cap is not None}, now)
-        for kind, cap, need in needs:
-            if cap is not None and levels[kind] < need:
-                raise _limited(kind, cap, need, account, levels)
-        if account.budget is not None and _spent(db, account.name) + cost > account.budget:
+        over = [(kind, cap, need) for kind, cap, need in needs if cap is not None and levels[kind] < need]
+        refusal = _limited(*over[0], account, levels) if over else None
+        if not over and account.budget is not None and _spent(db, account.name) + cost > account.budget:
             told, headers = "The budget of this account is used up, or too small for this request", _headers(account, levels)  # fmt: skip
-            raise ApiError(429, told, type="insufficient_quota", code="insufficient_quota", headers=headers)
-        levels = {kind: levels[kind] - need for kind, cap, need in needs if cap is not None}
-        _put(db, account.name, levels, now)
-        _spend(db, account.name, cost or 0.0)
+            refusal = ApiError(429, told, type="insufficient_quota", code="insufficient_quota", headers=headers)
+        if refusal is None:
+            levels = {kind: levels[kind] - need for kind, cap, need in needs if cap is not None}
+            _put(db, account.name, levels, now)
+            _spend(db, account.name, cost or 0.0)
+    if refusal is not None:  # outside of the transaction, which has corrected the time of a bucket
+        raise refusal
     return Reservation(account, tokens, cost or 0.0, _headers(account, levels))
 
 

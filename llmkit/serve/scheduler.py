@@ -8,6 +8,7 @@ __all__ = ['log', 'GRACE', 'Scheduler', 'submit', 'bounded', 'compute', 'place_o
 # %% ../../nbs/08_serve/03_scheduler.ipynb #afad152b
 import asyncio
 import logging
+import math
 import threading
 import time
 import traceback
@@ -295,11 +296,11 @@ def _step(self: Scheduler) -> None:
 
 def _take(self: Scheduler, t: Ticket, slot: int, token: Token, now: float) -> None:
     "Hand over a token, unless it was handed over before the step that failed."
+    if math.isnan(token.logprob):  # then the logits are no numbers, and any token is as good as this one
+        return self._fail(t, slot, FloatingPointError("the logits are not numbers"))
     if t.replay:
         if token.id != t.sent[len(t.sent) - t.replay]:
-            self.running.pop(slot, None)
-            self._batch.leave(slot)
-            return self._end(t, "failed", _broken(RuntimeError("an answer came out differently the second time")))
+            return self._fail(t, slot, RuntimeError("an answer came out differently the second time"))
         t.replay -= 1
         return
     t.suspect = False
@@ -309,6 +310,13 @@ def _take(self: Scheduler, t: Ticket, slot: int, token: Token, now: float) -> No
     if token.finish:
         self._end(t, "finished")
         self.mean += 0.1 * (t.times["done"] - t.times["submitted"] - self.mean)
+
+
+def _fail(self: Scheduler, t: Ticket, slot: int, error: Exception) -> None:
+    "End a request at a step that went well for the others."
+    if self.running.pop(slot, None) is not None:  # with its last token it has left by itself
+        self._batch.leave(slot)
+    self._end(t, "failed", _broken(error))
 
 
 def _isolate(self: Scheduler, error: Exception) -> None:
@@ -347,6 +355,7 @@ def _broken(error: BaseException) -> ApiError:
 
 
 Scheduler._admit, Scheduler._step, Scheduler._take, Scheduler._isolate = _admit, _step, _take, _isolate
+Scheduler._fail = _fail
 
 # %% ../../nbs/08_serve/03_scheduler.ipynb #9b8c1c9b
 GRACE = 10.0  # seconds that the worker may take for the step that it is in

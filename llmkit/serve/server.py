@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOOPBACK', 'CUT', 'TURN', 'OPTIONS', 'Target', 'pick', 'from_registry', 'target_of', 'resolve', 'open_backend',
-           'open_keys', 'keys_said', 'run', 'Setup', 'measure', 'check_options', 'port_of', 'set_up', 'run_setup']
+           'open_keys', 'keys_said', 'run', 'Setup', 'measure', 'check_options', 'port_of', 'read_canaries', 'set_up',
+           'run_setup']
 
 # %% ../../nbs/08_serve/14_server.ipynb #eb00f653
 import asyncio
@@ -136,7 +137,12 @@ def open_backend(
         test = {"chats": chats, "expected": tokens, "test_tokens": known["max_tokens"]} if chats else {}
     options = {"release": target.release, "slots": slots, "queue": queue, "max_output": max_output, "context": context}
     options["system"] = "" if system == "-" else system or system_of(target.where)
-    backend = EngineBackend(open_any(target.where, said=said), **options, **test)
+    engine = open_any(target.where, said=said)
+    if target.bundle and open_artifact(target.where, verify=False).digest != target.bundle:
+        engine.close()
+        fix = "A pipeline may just have written there: try again, which takes the release from its store"
+        raise KitError("was replaced while it was loaded", file=target.where, remedy=fix)
+    backend = EngineBackend(engine, **options, **test)
     backend.bundle = Path(target.where) if target.bundle else None  # with the reports of before the release
     return backend
 
@@ -308,6 +314,11 @@ def port_of(
     return int(said) if port == -1 else port
 
 
+def read_canaries() -> list[str]:
+    "Secret markers that no answer may contain, from the environment's LLMKIT_CANARIES, with commas."
+    return [c.strip() for c in os.environ.get("LLMKIT_CANARIES", "").split(",") if c.strip()]
+
+
 def set_up(
     target: str = "",  # a folder or a URL that ends with /v1; default: what is registered
     *,
@@ -355,7 +366,7 @@ def set_up(
         limits=Limits(path, price),
         traces=open_traces(conf),
         events=events,
-        canaries=[c.strip() for c in os.environ.get("LLMKIT_CANARIES", "").split(",") if c.strip()],
+        canaries=read_canaries(),
         timeout=timeout,
         sampler=sampler,
     )

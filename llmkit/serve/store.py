@@ -114,7 +114,8 @@ class Store:
         try:
             yield db
         except BaseException:
-            db.execute("ROLLBACK")
+            if db.in_transaction:  # a disk that is full has ended it already, and its error is the one to tell
+                db.execute("ROLLBACK")
             raise
         db.execute("COMMIT")
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from ..core.errors import KitError
 from ..core.params import read_options
@@ -26,7 +27,7 @@ from ..core.settings import load_settings
 from .batch import Places, Presence, answer_one, queue_for
 from .envelope import answer_event, dead_event, read_event
 from .gateway import Gateway
-from .server import open_backend, resolve
+from .server import open_backend, read_canaries, resolve
 from .stream_folder import Delivery, FolderSink, FolderSource, Lag
 from .stream_redis import RedisSink, RedisSource, connect, read_address
 
@@ -242,17 +243,28 @@ async def open_ends(
     whole: bool,  # a last line without an end is a line
 ) -> tuple[Source, Sink, Sink]:
     "A source, a sink for answers and one for dead letters; raises `KitError`."
-    if source == out:
-        raise KitError("answers cannot go where the questions come from", key="out", value=out)
-    if out.startswith("redis"):
-        to = read_address(out)
-        answers, dead = [RedisSink(await connect(to), to.stream + tail, remember) for tail in ("", ".dead")]
+    if _place(source) in (_place(out), _place(out, ".dead")):
+        raise KitError("answers and dead letters cannot go where the questions come from", key="out", value=out)
+    if source.startswith("redis"):
+        at = read_address(source)
+        questions: Source = RedisSource(await connect(at), at.stream, group, patience)
     else:
-        answers, dead = FolderSink(out), FolderSink(out, "dead")
-    if not source.startswith("redis"):
-        return FolderSource(source, group, patience, whole), answers, dead
-    at = read_address(source)
-    return RedisSource(await connect(at), at.stream, group, patience), answers, dead
+        questions = FolderSource(source, group, patience, whole)
+    if not out.startswith("redis"):
+        return questions, FolderSink(out), FolderSink(out, "dead")
+    to = read_address(out)
+    answers, dead = [RedisSink(await connect(to), to.stream + tail, remember) for tail in ("", ".dead")]
+    return questions, answers, dead
+
+
+def _place(end: str, tail: str = "") -> tuple[Any, ...]:
+    "What two spellings of one end have in common; raises `KitError`."
+    if not end.startswith("redis"):
+        return (Path(end).resolve(),)
+    at = read_address(end)
+    parts = urlsplit(at.url)
+    host = {"localhost": "127.0.0.1", "::1": "127.0.0.1"}.get(parts.hostname or "", parts.hostname)
+    return host, parts.port or 6379, int(parts.path.strip("/") or 0), at.stream + tail
 
 # %% ../../nbs/08_serve/24_stream.ipynb #d7c01ca5
 def stream_run(
@@ -284,14 +296,14 @@ def stream_run(
     async def work() -> Counts:
         source_, sink, dead = await open_ends(source, out, group, patience, remember * 3600, once)
         backend = open_backend(found, slots=slots, queue=queue_for(slots), said=said, system=system)
-        gateway = Gateway(found.model, {"baseline": backend}, timeout=None)
+        gateway = Gateway(found.model, {"baseline": backend}, canaries=read_canaries(), timeout=None)
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
         for s in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(s, stop.set)
         worker = Worker(gateway, source_, sink, dead, attempts, run["together"])
-        if metrics >= 0:
-            _offer(gateway, metrics)
         try:
+            if metrics >= 0:
+                _offer(gateway, metrics)
             await gateway.check()
             return await consume(worker, **run, stop=stop, told=_say())
         finally:
@@ -323,7 +335,11 @@ def stream_run(
 
 def _offer(gateway: Gateway, port: int) -> None:
     "Metrics over HTTP, on this machine."
-    server, _ = need("prometheus_client", "serve").start_http_server(port, "127.0.0.1", gateway.metrics.registry)
+    try:
+        server, _ = need("prometheus_client", "serve").start_http_server(port, "127.0.0.1", gateway.metrics.registry)
+    except (OSError, OverflowError) as e:
+        fix = "Name another port; each consumer on a machine needs one of its own, and 0 is any free one"
+        raise KitError(f"cannot listen there: {e}", key="--metrics", value=port, remedy=fix) from e
     print(f"metrics on http://127.0.0.1:{server.server_port}/metrics", file=sys.stderr, flush=True)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from ..core.errors import KitError
 from .call import MESSAGE, parse
 from .gateway import Gateway
+from .guards import holds_canary
 from .wire import ApiError, checked, refused
 
 # %% ../../nbs/08_serve/12b_tokens.ipynb #494948ec
@@ -53,7 +54,7 @@ def tokenize(gateway: Gateway, body: Mapping[str, Any]) -> dict[str, Any]:
             chat = parse("chat", {"model": gateway.model, "messages": got["messages"]})
             asked = got.get("model")
             backend = gateway.variants[asked] if asked in gateway.adapters else gateway.baseline
-            secret = any(marker in backend.system for marker in gateway.canaries)
+            secret = holds_canary(backend.system, gateway.canaries)
             messages = chat.messages if secret else backend.whole(chat.messages)
             ids = tok.chat(messages, generation=got.get("add_generation_prompt", True))
     except KitError as e:

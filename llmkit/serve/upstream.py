@@ -220,7 +220,10 @@ class UpstreamBackend:
         context = known[self.model]
         self.context = int(context) if fault(CONTEXT, context) is None else None
         body = {"model": self.model, "prompt": "a", "max_tokens": 1}
-        got = await self.client.post(f"{self.url}/completions", json=body, timeout=60)
+        try:
+            got = await self.client.post(f"{self.url}/completions", json=body, timeout=60)
+        except need("httpx", "serve").HTTPError as e:
+            raise KitError(f"does not answer: {type(e).__name__}", key=self.url, remedy="Look at its log") from e
         if got.status_code != 200:
             raise KitError("does not answer", key=self.url, value=got.status_code, remedy="Look at its log")
 
@@ -321,7 +324,7 @@ class UpstreamAnswer:
                     if p.finish is not None:
                         ended.add(p.index)
                     self.usage.completion += 0 if counted else bool(p.text)
-                    yield p
+                    yield replace(p, tokens=int(bool(p.text)))  # one at least, so that the first is known to be there
             if len(ended) < want:
                 raise upstream_error(502, None)
             self.backend.finished += 1

@@ -8,6 +8,7 @@ __all__ = ['Fault', 'Check', 'ApiError', 'refused', 'busy', 'read_body', 'checke
 # %% ../../nbs/08_serve/01_wire.ipynb #658ce708
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -131,7 +132,7 @@ def checked(body: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str, 
 
 
 def _any_of(schema: Mapping) -> Check:
-    "Alternatives: the fault that lies deepest in one of them is told, or that of the one with the right type."
+    "Alternatives: the fault that lies furthest in one of them is told, or that of the one with the right type."
     parts, told = [(checker(s), _kinds(s)) for s in schema["anyOf"]], schema.get("description")
 
     def check(value: Any, path: str) -> Fault:
@@ -141,10 +142,18 @@ def _any_of(schema: Mapping) -> Check:
                 return None
             found.append((f, kinds))
         deep = [f for f, _ in found if f[0] != path]
+        far = max(map(_reach, deep), default=[])
+        last = list(dict.fromkeys(f for f in deep if _reach(f) == far))  # of the alternatives that fitted longest
         sized = [f for f, kinds in found if any(_is(value, k) for k in kinds)]
-        return (deep or ([(path, told)] if told else sized) or [(path, "has a wrong type")])[0]
+        unsure = [(path, told)] if told else sized
+        return ((last if len(last) == 1 or not told else []) or unsure or [(path, "has a wrong type")])[0]
 
     return check
+
+
+def _reach(f: tuple[str, str]) -> list[int]:
+    "How far into lists a fault lies."
+    return [int(i) for i in re.findall(r"\[(\d+)\]", f[0])]
 
 
 def _one_of(schema: Mapping) -> Check:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import random
 import socket
 import struct
@@ -212,6 +213,21 @@ def test_a_poisoned_request_fails_alone(make_gateway):
         assert "poison" not in got["b"].text
         assert 'llmkit_failed_steps_total{variant="baseline"}' in httpx.get(f"{url}/metrics").text
         assert post(url).status_code == 200
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_logits_that_are_no_numbers_are_a_failure_and_no_sure_answer(make_gateway, temperature):
+    class Overflowing(DummyEngine):
+        def next_logits(self, prompt, answer=()):
+            logits = super().next_logits(prompt, answer)
+            return logits * math.nan if b"poison" in bytes(i for i in prompt if i < 256) else logits
+
+    gateway = make_gateway(Overflowing(replies=REPLIES))
+    with serving(gateway) as url:
+        bad, good = post(url, prompt="poison", temperature=temperature), post(url)
+        assert (bad.status_code, good.status_code) == (500, 200)
+        assert bad.json()["error"]["code"] == "engine_error"
+        assert sorted(e["status"] for e in gateway.events.all("request")) == ["error", "ok"]
 
 
 def test_replacing_the_engine_under_load_loses_nothing(make_gateway):

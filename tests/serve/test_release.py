@@ -1,5 +1,6 @@
 "From the registry to an answer: a registered bundle with a real ONNX engine is found, verified, tested and served."
 
+import asyncio
 import shutil
 import signal
 import subprocess
@@ -13,12 +14,14 @@ import pytest
 from release_road import LINES, TINY, random_delta, run_card, run_gate, run_package, small_dataset, write_reports
 from serve_server import PATIENCE, serving, until
 
-from llmkit.core.artifact import open_artifact
+import llmkit.serve.server as server
+from llmkit.core.artifact import build, open_artifact
 from llmkit.core.digests import short
 from llmkit.core.errors import KitError
 from llmkit.core.files import read_json, write_json, write_text
 from llmkit.core.params import ParamsError
 from llmkit.core.settings import load_settings
+from llmkit.runtime.dummy import DummyEngine
 from llmkit.runtime.sampling import Sampling
 from llmkit.serve.adapters import Adapters
 from llmkit.serve.call import parse
@@ -244,3 +247,23 @@ def test_serve_starts_with_nothing_said_and_stops_on_sigterm(project):
         if p.poll() is None:
             p.kill()
             p.wait(PATIENCE)
+
+
+def test_a_bundle_that_is_replaced_while_it_is_loaded_is_not_served_with_a_mock_of_the_loader(tmp_path, monkeypatch):
+    def bundle(name):
+        with build(tmp_path / "bundle", "bundle", {}, {}) as d:
+            write_json(d / "bundle.json", {"name": name, "system": "", "self_test": {"prompts": [], "max_tokens": 8}})
+        return open_artifact(tmp_path / "bundle").digest
+
+    class Closed(DummyEngine):
+        def close(self):
+            closed.append(self)
+
+    monkeypatch.setattr(server, "verify_bundle", lambda where, digest: Path(where))
+    target, closed = server.Target("bank", str(tmp_path / "bundle"), "sha256:1", bundle("old")), []
+    monkeypatch.setattr(server, "open_any", lambda where, said=None: Closed())
+    asyncio.run(server.open_backend(target).close(1))
+    monkeypatch.setattr(server, "open_any", lambda where, said=None: bundle("new") and Closed())
+    with pytest.raises(KitError, match="was replaced while it was loaded"):
+        server.open_backend(target)
+    assert len(closed) == 2

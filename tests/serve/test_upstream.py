@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from contextlib import contextmanager
 
 import httpx
@@ -12,7 +13,11 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
+import llmkit.serve.batch as batch
 from llmkit.core.errors import KitError
+from llmkit.runtime.dummy import DummyEngine
+from llmkit.serve.batch import Line, run_batch
+from llmkit.serve.events import Events
 from llmkit.serve.gateway import Gateway
 from llmkit.serve.keys import Keys
 from llmkit.serve.limits import Limits, Price
@@ -49,6 +54,50 @@ def test_the_answers_are_the_upstreams(chain, dummy):
     parts = list(far.chat.completions.create(model="front", stream=True, messages=chat["messages"], temperature=0))
     assert "".join(p.choices[0].delta.content or "" for p in parts) == REPLIES["card"]
     assert front.baseline.open == 0 and front.open == 0
+
+
+def test_the_log_knows_when_its_first_token_came_and_the_label(tmp_path, make_gateway):
+    class Paused(DummyEngine):
+        def next_logits(self, prompt, answer=()):
+            time.sleep(0.5 if len(answer) == 12 else 0)
+            return super().next_logits(prompt, answer)
+
+    events = Events(tmp_path / "front.db")
+    with serving(make_gateway(Paused(replies={"card": "lost_card: We have blocked it."}))) as url:
+        front = Gateway("front", {"baseline": UpstreamBackend(f"{url}/v1", "bank")}, events=events)
+        body = {"model": "front", "messages": [{"role": "user", "content": "card"}], "temperature": 0}
+        with serving(front) as outside:
+            got = httpx.post(f"{outside}/v1/chat/completions", json=body, timeout=PATIENCE)
+    assert got.status_code == 200
+    (e,) = events.all("request")
+    assert e["label"] == "lost_card" and e["latency"] >= 0.5 > e["ttft"], "a slow end is no late beginning"
+
+
+def test_a_batch_waits_for_a_mock_upstream_that_is_busy(monkeypatch):
+    asked, waits, sleep = [], [], asyncio.sleep
+    end = {"choices": [{"index": 0, "text": "yes", "finish_reason": "stop"}]}
+
+    def limited(request):
+        asked.append(request)
+        if len(asked) % 3:
+            return httpx.Response(429, headers={"retry-after": "7"}, json={"error": {"message": "slow down"}})
+        return httpx.Response(200, text=f"data: {json.dumps(end)}\n\ndata: [DONE]\n\n")
+
+    async def soon(seconds):
+        waits.append(seconds)
+        await sleep(0)
+
+    async def run():
+        bank = Gateway("m", {"baseline": UpstreamBackend("http://u/v1", "m", transport=httpx.MockTransport(limited))})
+        lines = (Line(i, f"q{i}", "completion", {"prompt": "x"}) for i in range(1, 21))
+        return await run_batch(lines, bank, lambda a: None, lambda e: None)
+
+    monkeypatch.setattr(batch.asyncio, "sleep", soon)
+    tally = asyncio.run(run())
+    assert (tally.answered, tally.errors, len(asked)) == (20, 0, 60) and waits and min(waits) == 7
+    monkeypatch.setattr(batch, "BUSY", 5.0)  # sooner than it wants to be asked again
+    asked.clear()
+    assert asyncio.run(run()).errors > 0
 
 
 def test_its_refusals_are_passed_on_and_its_failures_are_not(chain):
