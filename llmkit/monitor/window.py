@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..core.errors import KitError
 from .policy import MonitorPolicy
 from ..serve.events import Events
 
@@ -54,6 +55,15 @@ _REQUESTS = """SELECT seq, body FROM events WHERE kind = 'request' AND seq > ? A
   ORDER BY seq LIMIT ?"""
 
 
+def _requests(events: Events, after: int, release: str, size: int) -> list:
+    "The requests of a release behind a number; raises `KitError` when the log has not come so far: it is another one."
+    found = events.store.read("SELECT seq FROM sqlite_sequence WHERE name = 'events'")
+    if (last := found[0]["seq"] if found else 0) < after:
+        fix = "Put the log back; or move the file of `monitor_db` away: windows begin anew then, and actions are forgotten"
+        raise KitError("is another log of requests than that of the windows so far", file=events.store.path, value=f"{last} events, and the last window ended with the {after}th", remedy=fix)  # fmt: skip
+    return events.store.read(_REQUESTS, after, release, size)
+
+
 def next_window(
     events: Events,
     policy: MonitorPolicy,
@@ -62,9 +72,9 @@ def next_window(
     after: int,  # number of the event that the last window ended with
     now: float,  # seconds since the epoch
 ) -> Window | None:
-    "The window with this number, or None while it is not due."
+    "The window with this number, or None while it is not due; raises `KitError`."
     size = policy.requests if number else policy.reference
-    found = [(r["seq"], json.loads(r["body"])) for r in events.store.read(_REQUESTS, after, release, size)]
+    found = [(r["seq"], json.loads(r["body"])) for r in _requests(events, after, release, size)]
     if not found:
         return None
     until = found[0][1]["time"] + policy.at_most
@@ -128,5 +138,5 @@ def waiting(
 ) -> Waiting:
     "How much of the next window is there."
     size = policy.requests if number else policy.reference
-    found = events.store.read(_REQUESTS, after, release, size)
+    found = _requests(events, after, release, size)
     return Waiting(len(found), size, json.loads(found[0]["body"])["time"] if found else None)

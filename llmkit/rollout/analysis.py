@@ -7,6 +7,7 @@ __all__ = ['compare', 'finding', 'harmful', 'left_out', 'analyse', 'documented']
 
 # %% ../../nbs/09_rollout/06_analysis.ipynb #ef90ac2f
 import math
+from collections import Counter
 from dataclasses import asdict, replace
 
 from ..core.digests import digest_json
@@ -27,7 +28,7 @@ from ..gate.verdict import RuleResult, Verdict, worst
 from .policy import METRICS, Guardrail, RolloutPolicy
 from .reports import arm_report, shadow_reports
 from .state import Evidence, RolloutState
-from .window import Arm, Window
+from .window import ENDLESS, Arm, Window
 
 # %% ../../nbs/09_rollout/06_analysis.ipynb #adaaf271
 def compare(
@@ -86,16 +87,19 @@ def harmful(
     return Gap(-gap.value, -gap.high, -gap.low, alpha, gap.n, gap.n_baseline, gap.method)
 
 # %% ../../nbs/09_rollout/06_analysis.ipynb #ac7af945
-def _judge(g: Guardrail, variant: str, base: Arm, cand: Arm, harm: float) -> RuleResult:
+def _judge(g: Guardrail, variant: str, w: Window, now: float, harm: float) -> RuleResult:
     "One guardrail on one variant."
-    most = g.most or 1.0
-    shown = harmful(g, base, cand, min(g.alpha, harm), most)  # an abort has its own, smaller, share of alpha
-    gap = shown or compare(g, base, cand, g.alpha, most)
+    most, sides = g.most or 1.0, ("baseline", variant)
+    least, endless = ({v: w.so_far(v, at) for v in sides} for at in (now, ENDLESS))  # against it, and for it
+    shown = harmful(g, endless["baseline"], least[variant], min(g.alpha, harm), most)  # an abort has its own share
+    gap = shown or compare(g, least["baseline"], endless[variant], g.alpha, most)
     outcome = "fail" if shown else "pass" if finding(g, gap) == "pass" else "inconclusive"
     ratio = g.max_ratio is not None
     limit = g.max_ratio if ratio else g.margin if g.role == "success" else -g.margin
     ends = [x if math.isfinite(x) else None for x in (gap.low, gap.high)]
     text, test = _sentence(g, variant, gap, outcome), "max_ratio" if ratio else "noninferiority"
+    if g.metric.startswith("latency") and (still := Counter(v for v, *_ in w.running.values())):
+        text += f". {still[variant]} requests of {variant} and {still['baseline']} of baseline still run: as slow as they have been so far, to show harm, and endless, to pass"
     if g.dry_run:
         outcome, text = "skipped", f"{text}. Dry run: it would be {outcome}, and has no say"
     elif outcome != "pass" and g.because:
@@ -134,14 +138,19 @@ def _hard_stops(policy: RolloutPolicy, w: Window, variants: list[str], alpha: fl
     return out
 
 
-def _freshness(policy: RolloutPolicy, w: Window, arms: list[str], now: float) -> RuleResult:
-    "Whether every arm has been heard of lately."
+def _freshness(policy: RolloutPolicy, w: Window, shares: dict[str, float], now: float) -> RuleResult:
+    "Whether every arm has been heard of lately; shares are of the requests."
+    arms = list(shares)
     after, rule = policy.validity.stale_after, f"telemetry no older than {policy.validity.stale_after:g} s"
     age = {v: now - max(w.since, w.arms[v].last if v in w.arms else w.since) for v in arms}
     stale = [v for v in arms if age[v] > after]
     if len(stale) == len(arms):
         text = f"no request of any arm for {min(age.values()):.0f} s: no data is never a pass"
         return RuleResult(rule, policy.validity.on_no_data, text, "telemetry", "traffic")
+    since = {v: w.requests - (w.arms[v].at if v in w.arms else 0) for v in stale}
+    if stale and all((1 - shares[v]) ** since[v] >= policy.validity.srm_alpha for v in stale):
+        text = f"no request of {', '.join(stale)} for {age[stale[0]]:.0f} s, and {since[stale[0]]} of the others, which may be chance"
+        return RuleResult(rule, "inconclusive", text, "telemetry", "traffic")
     if stale:
         text = f"no request of {', '.join(stale)} for {age[stale[0]]:.0f} s while others have some: the telemetry is stale"  # fmt: skip
         if w.counts["early"]:
@@ -191,11 +200,10 @@ def _analyse_canary(policy: RolloutPolicy, s: RolloutState, w: Window, now: floa
     harm = policy.alpha / (max(1, tests) * stages * len(variants))
     if stops := _hard_stops(policy, w, variants, harm):
         return Evidence(Verdict("fail", tuple(stops), policy.digest), samples=samples, silent=False)
-    fresh, split = _freshness(policy, w, ["baseline", *variants], now), _split(policy, w, s.weights)
+    fresh, split = _freshness(policy, w, {v: x / 100 for v, x in s.weights.items()}, now), _split(policy, w, s.weights)
     if bad := [r for r in (fresh, split) if r.outcome == "error"]:
         return Evidence(Verdict("error", tuple(bad), policy.digest), samples=samples, silent=fresh.outcome != "pass")
-    base = w.arms.get("baseline", Arm())
-    found = [_judge(g, v, base, w.arms.get(v, Arm()), harm) for v in variants for g in policy.canary]
+    found = [_judge(g, v, w, now, harm) for v in variants for g in policy.canary]
     reasons = (fresh, split, *_enough(policy, s, samples, now), *found)
     return Evidence(Verdict(worst([r.outcome for r in reasons]), reasons, policy.digest), samples=samples, silent=fresh.outcome != "pass" or not samples)  # fmt: skip
 
@@ -220,11 +228,11 @@ _COMPARED = ("agreement", "exact_match_rate", "label_agreement")  # of two answe
 def _analyse_shadow(policy: RolloutPolicy, s: RolloutState, w: Window, now: float) -> Evidence:
     "The evidence of a stage in which copies are answered; nothing between two looks."
     n, step = len(w.pairs), policy.steps[s.step]
-    fresh = _freshness(policy, w, ["baseline", "shadow"], now)
+    fresh = _freshness(policy, w, {"baseline": 1.0, "shadow": 1.0}, now)
     silent = fresh.outcome != "pass" or not n
     if fresh.outcome == "error":
         return Evidence(Verdict("error", (fresh,), policy.digest), samples=n, silent=silent)
-    late = step.kind == "analysis" and now - s.deadline_from >= step.max_duration
+    late = step.kind == "analysis" and s.phase == "Progressing" and now - s.deadline_from >= step.max_duration
     early = n < max(step.min_samples, 1) or now - s.step_since < step.min_duration
     if step.kind != "analysis" or not n or (not late and (early or n < 2 * s.look_n)) or n == s.look_n:
         when = f"{max(step.min_samples, 2 * s.look_n)} pairs after {step.min_duration:g} s"

@@ -25,6 +25,7 @@ from .scrape import Scrape
 from .shadow import Mirror
 from .state import RolloutState
 from .store import Store
+from .window import OF_VARIANTS
 from ..serve.backend import Backend
 from ..serve.call import Call, parse
 from ..serve.gateway import Gateway
@@ -115,7 +116,7 @@ class Live:
     def observe(self, event: Mapping[str, Any]) -> None:
         "Hand what happened to the controller, if it concerns the rollout."
         c = self.controller or (self.coming if event.get("unloaded") else None)
-        if c and c.state and (event["kind"] not in ("request", "stall") or event["variant"] in c.state.releases):
+        if c and c.state and (event["kind"] not in OF_VARIANTS or event["variant"] in c.state.releases):
             c.observe(event)
 
     def mirror(self, call: Call, body: Mapping[str, Any], event: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Kind', 'METRICS', 'SHADOW_METRICS', 'PAIRS', 'seconds', 'Metric', 'HardStop', 'Guardrail', 'read_guardrail', 'Step',
-           'read_step', 'Validity', 'RolloutPolicy', 'read_rollout']
+           'read_step', 'Validity', 'RolloutPolicy', 'read_rollout', 'read_stall']
 
 # %% ../../nbs/09_rollout/01_policy.ipynb #97975585
 import re
@@ -15,6 +15,7 @@ from typing import Any, Literal
 from ..core.digests import digest_json
 from ..core.params import ParamsError, check_section, conform, did_you_mean
 from ..gate.policy import PAIRED, Rule, read_rule
+from ..serve.events import STALL
 
 # %% ../../nbs/09_rollout/01_policy.ipynb #1974a089
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -238,7 +239,7 @@ class RolloutPolicy:
     digest: str  # of the section as written
     unit: Literal["request", "user"] = "request"  # what counts once in the tests
     settle: float = 30.0  # unit user: seconds within which the first of a user's requests is looked for
-    stall_after: float = 10.0  # seconds without a token after which a request counts in `stall_rate`
+    stall_after: float = STALL  # seconds without a token after which a request counts in `stall_rate`
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -270,7 +271,7 @@ def read_rollout(
     policy = RolloutPolicy(
         s["alpha"], seconds(s["label_lag"], "rollout.label_lag"), tuple(s["strata"]), steps, rules, rails,
         Validity(**valid), on, digest_json(section), s.get("unit", "request"), seconds(s.get("settle", "30s"), "rollout.settle"),
-        seconds(s.get("stall_after", "10s"), "rollout.stall_after"),
+        read_stall(s),
     )  # fmt: skip
     if "settle" in s and policy.unit == "request":
         fix = "Write unit: user, or leave settle out"
@@ -278,6 +279,13 @@ def read_rollout(
     if fault := _unsound(policy):
         raise ParamsError(fault[1], file=file, key=f"rollout.{fault[0]}", remedy=fault[2])
     return policy
+
+
+def read_stall(
+    section: Mapping[str, Any],  # the `rollout` section, or none of it
+) -> float:  # seconds
+    "How long a request may wait for a token before it has stalled; raises `ParamsError`."
+    return seconds(section["stall_after"], "rollout.stall_after") if "stall_after" in section else STALL
 
 
 def _shadow_rule(entry: Any, alpha: float, key: str) -> Rule:
@@ -294,18 +302,14 @@ def _shadow_rule(entry: Any, alpha: float, key: str) -> Rule:
     return rule
 
 # %% ../../nbs/09_rollout/01_policy.ipynb #11a78a3e
-def _canary(steps: tuple[Step, ...]) -> bool:
-    "Whether users are with the canary after these steps."
-    return any(s.kind == "setWeight" for s in steps)
-
-
 def _unsound(p: RolloutPolicy) -> tuple[str, str, str] | None:
     "What does not fit together in a policy: key, fault, remedy."
-    stage, last = None, None
+    stage, last, canary = None, None, []  # analyses of a canary
     for i, s in enumerate(p.steps):
         stage = s.kind if s.kind in ("shadow", "setWeight") else stage
         if s.kind == "analysis":
             last = (stage, s.require)
+            canary += [s] if stage == "setWeight" else []
             if stage is None:
                 return f"steps[{i}]", "nothing to analyse yet", "Put shadow or setWeight before it"
             rules = p.shadow if stage == "shadow" else [g for g in p.canary if not g.dry_run]
@@ -315,9 +319,7 @@ def _unsound(p: RolloutPolicy) -> tuple[str, str, str] | None:
                 return f"steps[{i}]", "an analysis without a rule that can pass", f"Add rules to {'shadow' if stage == 'shadow' else 'canary'}"  # fmt: skip
     if last != ("setWeight", "noninferiority") or p.steps[-1].kind in ("shadow", "setWeight"):
         return "steps", "may promote what was not shown to be good", "End with setWeight and an analysis that requires noninferiority"  # fmt: skip
-    short = min(
-        (s.min_duration for i, s in enumerate(p.steps) if s.kind == "analysis" and _canary(p.steps[:i])), default=0
-    )
+    short = min(s.min_duration for s in canary)
     if any(g.metric == "stall_rate" and not g.dry_run for g in p.canary) and not 0 < 3 * p.stall_after <= short:
         return "stall_after", "a third of the shortest analysis of the canary at most: of requests that hang, those of the last `stall_after` are not known yet", "Shorten it, or lengthen min_duration"  # fmt: skip
     if list(p.strata) != sorted(set(p.strata)) or any(x < 1 for x in p.strata):

@@ -30,7 +30,7 @@ def _enter(policy: RolloutPolicy, s: RolloutState, step: int, e: Event, evidence
         todo = policy.steps[step]
         slots = reweigh(slots, dict(todo.weights))
         mirror, stage, step = todo.percent, stage + 1, step + 1
-    moved = {} if stage == s.stage else {"stage_since": now, "looks": 0, "look_n": 0}
+    moved = {} if stage == s.stage else {"stage_since": now, "looks": 0, "look_n": 0, "found": ""}
     s = replace(s, step=step, step_since=now, deadline_from=now, slots=slots, mirror=mirror, stage=stage, verdict=evidence, **moved)  # fmt: skip
     if step == len(policy.steps):
         return _promoted(s, e, evidence)
@@ -64,7 +64,7 @@ def _tick(policy: RolloutPolicy, s: RolloutState, e: Event, ev: Evidence) -> Nex
     if s.finished:
         return s, ()
     if ev.look:
-        s = replace(s, looks=s.looks + 1, look_n=ev.samples)
+        s = replace(s, looks=s.looks + 1, look_n=ev.samples, found=ev.outcome)
     if ev.outcome == "fail":
         return _act(policy, s, e, ev, "fail", _first(ev))
     if ev.outcome == "error" and s.phase == "Progressing":
@@ -124,7 +124,7 @@ def _command(policy: RolloutPolicy, s: RolloutState, e: Event, ev: Evidence) -> 
     if kind == "pause":
         return replace(s, phase="Paused", paused_by="person", reason=because), ()
     if kind == "resume":
-        if s.paused_by == "step":
+        if policy.steps[s.step].kind == "pause":  # whoever holds it there
             if s.step + 1 == len(policy.steps):  # into a promotion
                 return _by_hand(policy, s, e, ev)
             return _enter(policy, s, s.step + 1, e, s.verdict)
@@ -151,6 +151,9 @@ _REMEDY = {
 def _by_hand(policy: RolloutPolicy, s: RolloutState, e: Event, ev: Evidence) -> Next:
     "Leave the step, or all of them; raises `KitError` without data or against a finding."
     last = e.get("full") or s.step + 1 >= len(policy.steps)
+    if s.stage_kind == "shadow" and s.found == "fail":  # between two looks the evidence says nothing
+        fix = "Abort, or resume and let the next look say otherwise"
+        raise KitError("the last look at the shadow says fail", key=s.id, value=s.reason, remedy=fix)
     if ev.outcome in ("fail", "error"):
         raise KitError(
             f"the verdict is {ev.outcome}", key=s.id, value=_first(ev), remedy="Abort, or mend what it names"

@@ -307,11 +307,16 @@ def rollout_plan(
 ) -> int:
     "Rehearse the policy on traffic like yours: an equal challenger, and bad ones."
     rules, now = read_rollout(load_params(policy, "rollout"), policy), Traffic(errors=errors, refusals=refusals, latency=latency, users=users, habits=habits)  # fmt: skip
-    cases = {"as good": {}, "errors 5 times": {"errors": min(1.0, 5 * errors)}, "p95 x 1.5": {"slower": 1.5}, "refusals + 10 points": {"refusals": min(1.0, refusals + 0.1)}, "one of ten hangs": {"stalls": 0.1}, "one of ten is refused": {"rejects": 0.1}}  # fmt: skip
-    watched = {g.metric for g in rules.canary}
-    for metric, case in (("stall_rate", "one of ten hangs"), ("reject_rate", "one of ten is refused")):
-        if metric not in watched:
-            del cases[case]
+    cases = {
+        "as good": {}, "errors 5 times": {"errors": min(1.0, 5 * errors)}, "p95 x 1.5": {"slower": 1.5},
+        "refusals + 10 points": {"refusals": min(1.0, refusals + 0.1)},
+    }  # fmt: skip
+    also = {
+        "stall_rate": {"one of ten hangs": {"stalls": 0.1}},
+        "reject_rate": {"one of ten is refused": {"rejects": 0.1}},
+    }
+    for g in rules.canary:
+        cases |= also.get(g.metric, {})
     for name, change in cases.items():
         print(f"{name}: {rehearse(rules, per_hour, times, now, change)}")
     return 0

@@ -19,7 +19,7 @@ from ..core.settings import Settings
 from ..release.registry import registry_uri, versions
 from .commands import open_registry, open_store
 from .live import Live, newest
-from .policy import read_rollout
+from .policy import read_stall
 from .view import status_line
 from ..serve.backend import Backend
 from ..serve.push import Push
@@ -27,11 +27,10 @@ from ..serve.server import Setup, open_backend, run_setup, set_up, target_of
 
 # %% ../../nbs/09_rollout/15_serve.ipynb #c0b11bc2
 def stalls_after(
-    policy: str,  # a file with a section `rollout`; where there is none, 10 seconds
+    policy: str,  # a file with a section `rollout`, or none
 ) -> float:  # seconds
     "How long a request may wait for a token before it has stalled; raises `ParamsError`."
-    rules = load_params(policy).get("rollout") if Path(policy).is_file() else None
-    return read_rollout(rules, policy).stall_after if rules else 10.0
+    return read_stall((load_params(policy).get("rollout") or {}) if Path(policy).is_file() else {})
 
 # %% ../../nbs/09_rollout/15_serve.ipynb #d19b4629
 def opener(

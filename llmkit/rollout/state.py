@@ -37,6 +37,7 @@ class RolloutState:
     mirror: float = 0.0  # percent of requests that are copied to the shadow
     looks: int = 0  # analyses of the shadow so far in this stage
     look_n: int = 0  # pairs at the last of them
+    found: str = ""  # the outcome of the last of them
     attempt: int = 1  # `retry` begins another
     paused_by: Literal["", "step", "person", "policy"] = ""
     reason: str = ""  # why it is where it is, for people

@@ -27,7 +27,7 @@ from .analysis import analyse, documented
 from .policy import RolloutPolicy, read_rollout
 from .reducer import Event, reduce
 from .state import Effect, Evidence, RolloutState, from_json, to_json
-from .window import Window, read_window, readable, window_json
+from .window import OF_VARIANTS, Window, read_window, readable, window_json
 from ..serve.store import make_tables, write_ahead
 
 # %% ../../nbs/09_rollout/08_store.ipynb #6998cf2d
@@ -384,7 +384,7 @@ def _known(state: RolloutState, event: Any) -> Mapping[str, Any] | None:
     "An event under the name of its variant here; None when it cannot be read, or is of no release of the rollout."
     if not readable(event):
         return None
-    if event["kind"] not in ("request", "stall"):
+    if event["kind"] not in OF_VARIANTS:
         return event
     if event["fallback"] and event["variant"] in state.releases:  # answered by another's release: its own could not
         return event

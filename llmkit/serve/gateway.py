@@ -24,7 +24,7 @@ from ..core.params import did_you_mean
 from ..evals.energy import Meter
 from .backend import Answer, Backend, Work
 from .call import Call
-from .events import Events, unit_of
+from .events import STALL, Events, unit_of
 from .guards import Blocked, Found, OutputGuard, guard_input, refuse_logprobs
 from .keys import ANYONE, Account, Key, Keys
 from .limits import Limits, RateLimited, Reservation
@@ -82,7 +82,7 @@ class Gateway:
     traces: Traces | None = None  # None: none are made
     canaries: Sequence[str] = ()  # markers that no answer may contain
     timeout: float | None = 300.0  # seconds for a request
-    stall_after: float = 10.0  # seconds without a token after which a request has stalled
+    stall_after: float = STALL  # seconds without a token after which a request has stalled
     refusal: Callable[[str], bool] | None = None  # whether an answer refuses; default: the rule of the evaluation
     sampler: Sampler | None = None  # looks at a share of the answers
     meter: tuple[str, Meter] | None = None  # a method and its meter; default: the best one here
@@ -111,9 +111,11 @@ class Gateway:
         return len(self.running)
 
     def tell_stalls(self) -> None:
-        "Tell of each request that has stalled, once."
+        "Tell of each request that runs for long, and of each that has stalled, once."
         now = self.timer()
         for x in list(self.running):
+            if now - x.start > self.stall_after:
+                x.runs()
             if now - x.waits > self.stall_after:
                 x.stall()
 
@@ -204,6 +206,7 @@ class Exchange:
         self.held: Reservation | None = None
         self.ttft: float | None = None
         self.waits, self.stalled = self.start, False  # since when it waits for the next token; inf: it does not
+        self.told = False  # that it runs for long
         self.found: Found = Counter()
         self.confidence = Confidence()
         self.guards: dict[int, OutputGuard] = {}
@@ -252,12 +255,24 @@ class Exchange:
         if self.stalled or self.event is not None or self.unloaded or not self.release:
             return
         self.stalled, g = True, self.gateway
-        event = {"kind": "stall", "time": self.time, "id": self.id, "variant": self.variant}
+        g.metrics.stalled.labels(g.model, self.variant).inc()
+        self._so_far("stall")
+
+    def runs(self) -> None:
+        "Tell that it has no end yet, before anybody knows its latency; only the first call does anything."
+        if self.told or self.event is not None or self.unloaded or not self.release or self.work is None:
+            return
+        self.told = True
+        self._so_far("running", prompt_tokens=self.work.prompt_tokens)
+
+    def _so_far(self, kind: str, **more: Any) -> None:
+        "Write and tell what is known before the end."
+        g = self.gateway
+        event = {"kind": kind, "time": self.time, "id": self.id, "variant": self.variant, **more}
         event |= {"release": self.release, "unit": self.unit, "latency": g.timer() - self.start}
         event |= {"fallback": self.fallback}
         if g.events is not None:
             g.log.add(g.events.append, event)
-        g.metrics.stalled.labels(g.model, self.variant).inc()
         g.routed("observe", event)
 
     def _seen(self, text: str, whole: bool) -> dict[str, Any]:

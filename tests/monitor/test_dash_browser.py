@@ -163,6 +163,18 @@ def test_with_keys_nothing_is_shown_without_one(town, tmp_path):  # noqa: F811
         assert admin not in page.run("return document.documentElement.outerHTML")
 
 
+@needs("chromedriver", "chromium")
+def test_a_page_whose_server_is_gone_says_since_when(town, tmp_path):  # noqa: F811
+    with browser(tmp_path) as page:
+        with dash(town) as url:
+            page.open(url)
+            until(lambda: page.text("#note").startswith("updated"), "the board")
+        until(lambda: page.text("#note").startswith("No news since"), "the end of the server")
+        told = page.text("#note")
+        time.sleep(4.5)  # two looks and more
+        assert page.text("#note") == told
+
+
 def test_the_contrast_is_that_of_wcag():
     assert contrast("rgb(0, 0, 0)", "rgb(255, 255, 255)") == pytest.approx(21)
     assert contrast("rgb(118, 118, 118)", "rgb(255, 255, 255)") == pytest.approx(4.54, abs=0.01)

@@ -616,3 +616,22 @@ def test_what_the_gateway_writes(tmp_path):
     assert math.isclose(second["surprisal"], -sum(whole) / len(whole), abs_tol=1e-9)
     assert third["claim"] is True and third["scorer"] == "unsupported@2"
     assert all(e["joules"] >= 0 and e["meter"] for e in (first, second, third))
+
+
+def test_a_log_that_was_made_anew_is_an_error_and_no_silence(tmp_path):
+    "Its numbers begin again, below that of the last window: no request would ever be seen."
+    t = Town(tmp_path)
+    for n in (180, 60):
+        t.send(n)
+        assert run_window(t.monitor)
+    t.events.store.close()
+    for end in ("", "-wal", "-shm"):
+        (tmp_path / f"events.db{end}").unlink(missing_ok=True)
+    t.events = t.monitor.events = Events(tmp_path / "events.db", lambda: t.now)
+    t.send(100)
+    with pytest.raises(KitError, match="another log of requests"):
+        run_window(t.monitor)
+    (tmp_path / "monitor.db").unlink()
+    t.monitor.memory = Memory(tmp_path / "monitor.db")
+    t.send(80)
+    assert run_window(t.monitor).number == 0

@@ -104,6 +104,45 @@ def test_a_canary_that_hangs_for_everybody_is_stopped_and_not_paused(tmp_path):
     assert w.c.state.aborted and "stall_rate" in w.c.state.reason and left < 50
 
 
+def running_on(w, share, end, told, n=4000):
+    "Traffic of which the canary answers a share without an end for `end` seconds; how many users got such an answer."
+    late, left = [], 0
+    for i in range(n):
+        unit, v = f"h{i}", w.c.assign(f"h{i}")
+        if v == "canary" and w.rng.random() < share:
+            left, w.n, w.now = left + 1, w.n + 1, w.now + 5.0
+            e = {"id": f"q{w.n}", "time": w.now, "variant": v, "release": RELEASES[v], "unit": unit, "fallback": False, "prompt_tokens": 40}  # fmt: skip
+            done = {"code": 200, "status": "ok", "ttft": 0.05, "completion_tokens": 4096, "refused": False}
+            late += [(w.now + 10, e | {"kind": "running", "latency": 10.0})] if told else []
+            late += [(w.now + end, e | done | {"kind": "request", "latency": end})]
+        else:
+            w.request(every=5.0, unit=unit)
+        for _, e in (due := [x for x in late if x[0] <= w.now]):
+            w.c.observe(e)
+        late = [x for x in late if x not in due]
+        if i % 10 == 9 and w.c.step().finished:
+            break
+    return left
+
+
+def test_a_canary_whose_answers_do_not_end_is_not_promoted_by_those_that_do(tmp_path):
+    "The latency of an answer that missed its end is known hours later; until then it is at least what it has run."
+    quick = CANARY | {"steps": CANARY["steps"][2:], "canary": [g for g in CANARY["canary"] if "latency" in g["metric"]]}
+    for name, told in (("deaf", False), ("hears", True)):
+        (folder := tmp_path / name).mkdir()
+        w = World(folder, quick)
+        left = running_on(w, 0.1, 4 * H, told)
+        if told:
+            assert w.c.state.aborted and "latency_p95" in w.c.state.reason and left < 100, w.c.state.reason
+            assert "still run" in w.c.state.reason and w.store.replay("r1").state == w.c.state
+        else:
+            assert w.c.state.phase == "Healthy" and left > 40, "the reason for the event"
+    (folder := tmp_path / "rarely").mkdir()
+    w = World(folder, quick)
+    running_on(w, 0.005, 60.0, True)
+    assert w.c.state.phase == "Healthy" and not w.c.fold.window.running, w.c.state.reason
+
+
 REJECTS = CANARY | {"canary": [*CANARY["canary"], {"metric": "reject_rate", "margin": 0.03}]}
 
 
@@ -300,3 +339,74 @@ def test_two_candidates_are_judged_side_by_side(tmp_path):
         if i % 20 == 0:
             w.step()
     assert w.state.phase == "Degraded" and "other error_rate" in w.state.reason
+
+
+def test_a_shadow_that_is_paused_spends_no_looks(tmp_path):
+    "Each look halves alpha: some looks a second, and after minutes nothing could be shown any more, nor computed."
+    steps = [
+        {"shadow": {"percent": 100}},
+        {"analysis": {"min_duration": "1h", "max_duration": "2h", "min_samples": 300}},
+    ]
+    w = World(tmp_path, SECTION | {"steps": [*steps, *SECTION["steps"][2:]]})
+
+    def copied(n, same):
+        for i in range(n):
+            w.shadow(w.request(every=10.0), same=w.rng.random() < same)
+            if i % 10 == 9:
+                w.c.step()
+        return w.c.state
+
+    assert copied(750, 0.85).reason.startswith("inconclusive: no answer within 7200 s")
+    before = w.c.state.looks
+    assert copied(2000, 0.85).looks <= before + 2 and w.c.state.phase == "Paused"
+    w.c.command("resume", "ann")
+    assert copied(2000, 1.0).step > 1, w.c.state.reason
+    assert w.store.replay("r1").state == w.c.state
+
+
+def test_who_resumes_in_a_pause_goes_on_though_the_telemetry_was_stale_at_its_end(tmp_path):
+    steps = [CANARY["steps"][0], {"pause": {"duration": "2h"}}, *CANARY["steps"][2:]]
+    w = World(tmp_path, CANARY | {"steps": steps})
+    w.now += 2.5 * H
+    for u in [u for u in map(str, range(99)) if w.c.assign(u) == "baseline"][:50]:
+        w.request(unit=u)
+    assert w.c.step().reason.startswith("error: no request of canary") and w.c.state.paused_by == "policy"
+    w.c.command("resume", "ann")
+    assert (w.c.step().phase, w.c.state.weights["canary"]) == ("Progressing", 50.0), w.c.state.reason
+
+
+def test_a_small_service_is_not_paused_because_its_canary_was_quiet_by_chance(tmp_path):
+    "A request a minute, a fifth of them the canary's: ten minutes without one are common, a hundred are not."
+    for seed in range(5):
+        (folder := tmp_path / str(seed)).mkdir()
+        w = World(folder)
+        w.rng, w.n, quiet = np.random.default_rng(seed), seed * 10**6, 0
+        for _ in range(240):
+            w.request(every=60.0 * float(w.rng.exponential()))
+            w.c.step()
+            quiet += "chance" in str(w.c.fold.verdict(w.now))
+        assert w.c.state.phase == "Progressing" and quiet, w.c.state.reason
+    for u in [u for u in map(str, range(200)) if w.c.assign(u) == "baseline"][:60]:
+        w.request(every=60.0, unit=u)
+    assert w.c.step().reason.startswith("error: no request of canary")
+
+
+def test_nobody_promotes_against_the_last_look_at_the_shadow(tmp_path):
+    "Between two looks nothing is known, and a policy that pauses on a finding leaves it to a person."
+    w = World(tmp_path, SECTION | {"on": SECTION["on"] | {"fail": "pause"}})
+
+    def copied(failed, until):
+        while not until(w.c.state):
+            for _ in range(10):
+                w.shadow(w.request(every=150.0), failed=bool(w.rng.random() < failed))
+            w.c.step()
+
+    copied(0.3, lambda s: s.looks)
+    assert w.c.state.reason.startswith("fail: shadow error_rate")
+    for order in ("promote", "resume", "promote"):
+        if order == "resume":
+            w.c.command(order, "ann")
+            continue
+        with pytest.raises(KitError, match="the last look at the shadow says fail"):
+            w.c.command(order, "ann")
+    assert (w.c.state.stage, w.store.replay("r1").state) == (1, w.c.state)

@@ -633,6 +633,36 @@ def test_a_release_that_hangs_is_stopped_while_it_hangs(town, monkeypatch):
     assert all(ended[e["id"]]["stalled"] for e in told) and len(ended) == len(town.answers)
 
 
+class Rambles(DummyEngine):
+    "Passes its self-test, and then finds no end for a customer; now and then a token comes."
+
+    free = threading.Event()
+
+    def __init__(self):
+        super().__init__(replies={"card": "lost_card: and " + "so on " * 2000})
+
+    def next_logits(self, prompt, answer=()):
+        if "my card is gone" in self.tokenizer.decode(list(prompt)) and len(answer) > 4:
+            self.free.wait(0.05)
+        return super().next_logits(prompt, answer)
+
+
+def test_a_release_whose_answers_do_not_end_is_stopped_while_they_run(town, monkeypatch):
+    monkeypatch.setitem(ENGINES, "sha256:rambles", Rambles)
+    section = QUICK | {"canary": [{"metric": "latency_p95", "max_ratio": 2.0}], "stall_after": "0.3s", "steps": [{"setWeight": 10}, *QUICK["steps"][1:]]}  # fmt: skip
+    with town.server() as (url, live), town.customers(url, n=24, max_tokens=400):
+        town.begin("r1", "sha256:rambles", section)
+        try:
+            until(lambda: town.phase("r1") == "Degraded", "the abort")
+        finally:
+            Rambles.free.set()
+    reason = town.store.load("r1").state.reason
+    assert "latency_p95" in reason and "still run" in reason
+    told = list(Events(town.folder / "events.db").all("running"))
+    assert len(told) >= 4 and "canary" in {e["variant"] for e in told}
+    assert len({e["id"] for e in told}) == len(told), "each once"
+
+
 class Stuck(EngineBackend):
     "A stand-in for a release that hangs while it is loaded, or while it tests itself."
 

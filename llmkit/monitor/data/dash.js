@@ -5,7 +5,8 @@ const note = document.getElementById("note");
 const said = document.getElementById("said");
 const form = document.getElementById("key");
 const held = "llmkit-dash-key";
-let wait = 2000;
+const wait = 2000;
+let last = new Date();
 
 async function look() {
   const key = sessionStorage.getItem(held);
@@ -25,10 +26,11 @@ async function look() {
     board.hidden = false;
     const line = board.querySelector(".headline");
     if (line && said.textContent !== line.textContent) said.textContent = line.textContent;
-    note.textContent = `updated ${new Date().toLocaleTimeString()}`;
+    last = new Date();
+    note.textContent = `updated ${last.toLocaleTimeString()}`;
     note.classList.remove("fail");
   } catch (e) {
-    note.textContent = `No news since ${new Date().toLocaleTimeString()}: ${e.message}. What is shown may be old.`;
+    note.textContent = `No news since ${last.toLocaleTimeString()}: ${e.message}. What is shown may be old.`;
     note.classList.add("fail");
   }
 }
