@@ -26,12 +26,12 @@ from typing import Any
 from ..core.digests import digest_bytes, digest_json
 from ..core.errors import KitError
 from ..core.files import read_json, take_lock, write_json, write_text
-from ..gate.verdict import EXIT_CODES, read_verdict, shortfalls
 from .execute import Execution, execute, give_back, judge
 from .plan import Plan, plan
 from .record import SIDECAR, Ending, canonical, digest_path, dump, plain, title
 from .runs import RUNS, Run, bury_dead, now, open_run
 from .tracking import Watcher, read_mlflow, tracking_settings
+from ..gate.verdict import EXIT_CODES, read_verdict, shortfalls
 
 # %% ../../nbs/12_flow/10_runner.ipynb #d3ab2ef8
 @contextmanager

@@ -46,6 +46,18 @@ def test_a_temperature_near_zero_is_greedy(dummy, more):
     assert gateway.baseline.stats()["failed_steps"] == 0, "nobody else in the batch was touched"
 
 
+def test_a_web_page_from_elsewhere_asks_nothing_of_a_server_without_keys(make_gateway, tmp_path):
+    gateway, site = make_gateway(), {"origin": "https://pages.example", "content-type": "text/plain"}
+    with serving(gateway, adapters=Adapters(gateway, tmp_path)) as url:
+        for path, body in (("completions", ASK), ("load_lora_adapter", {"lora_name": "tone", "lora_path": "x"})):
+            r = httpx.post(f"{url}/v1/{path}", content=json.dumps(body), headers=site, timeout=PATIENCE)
+            assert r.status_code == 403 and r.json()["error"]["code"] == "foreign_origin"
+        own = httpx.post(
+            f"{url}/v1/completions", json=ASK, headers={"origin": "http://localhost:3000"}, timeout=PATIENCE
+        )
+        assert own.status_code == 200
+
+
 def test_a_path_that_is_too_long_is_no_adapter(make_gateway, tmp_path):
     gateway = make_gateway()
     with serving(gateway, adapters=Adapters(gateway, tmp_path)) as url:
