@@ -10,7 +10,7 @@ __all__ = ['Measured', 'SUITES', 'SPANS', 'TIMED', 'Surroundings', 'task', 'safe
 # %% ../../nbs/06_evals/31_battery.ipynb #abd413f2
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal
@@ -89,9 +89,10 @@ class Surroundings:
 Measured = tuple[list[Measurement], dict[str, dict[str, list]]]
 
 
-def _report(name: str, engine: Engine, suite: str, measured: Measured, around: Surroundings) -> Report:
-    "What was measured, as a Report."
-    context = {"engine": {"precision": engine.info.precision, "device": engine.info.device}, "seed": around.seed}
+def _report(name: str, engine: Engine, suite: str, measured: Measured, around: Surroundings, *asked: Any) -> Report:
+    "What was measured, as a Report that knows by a digest what was asked: under one name it may be something else."
+    engine_facts = {"precision": engine.info.precision, "device": engine.info.device}
+    context = {"suite_digest": digest_json(asked), "engine": engine_facts, "seed": around.seed}
     return Report(f"{name}_engine", engine.info.digest, suite, tuple(measured[0]), measured[1], context)
 
 
@@ -135,7 +136,8 @@ def fairness(
     min_n: int = 30,  # items of a group, below which it is not compared
 ) -> Report:
     "Groups compared on the task's questions."
-    return _report("fairness", engine, str(around.task()), run_fairness(engine, around.task(), positive, min_n), around)  # fmt: skip
+    found = run_fairness(engine, around.task(), positive, min_n)
+    return _report("fairness", engine, str(around.task()), found, around, around.task().digest, positive, min_n)
 
 
 def swaps(
@@ -148,8 +150,9 @@ def swaps(
 ) -> Report:
     "The task's questions, asked by somebody of another name, gender or dialect."
     some = replace(around.task(), items=around.task().items[:items])
-    found = run_swaps(engine, some, load_axes(axes) if axes else None, alpha)
-    return _report("swaps", engine, f"swaps({around.task()})", found, around)
+    ways = load_axes(axes) if axes else load_axes()
+    found = run_swaps(engine, some, ways, alpha)
+    return _report("swaps", engine, f"swaps({around.task()})", found, around, some.digest, [asdict(a) for a in ways], alpha)  # fmt: skip
 
 
 def grounding(
@@ -163,7 +166,8 @@ def grounding(
 ) -> Report:
     "Questions on passages, with and without an answer in them."
     suite, scorer = load_grounding(file) if file else load_grounding(), find_judge(judge) if judge else HALLUCINATED
-    report = _report("grounding", engine, str(suite), run_grounding(engine, suite, k, temperature, scorer, around.seed), around)  # fmt: skip
+    found = run_grounding(engine, suite, k, temperature, scorer, around.seed)
+    report = _report("grounding", engine, str(suite), found, around, suite.digest, k, temperature, scorer.digest)
     known = {"judge": {"name": str(scorer), "digest": scorer.digest}} if judge else {}
     return replace(report, context={**report.context, **known})
 
@@ -183,7 +187,8 @@ def memorization(
     if not found[0]:
         fix = "Give a number of records, or a file of canaries"
         raise KitError("nothing to look for", key="memorization", value={"records": records, "canaries": canaries}, remedy=fix)  # fmt: skip
-    return _report("memorization", engine, "canaries+verbatim@1" if planted else "verbatim@1", found, around)
+    asked = [asdict(c) for c in planted], [r["messages"] for r in train], [r["messages"] for r in held_out], method
+    return _report("memorization", engine, "canaries+verbatim@1" if planted else "verbatim@1", found, around, *asked)
 
 
 def bbq(
@@ -194,7 +199,7 @@ def bbq(
 ) -> Report:
     "Stereotyped answers to questions in BBQ's format."
     questions, left_out = read_bbq(file)
-    report = _report("bbq", engine, Path(file).stem, run_bbq(engine, questions), around)
+    report = _report("bbq", engine, Path(file).stem, run_bbq(engine, questions), around, digest_file(file))
     return replace(report, context={**report.context, "left_out": left_out})
 
 
@@ -205,7 +210,7 @@ def crows_pairs(
     file: str,  # CSV in CrowS-Pairs' format
 ) -> Report:
     "Which of two sentences is likelier, the stereotyping one or its opposite."
-    return _report("crows_pairs", engine, Path(file).stem, run_crows_pairs(engine, read_crows_pairs(file)), around)
+    return _report("crows_pairs", engine, Path(file).stem, run_crows_pairs(engine, read_crows_pairs(file)), around, digest_file(file))  # fmt: skip
 
 
 def regression(
@@ -221,7 +226,9 @@ def regression(
         raise KitError("this suite compares with another model", key="beside", remedy="Name the model")
     few = replace(around.task(), items=around.task().items[:items])
     with open_quietly(around.beside, slots=around.slots) as old:
-        return replace(compare(old, engine, few, n, positions, seed=around.seed), subject="regression_engine")
+        report = compare(old, engine, few, n, positions, seed=around.seed)
+        asked = digest_json([few.digest, old.info.digest, n, positions])
+    return replace(report, subject="regression_engine", context={**report.context, "suite_digest": asked})
 
 
 def golden(
@@ -249,11 +256,15 @@ def load(
     slots: int = 8,  # requests that run together
 ) -> Report:
     "The engine or the server under open-loop load; measures the machine, and is never kept."
+    chats, goal = [list(i.messages) for i in around.task().items[:256]], Objective(latency, ttft)
     if isinstance(engine, EndpointEngine):  # it batches by itself, and `slots` is its own affair
-        chats, at = [list(i.messages) for i in around.task().items[:256]], engine.address
-        return load_server_report(at.url, engine.model, chats, per_second, requests, tokens, Objective(latency, ttft), seed=around.seed, key=at.key, subject="load_engine")  # fmt: skip
-    ids = [engine.tokenizer.chat(list(i.messages)) for i in around.task().items[:256]]
-    return load_engine_report(engine, ids, per_second, requests, tokens, slots, Objective(latency, ttft), seed=around.seed)  # fmt: skip
+        at = engine.address
+        report = load_server_report(at.url, engine.model, chats, per_second, requests, tokens, goal, seed=around.seed, key=at.key, subject="load_engine")  # fmt: skip
+    else:
+        ids = [engine.tokenizer.chat(m) for m in chats]
+        report = load_engine_report(engine, ids, per_second, requests, tokens, slots, goal, seed=around.seed)
+    asked = digest_json([report.context["suite_digest"], chats])
+    return replace(report, context={**report.context, "suite_digest": asked})
 
 # %% ../../nbs/06_evals/31_battery.ipynb #b7405760
 def grid(

@@ -18,7 +18,7 @@ from ..core.errors import KitError
 from ..core.files import read_jsonl
 from ..core.report import Measurement
 from .adapters import read_csv
-from .choice import option_ids
+from .choice import option_ids, refuse_nan
 from .language import text_likelihood
 from .prevalence import exact_rate
 from .suite import refuse_doubles
@@ -37,7 +37,7 @@ def choose(
     flat = [(p, a) for p, choice in zip(prompts, answers, strict=True) for a in choice]
     cut = [option_ids(engine.tokenizer, p, a) for p, a in flat]
     scored = engine.score([p for p, _ in cut], [c for _, c in cut])
-    total = [float(np.sum(s, dtype=np.float64)) for s in scored]
+    total = refuse_nan([float(np.sum(s, dtype=np.float64)) for s in scored])
     values = iter(t / len(a.encode()) if per_byte else t for t, (_, a) in zip(total, flat, strict=True))
     return [int(np.argmax([next(values) for _ in choice])) for choice in answers]
 

@@ -15,6 +15,7 @@ import numpy as np
 from ..core.errors import KitError
 from ..core.report import Measurement
 from .task import mean_score
+from ..gate.intervals import wilson
 
 # %% ../../nbs/06_evals/06_calibration.ipynb #6d9e7774
 Bins = Literal["width", "mass"]
@@ -96,14 +97,21 @@ def debiased_ece(
     times: int = 1000,  # simulations
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    "The calibration error behind the measured one, with an interval, by inverting a simulated test."
+    "The calibration error behind the measured one, with an interval: from a simulated test below, from Wilson's intervals of the bins above."
     c, y = np.asarray(confidence, float), np.asarray(correct, float)
     at, z = bin_of(c, bins, kind), np.random.default_rng(seed).normal(size=(times, bins))
     gap, sd = _gaps(c, y, at, bins)
-    measured, scales, a = np.abs(gap).sum(), np.linspace(0, 3, 121), (1 - level) / 2
-    shown = np.array([np.quantile(np.abs(t * gap + z * sd).sum(1), [0.5, 1 - a, a]) for t in scales])
-    mid, low, high = (float(np.interp(measured, q, scales, left=0.0) * measured) for q in shown.T)
-    return mid, low, min(high, 1.0)
+    measured, scales, a = np.abs(gap).sum(), np.linspace(0, 1, 41), (1 - level) / 2
+    shown = np.array([np.quantile(np.abs(t * gap + z * sd).sum(1), [0.5, 1 - a]) for t in scales])
+    mid, low = (float(np.interp(measured, q, scales, left=0.0) * measured) for q in shown.T)
+    return mid, low, float(min(measured + _beyond(y, at, level), 1.0))
+
+
+def _beyond(y: np.ndarray, at: np.ndarray, level: float) -> float:
+    "By how much the true error may exceed the measured one: the root of the summed squares of what each bin adds."
+    each = [(y[at == b].sum(), (at == b).sum()) for b in np.unique(at)]
+    ends = [(k / n, wilson(int(k), int(n), level), n / len(y)) for k, n in each]
+    return float(np.sqrt(sum((w * max(p - ci.low, ci.high - p)) ** 2 for p, ci, w in ends)))
 
 
 def _gaps(c: np.ndarray, y: np.ndarray, at: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
@@ -147,7 +155,9 @@ def calibration_measurements(
             "ece_null", null, n, high=high, low=0.0, direction="none", method=f"perfectly calibrated, simulated; {how}"
         ),
         Measurement("ece_excess", value - null, n, method=f"ece - ece_null; {how}", **low),
-        Measurement("ece_debiased", mid, n, least, most, method=f"inverted simulated test; {how}", **low),
+        Measurement(
+            "ece_debiased", mid, n, least, most, method=f"inverted simulated test, upper end by Wilson; {how}", **low
+        ),
         Measurement("ece_adaptive", ece(c, y, bins, "mass"), n, method=other, **low),
         Measurement(
             "ece_adaptive_null",

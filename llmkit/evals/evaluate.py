@@ -187,12 +187,14 @@ def timing_report(
     "The speed of an artifact, and what its tokens and its successful tasks cost."
     with open_quietly(folder) as engine:
         asked = [engine.tokenizer.chat(list(i.messages)) for i in suite.items]
-    different = list(dict.fromkeys(map(tuple, asked)))
-    ids = different[:: max(1, len(different) // prompts)][:prompts]
+    different = {tuple(ids): i.messages for ids, i in zip(asked, suite.items, strict=True)}
+    ids = list(different)[:: max(1, len(different) // prompts)][:prompts]
     report = speed_report(f"speed_{subject}", folder, ids, tokens=tokens, repeats=repeats, energy=energy)
     costs = cost_measurements(report, price, utilisation)
     success = cost_per_success(costs, quality, sum(map(len, asked)) / len(asked)) if quality else None
-    return replace(report, measurements=(*report.measurements, *costs, *([success] if success else [])))
+    digest = digest_json([[list(different[p]) for p in ids], tokens, repeats])  # other prompts are another measurement
+    measured = (*report.measurements, *costs, *([success] if success else []))
+    return replace(report, measurements=measured, context={**report.context, "suite_digest": digest})
 
 # %% ../../nbs/06_evals/07_evaluate.ipynb #5c432950
 def side_by_side(

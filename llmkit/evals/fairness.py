@@ -9,6 +9,7 @@ __all__ = ['Count', 'newcombe', 'counts', 'gap', 'group_differences', 'demograph
 # %% ../../nbs/06_evals/26_fairness.ipynb #57e47c27
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 from math import comb
 
 import numpy as np
@@ -66,17 +67,18 @@ def gap(
 
 # %% ../../nbs/06_evals/26_fairness.ipynb #0ba74b45
 def _gap(metric: str, parts: Sequence[Mapping[str, Count]], level: float = 0.95) -> Measurement:
-    "The widest gap in any of several rates, at a level that is shared by all pairs of all of them."
+    "The widest gap in any of several rates, with the ends that all pairs of all of them allow at a shared level."
     pairs = sum(comb(len(p), 2) for p in parts)
     share = lambda c: c[0] / c[1]
     spread = lambda p: share(max(p.values(), key=share)) - share(min(p.values(), key=share))
     widest = max(parts, key=spread)
     top = max(widest, key=lambda k: (share(widest[k]), -widest[k][1]))
     low = min((k for k in widest if k != top), key=lambda k: (share(widest[k]), widest[k][1]))
-    ci = newcombe(widest[top], widest[low], 1 - (1 - level) / pairs)
+    each = [newcombe(a, b, 1 - (1 - level) / pairs) for p in parts for a, b in combinations(p.values(), 2)]
+    ends = max(0.0, *(x for ci in each for x in (ci.low, -ci.high))), max(x for ci in each for x in (ci.high, -ci.low))
     n = sum(c[1] for c in widest.values())
-    how = f"{top} minus {low}; Newcombe at 1 - {1 - level:.2g}/{pairs}, all pairs together"
-    return Measurement(metric, spread(widest), n, ci.low, ci.high, level, "lower", method=how)
+    how = f"{top} minus {low}; the widest ends of {pairs} pairs, Newcombe at 1 - {1 - level:.2g}/{pairs}"
+    return Measurement(metric, spread(widest), n, *ends, level, "lower", method=how)
 
 # %% ../../nbs/06_evals/26_fairness.ipynb #8e4e4aed
 def group_differences(

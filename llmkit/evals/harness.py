@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ..core.digests import digest_json
 from ..core.errors import KitError
 from ..core.plugins import need
 from ..core.report import Measurement, Report, write_report
@@ -147,7 +148,8 @@ def run_harness(
         tables[name] = _table(name, samples)
         better = found["higher_is_better"].get(name, {})
         measured += [_measurement(name, k, v, tables[name], better, seed) for k, v in _values(found["results"][name])]
-    context = {"lm_eval": harness.__version__, "limit": limit, "chat": chat, "contexts_cut": lm.cut, "versions": {k: str(v) for k, v in found["versions"].items()}, "shots": dict(found["n-shot"]), "engine": engine.info.name}  # fmt: skip
+    asked = [found["versions"], found["n-shot"], chat, seed, [[n, [[s["doc_id"], s["doc_hash"], s["target_hash"]] for s in found["samples"][n]]] for n in sorted(tables)]]  # fmt: skip
+    context = {"suite_digest": digest_json(asked), "lm_eval": harness.__version__, "limit": limit, "chat": chat, "contexts_cut": lm.cut, "versions": {k: str(v) for k, v in found["versions"].items()}, "shots": dict(found["n-shot"]), "engine": engine.info.name}  # fmt: skip
     return Report(subject, engine.info.digest, "lm-eval:" + ",".join(sorted(tables)), tuple(measured), tables, context)
 
 # %% ../../nbs/06_evals/11_harness.ipynb #28542ced

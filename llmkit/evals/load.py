@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from ..core.digests import digest_json
 from ..core.errors import KitError
 from ..core.plugins import need
 from ..core.ranges import check_ranges
@@ -287,6 +288,7 @@ def load_report(
     requests = {k: [r[k] for r in rows] for k in rows[0]} | {"met": met, "failed": table["failed"]}
     tables = {"requests": requests, "counted": table}
     facts = {"rate": per_second, "warmup": warmup, "objective": asdict(objective), **(context or {})}
+    facts["suite_digest"] = digest_json([per_second, asdict(objective), facts.get("tokens")])
     return Report(subject, digest, f"open-loop-{per_second:g}@1", tuple(out), tables, facts)
 
 # %% ../../nbs/06_evals/12_load.ipynb #54c730ba
@@ -357,6 +359,7 @@ def load_run(
             report = load_server_report(target, model, [prompt], per_second, requests, tokens, objective, warmup, seed, at.key)  # fmt: skip
         else:
             with load_engine(target) as engine:
+                engine.reuse = False  # all ask the same: taking it over would leave nothing to read
                 ids = [engine.tokenizer.chat([{"role": "user", "content": prompt}])]
                 report = load_engine_report(engine, ids, per_second, requests, tokens, slots, objective, warmup, seed)
     except KitError as e:

@@ -345,6 +345,7 @@ def since_release(
         few = _without(g, learnt)
         new = record_golden(candidate, few.suite, golden=few.rows)
         report = regression_report(few.rows, few.again, new, str(g.suite), candidate.info.digest, seed=seed)
+    context["suite_digest"] = digest_json([g.engine, [r["id"] for r, x in zip(g.rows, learnt, strict=True) if not x]])
     report = replace(report, context={**report.context, **context})
     return _tell_learnt(report, g, learnt) if told else report
 

@@ -9,6 +9,7 @@ __all__ = ['converse', 'safety_table', 'safety_measurements', 'corrected_familie
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
+from ..core.digests import digest_json
 from ..core.errors import KitError
 from ..core.report import Measurement, Report
 from ..data.privacy import find_pii, mask
@@ -135,9 +136,13 @@ def run_safety(
     suites: Sequence[Suite],  # families, from `kit_attacks`, `load_attacks` or `adapters`
     detectors: Mapping[str, Detector] | None = None,  # in place of the registered ones of that name
 ) -> tuple[list[Measurement], dict[str, dict[str, list]]]:
-    "Hold families of prompts against an engine; measurements and per-sample tables; raises `KitError` on doubled items."
+    "Hold families of prompts against an engine; measurements and per-sample tables; raises `KitError` on doubled items and families."
     if twice := next((k for k, n in Counter(i.id for s in suites for i in s.items).items() if n > 1), None):
         raise KitError("two items with one id", key="safety", value=twice, remedy="Name every family and file once")
+    judged: dict[str, str] = {}
+    if mixed := next((i for s in suites for i in s.items if judged.setdefault(i.group, i.label) != i.label), None):
+        fix = "Name the families differently: a rate is corrected by the errors of one detector"
+        raise KitError("two detectors for one family", key=mixed.group, value=[judged[mixed.group], mixed.label], remedy=fix)  # fmt: skip
     known = judges_of(suites, detectors)
     parts = [safety_table(s, converse(engine, s), known) for s in suites]
     table = {c: [v for p in parts for v in p[c]] for c in parts[0]}
@@ -153,9 +158,11 @@ def safety_report(
 ) -> Report:
     "`run_safety` as a Report that names every family's version and digest."
     measured, tables = run_safety(engine, suites, detectors)
+    known = {str(s): s.digest for s in suites}, {str(d): d.digest for d in judges_of(suites, detectors).values()}
     context = {
-        "suites": {str(s): s.digest for s in suites},
-        "detectors": {str(d): d.digest for d in judges_of(suites, detectors).values()},
+        "suites": known[0],
+        "detectors": known[1],
+        "suite_digest": digest_json(known),
         "engine": {"precision": engine.info.precision, "device": engine.info.device},
     }
     return Report(subject, engine.info.digest, "+".join(map(str, suites)), tuple(measured), tables, context)

@@ -154,10 +154,12 @@ def worst_group(
     parts = [m for m in measured if m.slice.startswith(f"{by}=") and m.n >= min_n]
     if len(parts) < 2:
         return None
-    low = min(parts, key=lambda m: m.value)
-    ci = wilson(round(low.value * low.n), low.n, 1 - 0.05 / len(parts))
-    method = f"{low.slice}, the lowest of {len(parts)}; Wilson at 1 - 0.05/{len(parts)}"
-    return Measurement(f"worst_{by}_{low.metric}", low.value, low.n, ci.low, ci.high, direction="higher", method=method)
+    worst, k = min(parts, key=lambda m: m.value), len(parts)
+    ends = [(wilson(round(m.value * m.n), m.n, 1 - 0.05 / k), m) for m in parts]
+    low, doubt = min(((ci.low, m) for ci, m in ends), key=lambda e: e[0])
+    method = f"{worst.slice}, the lowest of {k}; the lowest ends of {k} Wilson intervals at 1 - 0.05/{k}"
+    method += f", the lower one that of {doubt.slice} (n = {doubt.n})" if doubt is not worst else ""
+    return Measurement(f"worst_{by}_{worst.metric}", worst.value, worst.n, low, min(ci.high for ci, _ in ends), method=method)  # fmt: skip
 
 # %% ../../nbs/06_evals/02_task.ipynb #a25b00a3
 def refusals(

@@ -36,7 +36,7 @@ def find(
     metric: str,
     slice: str = "all",
 ) -> Measurement:
-    "The measurement that a rule reads; raises `Unmeasured`."
+    "The measurement that a rule reads; raises `Unmeasured`, and `KitError` where there are two of it."
     if subject not in reports:
         first = "Before a first release there is none: look at the reports, and keep them by `llmkit baseline set`"
         fix = first if subject in ("baseline", "golden_engine") else did_you_mean(subject, reports)
@@ -51,6 +51,9 @@ def find(
         raise Unmeasured(f"{subject} has no {metric}{where}", remedy=did_you_mean(metric, known))
     if m.n < 1:
         raise Unmeasured(f"{metric} of {subject} rests on no item", remedy="Measure it on some")
+    if sum((x.metric, x.slice) == (metric, slice) for x in reports[subject].measurements) > 1:
+        fix = "Measure again, under a name for each"
+        raise KitError(f"{subject} has several {metric}{'' if slice == 'all' else f' on {slice}'}", remedy=fix)
     return m
 
 # %% ../../nbs/02_gate/06_judge.ipynb #5428be9b
@@ -60,6 +63,8 @@ def _judge_limit(r: Rule, reports: Mapping[str, Report]) -> RuleResult:
     if (r.test, m.direction) in (("min", "lower"), ("max", "higher")):
         other = "max" if r.test == "min" else "min"
         raise KitError(f"{r.metric} is better {'low' if r.test == 'min' else 'high'}, and '{r.test}' would refuse the better model", remedy=f"Write '{other}'")  # fmt: skip
+    if r.test == "max" and r.limit > 1 and m.samples and not m.unit:
+        _refuse_beyond(r, reports[r.on].column(m.samples))
     if r.bound in ("clopper_pearson", "wilson"):
         _evidence(reports[r.on], m)
     low, high, how = _bounds(r, m)
@@ -72,6 +77,12 @@ def _judge_limit(r: Rule, reports: Mapping[str, Report]) -> RuleResult:
     if outcome == "inconclusive" and r.metric.endswith("_corrected"):
         text += ". Its interval holds the detector's errors too, which only more labelled sentences narrow; the number of items is that of a detector without errors"
     return _result(r, outcome, text, m.value, *bounds, r.limit, m.n, needs)
+
+
+def _refuse_beyond(r: Rule, *columns: Sequence) -> None:
+    "A share of items is never so large: a rule that asks for it, as percent do, lets everything pass."
+    if all(v in (0, 1) for column in columns for v in column):
+        raise KitError(f"no {r.metric} can break this rule, since it is a share of items", value=r.limit, remedy="Write a share, 0.05 for 5 %")  # fmt: skip
 
 
 def _evidence(report: Report, m: Measurement) -> None:
@@ -321,6 +332,8 @@ def compare(
     x, y, clusters = _by_item(r, m, ref, reports)
     if r.test == "superiority":
         return superiority(x, y, r.limit, r.alpha, m.direction, clusters)
+    if r.limit >= 1 and not m.unit:
+        _refuse_beyond(r, x, y)
     d = noninferiority(x, y, r.limit, r.alpha, m.direction, clusters)
     return d.against(r.limit), d
 

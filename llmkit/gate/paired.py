@@ -15,7 +15,7 @@ import numpy as np
 from scipy.special import bdtr, ndtr, ndtri, stdtrit
 
 from ..core.errors import KitError
-from .intervals import clopper_pearson, cluster_numbers, resample_mean
+from .intervals import clopper_pearson, cluster_numbers, effective, freedom, resample_mean
 
 # %% ../../nbs/02_gate/02_paired.ipynb #fe0d5d2e
 def discordant(
@@ -154,7 +154,8 @@ def paired_scores(
         raise KitError("needs two equally long, non-empty columns", value=(x.shape, y.shape))
     d, n, whole = y - x, len(x), float(max(np.abs(x).max(), np.abs(y).max()))
     inv = cluster_numbers(n, clusters)
-    units, differ = int(inv.max()) + 1, len(set(inv[d != 0]))
+    sizes = np.bincount(inv)
+    units, differ = len(sizes), effective(sizes[sorted(set(inv[d != 0]))])
     asked, share = skew_alpha(alpha, max(differ, 1)), float((d != 0).mean())
     low, high, p_fail, how = (
         0.0,
@@ -168,7 +169,7 @@ def paired_scores(
     if differ < FEW:
         down, up, p = _rare(d, inv, whole, alpha, margin)
         low, high, p_fail = min(low, down), max(high, up), max(p_fail, p)
-    sd = float((d.mean() - low) / stdtrit(max(units - 1, 1), 1 - asked) * n**0.5)  # clusters and skew included
+    sd = float((d.mean() - low) / stdtrit(freedom(effective(sizes)), 1 - asked) * n**0.5)  # clusters and skew included
     k = units if clusters is not None else None
     if all(np.isin(v, (0, 1)).all() or np.isin(v, (0, -1)).all() for v in (x, y)):  # a difference of two rates
         low, high = max(low, -1.0), min(high, 1.0)

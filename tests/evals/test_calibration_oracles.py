@@ -87,6 +87,22 @@ def test_how_often_the_debiased_interval_holds_the_truth(shift, truth):
     assert np.mean(middle) == pytest.approx(truth, abs=0.02)
 
 
+@pytest.mark.parametrize("n", [20, 50, 200])
+@pytest.mark.parametrize("sure", ["certain", "nearly", "spread"])
+def test_the_upper_end_is_rarely_below_the_true_error(n, sure):
+    "Answers that are all given with certainty, or nearly, included: that all were right so far proves little."
+    rng, below = np.random.default_rng(n), 0
+    draw = {"certain": np.ones, "nearly": lambda n: 1 - rng.beta(0.3, 30, n), "spread": lambda n: rng.uniform(0.3, 1, n)}[sure]  # fmt: skip
+    harm = {"certain": 0.1, "nearly": 0.03, "spread": 0.1}[sure]
+    for seed in range(400):
+        c = draw(n)
+        y = (rng.random(n) < c - harm).astype(int)
+        mid, low, high = debiased_ece(c, y, times=50, seed=seed)
+        below += high < harm - 0.001
+        assert low <= mid <= high
+    assert below / 400 <= 0.025 + 2 * np.sqrt(0.025 * 0.975 / 400)
+
+
 def test_measurements_of_a_calibrated_and_a_miscalibrated_model():
     for shift, clear in ((0.0, False), (0.15, True)):
         c, y = answers(800, 1, lambda c, s=shift: np.clip(c - s, 0, 1))

@@ -23,6 +23,7 @@ from llmkit.evals.fairness import (
 from llmkit.evals.language import text_likelihood
 from llmkit.evals.suite import make_suite
 from llmkit.evals.swaps import load_axes, run_swaps, swap_measurements
+from llmkit.evals.task import sliced, worst_group
 from llmkit.gate.judge import judge
 from llmkit.runtime.dummy import DummyEngine
 
@@ -78,16 +79,30 @@ def test_groups_against_the_rest_with_scipy_and_statsmodels(decisions):
     assert value(measured, "groups_worse").value == multipletests(p, 0.05, "holm")[0].sum()
 
 
-def test_joint_intervals_cover_every_gap():
-    "Simulated reports with five groups of their own rates: at most 5 % miss the true gap of the named pair."
-    rng, names = np.random.default_rng(2), list("abcde")
-    rates, missed = dict(zip(names, (0.70, 0.75, 0.80, 0.85, 0.90), strict=True)), 0
-    group = np.repeat(names, 50)
-    for _ in range(400):
-        m = gap("x", (rng.random(250) < np.array([rates[g] for g in group])).astype(int), group)
-        top, _, low = m.method.partition(";")[0].split()
-        missed += not m.low <= rates[top] - rates[low] <= m.high
-    assert missed / 400 <= 0.05
+@pytest.mark.parametrize("sizes,rates", [([50] * 5, (0.70, 0.75, 0.80, 0.85, 0.90)), ([400, 400, 30], (0.86, 0.85, 0.75))])  # fmt: skip
+def test_joint_intervals_cover_the_widest_gap(sizes, rates):
+    "At most 2.5 % of simulated reports end below the true widest gap, and begin above it, whichever pair looks widest."
+    rng, group = np.random.default_rng(2), np.repeat(list("abcde")[: len(sizes)], sizes)
+    truth, short, long = max(rates) - min(rates), 0, 0
+    for _ in range(1000):
+        m = gap("x", (rng.random(len(group)) < np.repeat(rates, sizes)).astype(int), group)
+        short, long = short + (m.high < truth), long + (m.low > truth)
+        assert 0 <= m.low <= m.value <= m.high
+    assert max(short, long) / 1000 <= 0.025
+
+
+def test_a_small_group_that_only_looks_well_keeps_the_worst_group_open():
+    "At most 2.5 % of simulated reports say that the worst of a large and a small group fares better than it does."
+    rng, group, above = np.random.default_rng(3), np.repeat(["large", "small"], [1000, 12]), 0
+    for _ in range(1000):
+        right = (rng.random(1012) < np.repeat([0.85, 0.75], [1000, 12])).astype(int)
+        m = worst_group(sliced("accuracy", {"correct": right, "group": group}, "correct", ("group",)))
+        above += m.low > 0.75
+        assert m.low <= m.value <= m.high
+    assert above / 1000 <= 0.025
+    right = np.repeat([1, 0, 1, 0], [850, 150, 11, 1])
+    m = worst_group(sliced("accuracy", {"correct": right, "group": group}, "correct", ("group",)))
+    assert (m.value, m.n) == (0.85, 1000) and m.low < 0.62 and "group=small (n = 12)" in m.method
 
 
 def bank(n=60):

@@ -101,6 +101,14 @@ def test_the_engine_under_the_harness_gives_the_harness_own_numbers(ours, theirs
     assert ours.context["contexts_cut"] == 0 and ours.context["lm_eval"]
 
 
+def test_another_form_of_the_questions_is_another_suite(open_onnx, tasks):
+    "Other few-shot examples or another template leave the documents as they are, and still two runs are not compared."
+    runs = [run_harness(open_onnx("fp32"), ["kit_choice"], tasks, limit=12, seed=s) for s in (0, 0, 1)]
+    rule = {"metric": "acc", "slice": "task=kit_choice", "on": "new", "noninferiority": 0.5, "against": "old"}
+    found = [judge({"rules": [rule]}, {"new": new, "old": runs[0]}).reasons[0] for new in runs[1:]]
+    assert found[0].outcome != "error" and found[1].outcome == "error" and "two suites" in found[1].sentence
+
+
 def test_item_by_item(ours, theirs):
     for metric in ("acc", "acc_norm", "acc_bytes"):
         rows = sorted(theirs["samples"]["kit_choice"], key=lambda s: s["doc_id"])

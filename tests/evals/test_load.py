@@ -31,6 +31,13 @@ from llmkit.runtime.engine import load_engine
 pytestmark = pytest.mark.alone
 
 
+def test_one_prompt_for_all_is_read_by_each(monkeypatch):
+    "An engine that takes a beginning over from another row would read it once, and be quicker than users find it."
+    engine = DummyEngine()
+    monkeypatch.setattr("llmkit.evals.load.load_engine", lambda folder: engine)
+    assert load_run("engine", 500.0, 4, 2) == 0 and engine.reuse is False
+
+
 class Timed(DummyEngine):
     "Each step takes some time of a clock; some steps stall."
 

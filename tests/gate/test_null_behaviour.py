@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from llmkit.gate.intervals import bootstrap
-from llmkit.gate.paired import paired_rates, paired_scores, score_lower
+from llmkit.gate.paired import noninferiority, paired_rates, paired_scores, score_lower
 from llmkit.gate.plan import pairs_needed, scores_needed
 
 
@@ -59,6 +59,17 @@ def test_a_mean_at_the_margin_passes_at_most_5_percent(skew, clusters, size):
         d = np.repeat(skew * (rng.exponential(0.1, clusters) - 0.1) - 0.02, size) + rng.normal(0, 0.02, clusters * size)
         hits += paired_scores(np.zeros(len(d)), d, clusters=labels).against(0.02) == "pass"
     assert hits / times <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / times)
+
+
+@pytest.mark.parametrize("sizes", [[400] + [2] * 60, [60 // (i + 1) + 1 for i in range(60)]])
+def test_one_huge_cluster_is_no_evidence_of_many(sizes):
+    "A share of right answers at the margin, lost by clusters, of which one is as large as many others together."
+    rng, labels, hits = np.random.default_rng(12), np.repeat(np.arange(len(sizes)), sizes), 0
+    for _ in range(300):
+        lost = rng.beta(0.2, 0.8, len(sizes))[labels]  # a fifth, on average
+        y = (rng.random(len(labels)) >= lost).astype(int)
+        hits += noninferiority(np.ones(len(labels)), y, 0.2, clusters=labels).against(0.2) == "pass"
+    assert hits / 300 <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / 300)
 
 
 def test_clusters_protect_against_false_confidence():
