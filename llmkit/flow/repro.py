@@ -171,11 +171,9 @@ def stop_below(
 # %% ../../nbs/12_flow/12_repro.ipynb #9bb273d9
 def before(
     folder: Path,  # of `dvc.yaml`
-    args: Sequence[str] = (),  # for `dvc repro`
 ) -> None:
-    "What has to be done before DVC runs stages; raises `KitError` when results could not be kept, or data is missing."
+    "What has to be done before DVC runs stages; raises `KitError` when their results could not be kept."
     check_cache(folder)
-    check_data(folder, args)
     guard(folder)
     bury_dead(folder)
     if dag_write(folder):
@@ -304,6 +302,7 @@ def repro(
     "Bring everything up to date, copy the records, and say where to look."
     folder = find_project(project or ".")
     with alone(folder, dvc, several=True):
-        before(folder, args)
+        check_data(folder, args)
+        before(folder)
         begun = now()
         return after(folder, begun, dvc(["repro", *args], folder))

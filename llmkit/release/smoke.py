@@ -114,8 +114,10 @@ def smoke(
     "Ask every prompt twice and check the answers."
     sampling = Sampling(max_tokens=max_tokens)
     prompts = [engine.tokenizer.chat(c) for c in chats]
-    first = [engine.generate([p], sampling)[0] for p in prompts]
-    again = [engine.generate([p], sampling)[0] for p in prompts]
+    try:
+        first, again = ([engine.generate([p], sampling)[0] for p in prompts] for _ in range(2))
+    except KitError as e:  # it refuses to answer, as with logits that are no numbers
+        return Smoke(engine.info.name, (Check("answers", False, str(e)),), ())
     checks = [_answers(first), _finite(first), _same(first, again)]
     if expected is not None:
         checks.append(_expected(first, expected))

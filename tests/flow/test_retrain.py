@@ -33,7 +33,7 @@ def project(tmp_path, monkeypatch):
     "The kit's own pipeline in another folder."
     for name in ("nbs", "llmkit"):
         os.symlink(ROOT / name, tmp_path / name)
-    for name in ("params.yaml", "requirements.lock"):
+    for name in ("params.yaml", "requirements.lock", "LICENSE"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     dag_write(str(tmp_path))
     (tmp_path / "dvc.lock").write_text("stages: {}\n")
