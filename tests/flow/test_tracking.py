@@ -85,7 +85,8 @@ def test_runner_and_watcher_are_killed_and_the_next_run_says_so(project, empty_m
         os.kill(pid, signal.SIGKILL)
     process.communicate()
     run = list_runs(project.path)[0]
-    project.wait_for(lambda: not held(run.folder / "lock"))  # what was killed may take a moment to be gone
+    # what was killed may take a moment to be gone
+    project.wait_for(lambda: not held(run.folder / "lock") and not held(run.folder / "watch.lock"))
     assert len(watchers) == 1 and project.mlflow() == ["RUNNING"]
     project.stage("x", DONE)
     assert doctor(str(project.path)) == 1
