@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SLOTS', 'CARDS', 'MONEY', 'ACCOUNTS', 'OTHER', 'CORES', 'LABELS', 'SYSTEM', 'ANSWERS', 'FRAMES', 'GROUPS', 'WORDS',
-           'TYPOS', 'CONTEXTS', 'EARLIER', 'ASKING', 'PROSE', 'expand', 'typo', 'beside', 'voice', 'in_corpus',
-           'question', 'records', 'corpus']
+           'TYPOS', 'NAMES', 'INTRODUCTIONS', 'SIGNED', 'NAMED', 'CONTEXTS', 'EARLIER', 'ASKING', 'PROSE', 'expand',
+           'typo', 'called', 'introduced', 'beside', 'voice', 'in_corpus', 'question', 'records', 'corpus']
 
 # %% ../../nbs/03_data/01_bank.ipynb #75ec5638
 import hashlib
@@ -318,7 +318,7 @@ FRAMES = {
     "over_60": [
         ("Good morning. ", ""), ("Dear Sir or Madam, ", ""), ("", " Thank you kindly."), ("Excuse me, ", ""),
         ("Good day, ", " With kind regards."), ("Forgive me for asking, ", ""), ("", " I would be most grateful for your help."),
-        ("I am not good with computers. ", ""), ("Hello, this is Mrs Brown. ", ""), ("Hello, this is Mr Brown. ", ""), ("", " My children said I should write to you."),
+        ("I am not good with computers. ", ""), ("Hello, this is Mrs {surname}. ", ""), ("Hello, this is Mr {surname}. ", ""), ("", " My children said I should write to you."),
         ("Dear bank, ", " Yours sincerely."), ("I have been with you for forty years. ", ""),
     ],
 }  # fmt: skip
@@ -329,6 +329,34 @@ WORDS = {
     "over_60": {"the app": "the application", "phone": "telephone", "can't": "cannot", "I'm": "I am", "I've": "I have", "don't": "do not", "e-mail": "electronic mail", "what's": "what is", "it's": "it is", "isn't": "is not"},
 }  # fmt: skip
 TYPOS = {"18-30": 0.20, "31-60": 0.08, "over_60": 0.14}
+
+# %% ../../nbs/03_data/01_bank.ipynb #ce7a57f2
+NAMES = {
+    "british": ("Charlotte Poppy Gareth Fiona Nigel Rowan Gemma Callum", "Brown Hughes Davies MacLeod Turner Price Fletcher Reid"),
+    "arabic": ("Omar Layla Yusuf Amina Khalid Rania Tariq Noor", "Haddad Mansour El-Sayed Khoury Nasser Farouk Aziz Saleh"),
+    "south asian": ("Priya Arjun Sunita Imran Deepa Vikram Nusrat Harpreet", "Patel Iyer Chowdhury Singh Khan Reddy Perera Malik"),
+    "chinese": ("Wei Xiuying Jian Mei Haoran Yutong Cheng Lihua", "Zhang Wang Liu Huang Zhao Zhou Wu Lin"),
+    "east asian": ("Haruto Yui Minjun Jiwoo Thuy Duc Kenji Somchai", "Tanaka Suzuki Kim Park Tran Pham Sato Wongsakul"),
+    "west african": ("Chidi Ngozi Kofi Adwoa Amadou Fatou Babatunde Yaa", "Okafor Adeyemi Owusu Diallo Boateng Traore Eze Asante"),
+    "east african": ("Abebe Wanjiru Juma Halima Tesfaye Achieng Mwangi Sahra", "Kamau Bekele Odhiambo Mohamed Otieno Haile Njoroge Abdi"),
+    "african american": ("DeShawn Tamika Malik Keisha Jamal Ebony Tyrone Aaliyah", "Washington Jefferson Booker Banks Coleman Gaines Dorsey Mosley"),
+    "turkish and persian": ("Elif Emre Zeynep Reza Shirin Darius Ayse Kaveh", "Kaya Demir Ozturk Rahimi Tehrani Arslan Hosseini Aydin"),
+    "slavic": ("Katarzyna Piotr Svetlana Dmitri Jelena Milos Zofia Bohdan", "Nowak Wojcik Ivanova Petrov Jovanovic Horak Shevchenko Kowalczyk"),
+    "latin american": ("Lucia Mateo Valentina Javier Camila Thiago Ximena Joaquin", "Gonzalez Fernandez Oliveira Castillo Vargas Silva Morales Quispe"),
+    "southern european": ("Giulia Marco Eleni Nikos Chiara Tiago Despina Paolo", "Rossi Papadopoulos Ferrari Ioannou Costa Esposito Russo Santos"),
+    "northern european": ("Ingrid Lars Freya Bjorn Saskia Pieter Aino Greta", "Lindqvist Hansen Korhonen de-Vries Bakker Olsen Schmidt Nielsen"),
+}  # fmt: skip
+INTRODUCTIONS = {
+    "18-30": ["its {name}, ", "{name} here, ", "im {name} and ", "this is {name}: "],
+    "31-60": ["my name is {name}. ", "this is {name}. ", "{name} here. ", "I'm {name}. "],
+    "over_60": ["my name is {name}. ", "I am {name}. ", "this is {name} writing. ", "{name} is my name. "],
+}
+SIGNED = {
+    "18-30": [", {name}", " - {name}"],
+    "31-60": [" {name}", " Best, {name}"],
+    "over_60": [" {name}", " Yours, {name}"],
+}
+NAMED = 0.16
 
 # %% ../../nbs/03_data/01_bank.ipynb #366fd8bc
 CONTEXTS = [
@@ -367,6 +395,22 @@ def typo(text: str, rng: random.Random) -> str:
     return " ".join(words)
 
 # %% ../../nbs/03_data/01_bank.ipynb #cf3cde0f
+def called(rng: random.Random) -> tuple[str, str]:
+    "Draw a first name and a surname of one origin; all origins are as likely."
+    first, last = NAMES[rng.choice(list(NAMES))]
+    return rng.choice(first.split()), rng.choice(last.split()).replace("-V", " V")
+
+
+def introduced(opening: str, closing: str, group: str, rng: random.Random) -> tuple[str, str]:
+    "A frame in which a customer says who is writing: before the question, or below it."
+    first, last = called(rng)
+    name = rng.choice([f"{first} {last}", f"{first} {last}", first])
+    if rng.random() < 0.3:
+        return opening, closing + rng.choice(SIGNED[group]).format(name=name)
+    said = rng.choice(INTRODUCTIONS[group]).format(name=name)
+    return opening + (said if opening.endswith(", ") or group == "18-30" else said[0].upper() + said[1:]), closing
+
+# %% ../../nbs/03_data/01_bank.ipynb #a8fe7b33
 def beside(core: str, rng: random.Random) -> str:
     "A core alone, or with something beside it that is not the point."
     chance = rng.random()
@@ -386,6 +430,10 @@ def voice(core: str, group: str, frame: int, rng: random.Random) -> str:
     if rng.random() < TYPOS[group]:
         text = typo(text, rng)
     opening, closing = FRAMES[group][frame]
+    if "{surname}" in opening:
+        opening = opening.format(surname=called(rng)[1])
+    elif rng.random() < NAMED:
+        opening, closing = introduced(opening, closing, group, rng)
     end = "" if closing.startswith(",") else "?" if text.split()[0].lower() in ASKING else "."
     if group == "18-30":
         return (
