@@ -8,9 +8,10 @@ The model has the shape of SmolLM2-135M, random weights, and a tokenizer that tu
 Clients ask in a closed loop over streaming `/v1/completions`, greedily, each prompt once, so that no cache helps. The
 contenders take turns within every round, so that a busy machine slows all of them: read the ratios, whose spread is given. Tokens per second
 of processor time hardly depend on other work: with one core for each contender, they are what a quiet machine would give.
+llama.cpp's server rearranges weights for the processor when it loads them; "as stored" is the same with `--no-repack`.
 `llama-server` and `llama-quantize` come from the sources in llama-cpp-python's sdist:
 
-    pip download --no-deps --no-binary :all: llama-cpp-python && tar xzf llama_cpp_python-*.tar.gz
+    pip download --no-deps --no-binary llama-cpp-python llama-cpp-python && tar xzf llama_cpp_python-*.tar.gz
     cmake -S llama_cpp_python-*/vendor/llama.cpp -B build -G Ninja -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \\
       -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF
     nice -n 19 cmake --build build --target llama-server llama-quantize -j 2        # build/bin/
@@ -227,6 +228,8 @@ def contenders(a: argparse.Namespace, work: Path, model: Path, tokens: list[str]
         more = ["--no-warmup", "--no-slots", "--cache-ram", "0", "-fa", "auto"]
         extra = {"ignore_eos": True, "cache_prompt": False}
         yield Contender("llama.cpp q4_0", [a.llama_server, *how, *more], "m", extra, a.threads, env=env)
+        stored = [a.llama_server, *how, *more, "--no-repack"]
+        yield Contender("llama.cpp q4_0 as stored", stored, "m", extra, a.threads, env=env)
     else:
         print("llama.cpp is left out: see --help for how its server is built\n")
     for dtype in a.transformers:
@@ -360,11 +363,11 @@ def ratios(rows: list[dict], others: list[dict], key: str) -> dict[str, float]:
 def report(a: argparse.Namespace, found: dict, weights: dict[str, int]) -> dict[str, Any]:
     "Tables, and all of it as data."
     middle = lambda rows, k: statistics.median(r[k] for r in rows)
-    print("\ncontender           clients  tokens/s  a processor second  p95 TTFT ms  p95 latency ms  memory MB")
+    print("\ncontender                 clients  tokens/s  a processor second  p95 TTFT ms  p95 latency ms  memory MB")
     for name, by in found.items():
         for n, rows in by.items():
             t, c, f, w, m = (middle(rows, k) for k in KEYS)
-            print(f"{name:18} {n:8} {t:9.1f} {c:19.1f} {f * 1e3:12.0f} {w * 1e3:15.0f} {m / 1e6:10.0f}")
+            print(f"{name:24} {n:8} {t:9.1f} {c:19.1f} {f * 1e3:12.0f} {w * 1e3:15.0f} {m / 1e6:10.0f}")
     table: dict[str, Any] = {}
     print("\nratios, median of the rounds (least to most)")
     ours = [n for n in found if n.startswith("llmkit")]
