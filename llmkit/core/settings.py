@@ -75,7 +75,7 @@ def load_settings(
     if profile != "DEFAULT" and profile not in ini:
         raise KitError("no such profile", file=path, value=profile, remedy=did_you_mean(profile, ini.sections()))
     _refuse_secrets(ini, path)
-    _refuse_misspelt(ini, path)
+    _refuse_misspelt(ini, path, environ)
     values = dict(ini[profile])
     values |= {k: environ[f"LLMKIT_{k.upper()}"] for k in (*values, *KEYS) if f"LLMKIT_{k.upper()}" in environ}
     return Settings(profile, values, path)
@@ -96,9 +96,16 @@ def _refuse_secrets(ini: ConfigParser, path: Path) -> None:
                 raise KitError("looks like a secret", file=path, key=f"[{section}] {key}", remedy=fix)
 
 
-def _refuse_misspelt(ini: ConfigParser, path: Path) -> None:
+def _refuse_misspelt(ini: ConfigParser, path: Path, environ: Mapping[str, str]) -> None:
     "A key that nobody reads sends runs and versions to another place than its writer believes."
     for section in ("DEFAULT", *ini.sections()):
         for key in ini[section]:
             if key not in KEYS and get_close_matches(key, KEYS, n=1, cutoff=0.85):
                 raise KitError("unknown setting", file=path, key=f"[{section}] {key}", remedy=did_you_mean(key, KEYS))
+    known = {"profile", *KEYS, *(k for section in ini.values() for k in section)}
+    for name in environ:
+        key = name[7:].lower()
+        if not name.upper().startswith("LLMKIT_") or (key in known and name.isupper()):
+            continue
+        if near := get_close_matches(key, known, n=1, cutoff=0.85):
+            raise KitError("no setting has this name", key=name, remedy=f"Did you mean 'LLMKIT_{near[0].upper()}'?")
