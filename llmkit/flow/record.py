@@ -43,7 +43,8 @@ def ending(
     code = [(i, c) for i, c in enumerate(nb["cells"]) if c["cell_type"] == "code" and "".join(c["source"]).strip()]
     for i, cell in code:
         for out in cell["outputs"]:
-            if out["output_type"] == "error":
+            # a cell that is interrupted because the run is being stopped is no reason of its own
+            if out["output_type"] == "error" and not (stopped and out["ename"] == "KeyboardInterrupt"):
                 text = plain("\n".join(out["traceback"]))
                 return Ending("failed", i, title(nb, i), f"{out['ename']}: {out['evalue']}".rstrip(": "), text)
     counts = [cell["execution_count"] for _, cell in code]
