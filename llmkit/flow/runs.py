@@ -19,6 +19,7 @@ from typing import Any
 from ..core.errors import KitError
 from ..core.files import held, read_json, read_object, take_lock, write_json
 from ..core.params import did_you_mean
+from ..core.project import named_project
 from .record import ending
 
 # %% ../../nbs/12_flow/04_runs.ipynb #1f2829ae
@@ -146,16 +147,17 @@ def prune(
 # %% ../../nbs/12_flow/04_runs.ipynb #2aa4173e
 def runs(
     id: str = "",  # a run, or a part of its id; empty lists them
-    project: str = ".",  # the project's folder
+    project: str = "",  # the project's folder; default: the nearest one with a `params.yaml`
     last: int = 20,  # how many to list
 ) -> int:
     "List the runs of a project, or show one with its failing cell and traceback."
-    bury_dead(project)
+    folder = named_project(project)
+    bury_dead(folder)
     if id:
-        print(describe(find_run(project, id)))
+        print(describe(find_run(folder, id)))
         return 0
-    found = list_runs(project)
-    for r in found[-last:]:
+    found = list_runs(folder)
+    for r in found[max(0, len(found) - last) :]:
         print(f"{r.id}  {r.status['state']:<10} {_seconds(r.status):>8}  {_summary(r.status)}".rstrip())
     if not found:
         print("no runs yet")
