@@ -3,11 +3,12 @@
 import os
 import signal
 import sqlite3
+import time
 
 import pytest
 
 from llmkit.core.errors import KitError
-from llmkit.core.files import held, write_json
+from llmkit.core.files import held, take_lock, write_json
 from llmkit.flow import tracking
 from llmkit.flow.doctor import doctor, mlflow_problems
 from llmkit.flow.records import md5
@@ -169,3 +170,34 @@ def test_a_server_that_goes_away_after_it_made_the_run_is_told_its_parameters_la
     assert [r.id for r in settle(project.path)] == [run.id]
     where, _ = tracking.tracking_settings(project.path)
     assert connect(where).get_run(read_mlflow(run)["run_id"]).data.params == {"lr": "0.5"}
+
+
+def test_whatever_a_user_calls_things_mlflow_learns_all_of_it(project, empty_mlflow, monkeypatch):
+    "Names that it would refuse, more than a hundred of them, and values beyond its limit; nobody's shell says which server."
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", "sqlite:////nowhere/else.db")
+    project.track(empty_mlflow)
+    many = {f"p{i}": i for i in range(250)}
+    given = {"splits": {"data/": "train", "x" * 300: "test"}, "rules": "y" * 5999, "text": "z" * 6001} | many
+    run = open_run(project.path, "x", tags={}, parameters=given)
+    run.save(state="completed", ended=now(), metrics={"my suite!_engine.acc": 0.5} | {f"m{i}": 1.0 for i in range(600)})
+    run.close()
+    settle(project.path)
+    client = connect(tracking.tracking_settings(project.path)[0])
+    assert client._registry_uri == client._tracking_client.tracking_uri
+    data = client.get_run(read_mlflow(run)["run_id"]).data
+    assert data.params.items() >= {k: str(v) for k, v in many.items()}.items() and data.params["rules"] == "y" * 5999
+    assert data.params["text"] == "z" * 5999 + "…" and data.params["splits.data_"] == "train"
+    assert data.metrics["my suite__engine.acc"] == 0.5 and len(data.metrics) == 601
+
+
+def test_whoever_talks_to_a_server_that_does_not_answer_holds_up_nobody_else(project, empty_mlflow):
+    project.track(empty_mlflow)
+    run = open_run(project.path, "x", tags={}, parameters={})
+    run.save(state="completed", ended=now())
+    run.close()
+    talking = take_lock(project.path / tracking.TURN)
+    begun = time.monotonic()
+    assert settle(project.path, wait=1) == [] and time.monotonic() - begun < 10
+    assert [r.id for r in tracking.untold(project.path)] == [run.id]
+    os.close(talking)
+    assert [r.id for r in settle(project.path, wait=1)] == [run.id] and tracking.untold(project.path) == []
