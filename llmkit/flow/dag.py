@@ -16,7 +16,8 @@ from typing import Any
 
 from ..core.errors import KitError
 from ..core.files import write_text
-from ..core.params import did_you_mean, load_params
+from ..core.params import conform, did_you_mean, load_params
+from ..core.project import named_project
 from .closure import closure
 from .notebook import Stage, find_checkout, find_stages, read_stage, stage_values
 from .sections import section_problems
@@ -38,9 +39,9 @@ def stage_entry(
         [os.path.normpath(Path(up) / "requirements.lock")] if (Path(checkout) / "requirements.lock").is_file() else []
     )
     deps = [*code, *lock, *stage.needs.values(), *data_deps(stage, params, project)]
-    keys = [stage.name] if params.get(stage.name) else []
-    keys += [n for n in stage.parameters if n not in params.get(stage.name, {}) and n in params]
-    keys += ["seed"] if "seed" in params and "seed" not in stage.parameters else []  # every kernel is seeded by it
+    section = conform(params.get(stage.name, {}), dict, stage.name, Path(project) / "params.yaml")
+    shared = dict.fromkeys((*stage.parameters, "seed"))  # every kernel is seeded
+    keys = [stage.name] * bool(section) + [n for n in shared if n not in section and n in params]
     home, receipt = f"artifacts/{stage.name}", RECEIPTS.get(stage.name)
     outs = [p for p in stage.makes.values() if p != receipt] + ([{receipt: {"cache": False}}] if receipt else [])
     entry = {"cmd": f"llmkit stage {stage.name}", "deps": deps, "params": keys}
@@ -148,11 +149,11 @@ def entry_text(name: str, entry: dict[str, Any]) -> str:
 
 def _scalar(text: str) -> str:
     "A string as a YAML scalar: plain where that is safe, quoted otherwise."
-    return text if re.fullmatch(r"[A-Za-z$./_][\w./${}\[\]-]*", text) else json.dumps(text)
+    return text if re.fullmatch(r"[A-Za-z$./_][\w./${}\[\]-]*", text) else json.dumps(text, ensure_ascii=False)
 
 # %% ../../nbs/12_flow/07_dag.ipynb #1863f6f0
 def dag_write(
-    project: str = ".",  # the folder of `params.yaml`: the checkout, or an example's folder
+    project: str | Path = ".",  # the folder of `params.yaml`: the checkout, or an example's folder
 ) -> bool:
     "Write `dvc.yaml`; returns whether it changed."
     path, text = Path(project) / "dvc.yaml", dag_text(project)
@@ -163,7 +164,7 @@ def dag_write(
 
 
 def dag_check(
-    project: str = ".",  # the folder of `dvc.yaml`
+    project: str | Path = ".",  # the folder of `dvc.yaml`
 ) -> None:
     "Raise `KitError` when `dvc.yaml` is not what the stages say."
     path = Path(project) / "dvc.yaml"
@@ -185,19 +186,21 @@ def check_entry(
 
 # %% ../../nbs/12_flow/07_dag.ipynb #64b868d1
 def write(
-    project: str = ".",  # the folder of `params.yaml`
+    project: str = "",  # the project's folder; default: the nearest one with a `params.yaml`
 ) -> int:
     "Write `dvc.yaml` from the stages."
-    print(f"{Path(project) / 'dvc.yaml'}: {'written' if dag_write(project) else 'is up to date'}")
+    folder = named_project(project)
+    print(f"{folder / 'dvc.yaml'}: {'written' if dag_write(folder) else 'is up to date'}")
     return 0
 
 
 def check(
-    project: str = ".",  # the folder of `dvc.yaml`
+    project: str = "",  # the project's folder; default: the nearest one with a `params.yaml`
 ) -> int:
     "Fail when `dvc.yaml` is not what the stages say."
-    dag_check(project)
-    print(f"{Path(project) / 'dvc.yaml'}: is up to date")
+    folder = named_project(project)
+    dag_check(folder)
+    print(f"{folder / 'dvc.yaml'}: is up to date")
     return 0
 
 # %% ../../nbs/12_flow/07_dag.ipynb #aaa89d35
@@ -221,9 +224,10 @@ def params_problems(
 
 
 def params_check(
-    project: str = ".",  # the folder of `params.yaml`
+    project: str = "",  # the project's folder; default: the nearest one with a `params.yaml`
 ) -> int:
     "Fail when `params.yaml` does not fit the stages."
-    bad = params_problems(project)
-    print("\n".join(bad) or f"{Path(project) / 'params.yaml'}: fits every stage")
+    folder = named_project(project)
+    bad = params_problems(folder)
+    print("\n".join(bad) or f"{folder / 'params.yaml'}: fits every stage")
     return 1 if bad else 0

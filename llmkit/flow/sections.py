@@ -127,7 +127,7 @@ def _checks(params: dict[str, Any], values: Mapping[str, Any], file: Path) -> It
     for name, read in {"rollout": read_rollout, "monitor": read_monitor}.items():
         if name in params:
             yield name, lambda name=name, read=read: read(params[name], file)
-    suites = (params.get("evaluate") or {}).get("suites")
+    suites = params["evaluate"].get("suites") if isinstance(params.get("evaluate"), dict) else None
     for name, given in suites.items() if isinstance(suites, dict) else ():
         key = f"evaluate.suites.{name}"
         yield key, lambda name=name, given=given, key=key: suite_options(name, given, key, file)

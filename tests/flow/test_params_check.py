@@ -1,10 +1,12 @@
 "`llmkit params check` finds what would stop a run hours later: each fault in a copy of the shipped parameters."
 
+import re
 from pathlib import Path
 
 import pytest
 
-from llmkit.flow.dag import params_problems
+from llmkit.core.errors import KitError
+from llmkit.flow.dag import dag, params_problems
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,6 +32,18 @@ def test_a_fault_is_named(tmp_path, was, now, says):
     file.write_text(text.replace(was, now), encoding="utf-8")
     (problem,) = params_problems(tmp_path)
     assert problem.startswith(f"{file}: {says}"), problem
+
+
+@pytest.mark.parametrize(
+    "section", ["finetune:", "finetune: 5", "evaluate: [a]", "gates:", "edge: 3", "rollout:", "monitor: []"]
+)
+def test_a_section_that_is_none_is_told_wherever_it_is_read(tmp_path, section):
+    name, text = section.partition(":")[0], (ROOT / "params.yaml").read_text(encoding="utf-8")
+    (tmp_path / "params.yaml").write_text(re.sub(rf"^{name}:\n((  .*)?\n)+", f"{section}\n", text, flags=re.M))
+    assert any(f"params.yaml: {name}" in p for p in params_problems(tmp_path))
+    if name in ("finetune", "evaluate"):
+        with pytest.raises(KitError, match=f"params.yaml: {name}: must be a dict"):
+            dag(tmp_path)
 
 
 @pytest.mark.parametrize("project", [".", "examples/banking77"])
