@@ -12,12 +12,13 @@ import time
 import pytest
 
 from llmkit.cli import main
+from llmkit.core import errors
 from llmkit.core.errors import KitError
 from llmkit.core.files import take_lock, write_json
 from llmkit.flow.doctor import doctor, run_problems
 from llmkit.flow.plan import plan
 from llmkit.flow.records import md5, verify_records
-from llmkit.flow.runner import report, run_stage, stage
+from llmkit.flow.runner import git_facts, report, run_stage, stage
 from llmkit.flow.runs import RUNS, bury_dead, describe, list_runs, open_run
 from llmkit.gate.verdict import SCHEMA
 
@@ -280,6 +281,56 @@ def test_a_signal_ends_kernel_and_run(project, number, code):
     run = list_runs(project.path)[0]
     assert run.status["state"] == "killed" and run.status["exit_code"] == code
     assert "Traceback" not in err
+
+
+def test_ctrl_c_while_the_kernel_ignores_sigterm_is_told_as_a_stop(project):
+    slow = "import os, signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nopen('pid', 'w').write(str(os.getpid()))"
+    project.stage("x", slow + "\ntime.sleep(600)", DONE)
+    process = project.spawn("x")
+    project.wait_for(lambda: (project.path / "pid").exists() and (project.path / "pid").read_text())
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 130 and "killed in cell 5" in err, err
+    assert not project.alive(int((project.path / "pid").read_text()))
+
+
+def test_another_kit_than_the_checkouts_does_not_run_in_its_name(project):
+    "As in a second worktree that uses the environment of the first."
+    project.stage("x", DONE)
+    (project.path / "llmkit/core").mkdir()
+    shutil.copy(errors.__file__, project.path / "llmkit/core/errors.py")
+    with open(project.path / "llmkit/stages/x.py", "a") as f:
+        f.write("from llmkit.core import errors\n")
+    plan("x", project.path)  # the same code in another place is the same
+    with open(project.path / "llmkit/core/errors.py", "a") as f:
+        f.write("MORE = 1\n")
+    with pytest.raises(KitError, match="llmkit/core/errors.py: is not the code that runs"):
+        plan("x", project.path)
+
+
+def test_a_checkout_of_another_user_has_a_commit_too(project, empty_repo):
+    "As in a container that runs as root on a mounted folder."
+    if os.getuid():
+        pytest.skip("only root can give a folder away")
+    shutil.copytree(empty_repo, project.path, dirs_exist_ok=True)
+    project.sh("git", "add", "-A")
+    project.sh("git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "all")
+    for folder in (project.path, project.path / ".git"):
+        os.chown(folder, 54321, 54321)
+    assert project.sh("git", "status", ok=False).returncode == 128
+    assert len(git_facts(project.path, project.path)["commit"]) == 40
+
+
+def test_runs_are_those_of_the_nearest_project(project, capsys, monkeypatch):
+    open_run(project.path, "x").close()
+    open_run(project.path, "y").close()
+    (project.path / "data/deep").mkdir(parents=True)
+    monkeypatch.chdir(project.path / "data/deep")
+    assert main(["runs"]) == 0 and capsys.readouterr().out.count("killed") == 2
+    for last, n in (("1", 1), ("0", 0), ("-1", 0)):
+        assert main(["runs", f"--last={last}"]) == 0 and capsys.readouterr().out.count("killed") == n
+    assert main(["runs", "--project", "../dta"]) == 2
+    assert "../dta/params.yaml: no such file" in capsys.readouterr().err
 
 
 def test_starting_a_stage_imports_nothing_heavy():
