@@ -12,6 +12,7 @@ from typing import Any
 from ..core.errors import KitError
 from ..core.files import held, read_json
 from ..core.plugins import need
+from ..core.project import named_project
 from .dag import dag_check
 from .records import check_records, locked, verify_records
 from .runs import bury_dead, list_runs
@@ -113,15 +114,16 @@ def waiting(
 
 
 def doctor(
-    project: str = ".",  # the project's folder
+    project: str = "",  # the project's folder; default: the nearest one with a `params.yaml`
     repair: bool = False,  # close dead runs, and bring MLflow into agreement with the runs
 ) -> int:
     "Lay DVC, records, runs and MLflow side by side; returns 1 when they contradict each other."
+    folder = named_project(project)
     if repair:
-        for run in bury_dead(project, anywhere=True) + settle(project, wait=60):
+        for run in bury_dead(folder, anywhere=True) + settle(folder, wait=60):
             print(f"repaired: {run.id} is {run.status['state']}")
-    for line in waiting(project):
+    for line in waiting(folder):
         print(line)
-    bad = dvc_problems(project) + run_problems(project) + mlflow_problems(project)
+    bad = dvc_problems(folder) + run_problems(folder) + mlflow_problems(folder)
     print("\n".join(bad) if bad else "no contradictions")
     return 1 if bad else 0

@@ -10,9 +10,9 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import KitError
 from ..core.files import read_json, write_text
 from ..core.params import load_params
+from ..core.project import named_project
 from .notebook import find_checkout, find_stages
 from .record import verify as verify_record
 
@@ -115,37 +115,28 @@ def _parameters(project: Path, name: str) -> list[str]:
 
 # %% ../../nbs/12_flow/11_records.ipynb #c9240092
 def sync(
-    project: str = ".",  # the project's folder
+    project: str = "",  # the project's folder; default: the nearest one with a `params.yaml`
 ) -> int:
     "Copy the records of the last run to `records/`."
-    _require_project(project)
-    changed, refused = sync_records(project)
+    changed, refused = sync_records(named_project(project))
     for name in changed:
         print(f"records/{name}")
     return _say(refused, "records/ is in step")
 
 
 def check(
-    project: str = ".",  # the project's folder
+    project: str = "",  # the project's folder; default: the nearest one with a `params.yaml`
 ) -> int:
     "Fail when `records/` is not in step with `dvc.lock`."
-    _require_project(project)
-    return _say(check_records(project), "records/ is in step", "Run `llmkit records sync` and commit")
+    return _say(check_records(named_project(project)), "records/ is in step", "Run `llmkit records sync` and commit")
 
 
 def verify(
-    project: str = ".",  # the project's folder
+    project: str = "",  # the project's folder; default: the nearest one with a `params.yaml`
 ) -> int:
     "Fail when a record, its sidecar, or what it vouches for was changed."
-    _require_project(project)
-    return _say(check_records(project) + verify_records(project), "every record holds")
-
-
-def _require_project(project: str) -> None:
-    "Where there is no project, nothing is in step."
-    file = Path(project) / "params.yaml"
-    if not file.is_file():
-        raise KitError("no such file", file=file, remedy="Run from the project's root, or name it by --project")
+    folder = named_project(project)
+    return _say(check_records(folder) + verify_records(folder), "every record holds")
 
 
 def _say(problems: list[str], well: str, remedy: str = "") -> int:

@@ -16,8 +16,10 @@ import psutil
 import pytest
 
 from llmkit.core.errors import KitError
+from llmkit.flow import repro as flow
 from llmkit.flow.dag import dag_write
 from llmkit.flow.notebook import NotebookError
+from llmkit.flow.plan import plan
 from llmkit.flow.records import check_records, sync_records, verify_records
 from llmkit.flow.repro import stop_below
 from llmkit.flow.runs import list_runs
@@ -136,6 +138,44 @@ def test_a_stale_pipeline_is_refused_by_the_runner(pipeline):
         f.write("from llmkit.core import extra\n")
     done = pipeline.sh("dvc", "repro", "one", ok=False)
     assert done.returncode and "stages.one: is stale. Run `llmkit dag write`" in done.stderr
+
+
+def test_a_stale_pipeline_is_refused_wherever_dvc_is_started(project, empty_repo):
+    "From a folder above, DVC calls the stage `ml/dvc.yaml:one`."
+    ml, top = type(project)(project.path / "ml"), project.path
+    ml.params("seed: 7\none: {lr: 1e-4}\n")
+    ml.stage("one", FIRST)
+    dag_write(ml.path)
+    (ml.path / "llmkit/core").mkdir()
+    (ml.path / "llmkit/core/extra.py").write_text("")
+    with open(ml.path / "llmkit/stages/one.py", "a") as f:
+        f.write("from llmkit.core import extra\n")
+    shutil.copytree(empty_repo, top, dirs_exist_ok=True)
+    done = project.sh("dvc", "repro", "ml/dvc.yaml:one", ok=False)
+    assert done.returncode and "stages.one: is stale. Run `llmkit dag write`" in done.stderr
+
+
+def test_a_cache_that_cannot_be_written_is_refused_by_the_runner_too(pipeline, monkeypatch):
+    "`dvc repro` alone would notice after the training."
+    monkeypatch.setenv("DVC_STAGE", "one")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(KitError, match="DVC's cache cannot be written"):
+        plan("one", pipeline.path)
+
+
+def test_what_lies_in_the_project_is_no_module_of_dvc(pipeline):
+    (pipeline.path / "queue.py").write_text("raise SystemExit('imported')")
+    assert flow.dvc(["status", "-q"], pipeline.path) in (0, 1)
+    assert flow.dvc(["version"], pipeline.path) == 0
+
+
+def test_a_misspelt_project_is_not_the_one_above(pipeline, monkeypatch):
+    monkeypatch.chdir(pipeline.path)
+    (pipeline.path / "examples").mkdir()
+    monkeypatch.setattr(flow, "dvc", lambda words, folder: pytest.fail("DVC was started"))
+    for name in ("exampels/cards", "examples"):
+        with pytest.raises(KitError, match=f"{name}/params.yaml: no such file"):
+            flow.repro(project=name)
 
 
 def test_a_failed_stage_keeps_its_record_of_failure(pipeline):
