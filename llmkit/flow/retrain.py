@@ -18,6 +18,7 @@ from ..core.digests import short
 from ..core.errors import KitError
 from ..core.files import read_json, write_json, write_text
 from ..core.params import load_params
+from ..core.project import named_project
 from ..core.settings import load_settings
 from .repro import BACKUP, after, alone, before, dvc, put_back
 from .runs import now
@@ -29,15 +30,20 @@ def with_records(
     text: str,  # of params.yaml
     records: str,  # JSON Lines, as the pipeline is to find them
 ) -> str:
-    "The same file with another source; every other character stays."
+    "The same file with another source; every other character stays. Raises `KitError` where a key does not stand in the section itself."
     from ruamel.yaml import YAML
 
     root = YAML().compose(text)
     prepare = next(value for key, value in root.value if key.value == "prepare")
-    new = {"source": "jsonl", "path": json.dumps(records), "columns": "{}", "templates": "{}", "splits": "{}"}
+    new = {"source": "jsonl", "path": records, "columns": {}, "templates": {}, "splits": {}}
     for key, value in reversed([(k, v) for k, v in prepare.value if k.value in new]):
         start, end, rest = _span(text, key, value)
-        text = f"{text[:start]} {new[key.value]}{rest}{text[end:]}"
+        said = new[key.value] if key.value == "source" else json.dumps(new[key.value])
+        text = f"{text[:start]} {said}{rest}{text[end:]}"
+    made = YAML(typ="safe").load(text)["prepare"]
+    if wrong := [k for k in new if made.get(k, new[k]) != new[k]]:
+        fix = "Write it into the section; a retraining cannot change what comes from elsewhere by `<<`"
+        raise KitError("cannot be set", file="params.yaml", key=f"prepare.{wrong[0]}", value=made[wrong[0]], remedy=fix)
     return text
 
 
@@ -81,10 +87,10 @@ def retrain(
     records: str,  # JSON Lines in the kit's form, inside the project
     *,
     id: str = "",  # name of the experiment; default: DVC finds one
-    project: str = ".",  # the folder of `params.yaml`
+    project: str = "",  # the project's folder; default: the nearest one with a `params.yaml`
 ) -> int:
     "Run the pipeline on other records as a DVC experiment; exit code that of the stage that failed."
-    return train_again(records, id, project)
+    return train_again(records, id, named_project(project))
 
 
 def train_again(

@@ -98,9 +98,12 @@ def test_repro_puts_back_what_a_killed_training_has_left(project, capsys, monkey
 
 
 def test_while_the_dvc_of_a_killed_training_lives_nobody_touches_the_project(project, monkeypatch):
-    (project / "dvc.py").write_text("import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)\n")
+    (project / "stand_in").mkdir()
+    lives = "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)\n"
+    (project / "stand_in/dvc.py").write_text(lives)
     code = "from llmkit.flow import repro, retrain; retrain.train_again('new.jsonl', 'r1', '.', repro.dvc)"
-    p = subprocess.Popen([sys.executable, "-c", code], cwd=project, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    path = os.pathsep.join([str(project / "stand_in"), str(ROOT)])
+    p = subprocess.Popen([sys.executable, "-c", code], cwd=project, env=os.environ | {"PYTHONPATH": path})
     end = time.monotonic() + 60
     while not (project / "pid").is_file() or not (project / "pid").read_text():
         assert time.monotonic() < end and p.poll() is None
@@ -183,6 +186,13 @@ def test_naming_the_records_keeps_every_comment():
     assert with_records("t: &t {}\n" + flow.replace("*t,", "*t ,"), "new.jsonl").replace(" ,", ",") == (
         "t: &t {}\n" + want.replace(" ,", ",")
     )
+
+
+def test_records_that_would_not_be_read_are_not_trained_on():
+    "A source that comes from elsewhere by a merge key stays, whatever is written into the section."
+    shared = "d: &d {source: csv, path: old.csv, columns: {}, templates: {}, splits: {}}\n"
+    with pytest.raises(KitError, match=r"prepare.source: cannot be set \(got 'csv'\)"):
+        with_records(shared + "prepare:\n  <<: *d\n  n: 3\n", "new.jsonl")
 
 
 def test_a_lock_file_that_was_not_there_is_gone_after_a_failure(project):
