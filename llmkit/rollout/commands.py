@@ -7,6 +7,7 @@ __all__ = ['EXIT', 'open_store', 'latest', 'active', 'open_registry', 'rollout_s
            'rollout_resume', 'rollout_promote', 'rollout_abort', 'rollout_retry', 'rollout_undo']
 
 # %% ../../nbs/09_rollout/12_commands.ipynb #7c6de435
+import time
 from pathlib import Path
 
 from ..core.digests import short
@@ -18,9 +19,9 @@ from ..release.ledger import actor
 from ..release.registry import Version, outside_training, registry_uri, versions
 from .controller import Controller, Keeper, MlflowRegistry, Registry
 from .policy import read_rollout
-from .state import Effect
+from .state import Effect, RolloutState
 from .store import MOVES, Store, rollouts_file
-from .view import view
+from .view import status_line, view
 from .view import watch as show
 
 # %% ../../nbs/09_rollout/12_commands.ipynb #6f099c3d
@@ -175,7 +176,10 @@ def _order(kind: str, id: str, because: str, settings: str, **more) -> int:
     if kind in MOVES:
         outside_training(f"llmkit rollout {kind}")
     store = open_store(settings)
-    c = Controller(store, latest(store, id), _registry(settings))
+    id = latest(store, id)
+    if kind == "abort":
+        return _abort(store, id, because)
+    c = Controller(store, id, _registry(settings))
     if kind in _AGAIN:
         _settled(store, c.registry, c.state.model, c.id)
     champion = _champion(c.state.model, settings) if kind in _AGAIN else ""
@@ -190,9 +194,22 @@ def _order(kind: str, id: str, because: str, settings: str, **more) -> int:
     print(view(c.fold, c.clock()))
     if c.trouble:
         print(f"still to be done: {c.trouble}")
-    elif kind in ("abort", "undo"):
-        print(f"done: release {short(c.state.releases['baseline'])} answers everybody again")
+    elif kind == "undo":
+        print(_done(c.state))
     return 4 if c.trouble else 0
+
+
+def _abort(store: Store, id: str, because: str) -> int:
+    "The order that needs neither policy nor measurements nor registry."
+    order = {"kind": "abort", "time": time.time(), "who": actor(), "because": because}
+    state = store.abort(id, order)
+    print(status_line(state, order["time"]), _done(state), sep="\n")
+    return 0
+
+
+def _done(state: RolloutState) -> str:
+    "Who answers after an abort or an undo."
+    return f"done: release {short(state.releases['baseline'])} answers everybody again"
 
 
 _AGAIN = {"retry": "Degraded", "undo": "Healthy"}  # orders for a rollout that has ended, and how it did

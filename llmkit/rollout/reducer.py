@@ -127,6 +127,7 @@ def _command(policy: RolloutPolicy, s: RolloutState, e: Event, ev: Evidence) -> 
         if policy.steps[s.step].kind == "pause":  # whoever holds it there
             if s.step + 1 == len(policy.steps):  # into a promotion
                 return _by_hand(policy, s, e, ev)
+            _unharmed(s, ev)
             return _enter(policy, s, s.step + 1, e, s.verdict)
         return replace(s, phase="Progressing", paused_by="", deadline_from=e["time"], reason=because), ()
     if kind == "promote":
@@ -148,16 +149,20 @@ _REMEDY = {
 }
 
 
-def _by_hand(policy: RolloutPolicy, s: RolloutState, e: Event, ev: Evidence) -> Next:
-    "Leave the step, or all of them; raises `KitError` without data or against a finding."
-    last = e.get("full") or s.step + 1 >= len(policy.steps)
+def _unharmed(s: RolloutState, ev: Evidence, but: tuple[str, ...] = ("fail",)) -> None:
+    "Raise `KitError` against a finding: nobody brings more users to what was found to do harm."
     if s.stage_kind == "shadow" and s.found == "fail":  # between two looks the evidence says nothing
         fix = "Abort, or resume and let the next look say otherwise"
         raise KitError("the last look at the shadow says fail", key=s.id, value=s.reason, remedy=fix)
-    if ev.outcome in ("fail", "error"):
-        raise KitError(
-            f"the verdict is {ev.outcome}", key=s.id, value=_first(ev), remedy="Abort, or mend what it names"
-        )
+    if ev.outcome in but:
+        fix = "Abort, or mend what it names"
+        raise KitError(f"the verdict is {ev.outcome}", key=s.id, value=_first(ev), remedy=fix)
+
+
+def _by_hand(policy: RolloutPolicy, s: RolloutState, e: Event, ev: Evidence) -> Next:
+    "Leave the step, or all of them; raises `KitError` without data or against a finding."
+    last = e.get("full") or s.step + 1 >= len(policy.steps)
+    _unharmed(s, ev, ("fail", "error"))
     if not ev.samples or ev.silent or (last and s.stage_kind != "canary"):
         raise KitError("nothing was measured that could carry a promotion", key=s.id, remedy="Let it see traffic first")
     return _enter(policy, s, len(policy.steps) if e.get("full") else s.step + 1, e, ev.digest)
@@ -173,7 +178,7 @@ def _follow(policy: RolloutPolicy, s: RolloutState, e: Event) -> Next:
 
 # %% ../../nbs/09_rollout/04_reducer.ipynb #445691a6
 def reduce(
-    policy: RolloutPolicy,
+    policy: RolloutPolicy | None,  # None where it cannot be read: for an abort
     state: RolloutState | None,  # None before `start`
     event: Event,  # "start" with id, model and releases; "tick"; or a command
     evidence: Evidence = Evidence(),  # noqa: B008  frozen; nothing measured

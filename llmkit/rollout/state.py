@@ -71,7 +71,10 @@ def from_json(body: Mapping[str, Any]) -> RolloutState:
     try:
         return RolloutState(**{**body, "slots": tuple((int(i), v) for i, v in body["slots"])})
     except (TypeError, KeyError) as e:
-        raise KitError(f"not a rollout's state: {e}", remedy="It was written by another version of the kit") from e
+        raise KitError(
+            f"not a rollout's state: {e}",
+            remedy="It was written by another version of the kit: use that one on every machine that shares it",
+        ) from e
 
 # %% ../../nbs/09_rollout/03_state.ipynb #66f4b3f5
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['WAIT', 'MOVES', 'Fold', 'rollouts_file', 'Promise', 'Store', 'create', 'append', 'load', 'catch_up', 'replay',
-           'history', 'standing', 'snapshot', 'expire', 'Receipt', 'ids', 'under_way', 'receive', 'owed', 'promises',
-           'kept', 'failed']
+           'history', 'standing', 'snapshot', 'expire', 'abort', 'Receipt', 'ids', 'under_way', 'receive', 'owed',
+           'promises', 'kept', 'failed']
 
 # %% ../../nbs/09_rollout/08_store.ipynb #5d3bfc3a
 import json
+import math
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 
 from ..core.digests import canonical_json
 from ..core.errors import KitError
-from ..core.params import did_you_mean
+from ..core.params import ParamsError, did_you_mean
 from ..gate.verdict import RuleResult, Verdict
 from ..release.registry import outside_training
 from .analysis import analyse, documented
@@ -127,11 +128,12 @@ class Store:
             with sqlite3.connect(self.path, timeout=WAIT, isolation_level=None, check_same_thread=False) as db:
                 write_ahead(db, WAIT)
                 db.execute("pragma synchronous=full")
-                db.execute("begin immediate")
-                make_tables(db, _TABLES)
+                (made,) = db.execute("select count(*) from sqlite_master where type = 'table'").fetchone()
+                if made < _TABLES.count("create table"):  # else nothing is written, and who only reads waits for nobody
+                    db.execute("begin immediate")
+                    make_tables(db, _TABLES)
         except (sqlite3.Error, OSError) as e:
-            fix = f"Check that the folder is writable. {_DAMAGED}"
-            raise KitError(f"cannot open the rollouts: {e}", file=self.path, remedy=fix) from e
+            raise KitError(f"cannot open the rollouts: {e}", file=self.path, remedy=_remedy(e)) from e
         self._file = _file(self.path)
         return db
 
@@ -144,7 +146,7 @@ class Store:
         except sqlite3.DatabaseError as e:
             if type(e) not in (sqlite3.DatabaseError, sqlite3.OperationalError):
                 raise
-            raise KitError(f"cannot read or write the rollouts: {e}", file=self.path, remedy=_DAMAGED) from e
+            raise KitError(f"cannot read or write the rollouts: {e}", file=self.path, remedy=_remedy(e)) from e
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -195,6 +197,21 @@ class Store:
                 self._db.close()
 
 
+_REMEDIES = {
+    "BUSY": "Another process holds it, a backup perhaps: see that it ends, then try again. Nothing is damaged",
+    "FULL": "Free some space on its disk, then try again. Nothing is damaged",
+    "IOERR": "See whether its disk is full, or failing",
+    "READONLY": "Check that you may write to it and to its folder",
+    "CANTOPEN": "Check that you may write to it and to its folder",
+}
+
+
+def _remedy(e: Exception) -> str:
+    "What to do about an error of the database."
+    kind = getattr(e, "sqlite_errorname", "SQLITE_CANTOPEN").split("_")[1]
+    return _REMEDIES.get(kind, _DAMAGED)
+
+
 def _file(path: Path) -> tuple[int, int] | None:
     "Device and inode of a file; None when there is none."
     try:
@@ -237,7 +254,8 @@ def append(
         (last,) = db.execute("select coalesce(max(seq), 0) from events where rollout = ?", (id,)).fetchone()
         if last != after:
             return False
-        db.execute("insert into events values (?, ?, ?, ?, ?, ?)", (id, after + 1, event["kind"], event["time"], json.dumps(event, allow_nan=False), said))  # fmt: skip
+        at = max(event["time"], _later(db)) if state else event["time"]
+        db.execute("insert into events values (?, ?, ?, ?, ?, ?)", (id, after + 1, event["kind"], at, json.dumps(event, allow_nan=False), said))  # fmt: skip
         for n, e in enumerate(effects):
             db.execute("insert into outbox (rollout, seq, n, body) values (?, ?, ?, ?)", (id, after + 1, n, json.dumps(asdict(e))))  # fmt: skip
         if evidence.digest:
@@ -245,6 +263,12 @@ def append(
             body = canonical_json(asdict(v) | {"reasons": [asdict(r) for r in v.reasons]})
             db.execute("insert or ignore into verdicts values (?, ?)", (evidence.digest, body))
     return True
+
+
+def _later(db: sqlite3.Connection) -> float:
+    "A time after every decision so far, in whatever rollout: a clock that is set back makes no older one the last."
+    (last,) = db.execute("select max(time) from events indexed by decided where state is not null").fetchone()
+    return last + 0.001 if last else -math.inf
 
 
 Store.create, Store.append = create, append
@@ -259,7 +283,13 @@ def load(
     if not found:
         known = [r[0] for r in self.rows("select id from rollouts")]
         raise KitError("no such rollout", file=self.path, value=id, remedy=did_you_mean(id, known))
-    fold = Fold(read_rollout(json.loads(found[0][0])))
+    try:
+        fold = Fold(read_rollout(json.loads(found[0][0])))
+    except ParamsError as e:
+        fix = "`llmkit rollout abort` ends it all the same; or go on with the version of the kit that began it"
+        raise KitError(
+            f"the policy that it began with is none for this version: {e}", file=self.path, value=id, remedy=fix
+        ) from e
     for seq, body in self.rows("select seq, body from snapshots where rollout = ?", id):
         said = json.loads(body)
         fold.seq, fold.state, fold.window = seq, from_json(said["state"]), read_window(said["window"], fold.policy)
@@ -323,7 +353,20 @@ def expire(
         return db.execute(f"delete from events where kind = 'traffic' and time < ? and {covered}", (before,)).rowcount
 
 
-Store.load, Store.catch_up, Store.replay, Store.history = load, catch_up, replay, history
+def abort(
+    self: Store,
+    id: str,  # of a rollout
+    event: Event,  # "abort", with time, who and because
+) -> RolloutState:
+    "Abort a rollout, whatever can be read of its policy and its measurements; raises `KitError` when it has ended."
+    with self._transaction() as db:
+        new, _ = reduce(None, self.standing(id), event)
+        (last,) = db.execute("select max(seq) from events where rollout = ?", (id,)).fetchone()
+        self.append(id, last, event, new)
+    return new
+
+
+Store.load, Store.catch_up, Store.replay, Store.history, Store.abort = load, catch_up, replay, history, abort
 Store.standing, Store.snapshot, Store.expire = standing, snapshot, expire
 
 # %% ../../nbs/09_rollout/08_store.ipynb #d0d67488

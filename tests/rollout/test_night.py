@@ -1,0 +1,83 @@
+"What happens to a rollout while nobody looks: clocks that jump, files that others hold, versions that come and go."
+
+import json
+import sqlite3
+
+import pytest
+from rollout_road import CANARY, H, Recorder, World
+from test_outside import project  # noqa: F401  a fixture
+
+from llmkit.core.errors import KitError
+from llmkit.release.registry import versions
+from llmkit.rollout import commands, store
+from llmkit.rollout.live import newest
+from llmkit.rollout.store import Store
+
+
+def test_the_last_decision_is_the_last_one_though_the_clock_was_set_back(tmp_path):
+    now, logs, registry = [1000.0], Store(tmp_path / "rollouts.db"), Recorder(tmp_path / "registry.json")
+
+    def promoted(id, old, new, jump):
+        logs.create(id, CANARY)
+        w = World(tmp_path, id=id, begin=False)
+        w.now = now[0]
+        w.c.command("start", "ann", model="bank-support", releases={"baseline": old, "canary": new})
+        w.traffic(200)
+        w.now += jump
+        w.traffic(200)
+        w.c.command("promote", "ann", full=True)
+        now[0] = w.now - jump
+
+    promoted("one", "sha256:a", "sha256:b", H)
+    promoted("two", "sha256:b", "sha256:c", 0.0)
+    assert registry.read()["aliases"]["champion"] == "sha256:c"
+    assert newest(logs, "bank-support")[0] == commands.latest(logs) == "two" and logs.ids() == ["two", "one"]
+
+
+@pytest.fixture
+def begun(project):  # noqa: F811
+    "A rollout that has begun, in the folder of a project."
+    one, two = versions("sqlite:///mlflow.db", "bank-support")
+    commands.rollout_start("bank-support", canary=one.release, first=True)
+    commands.rollout_start("bank-support", canary=two.release, id="a")
+    return sqlite3.connect("rollouts.db", isolation_level=None)
+
+
+def test_a_rollout_whose_policy_this_version_refuses_can_be_aborted(begun, capsys):
+    policy = json.loads(begun.execute("select policy from rollouts").fetchone()[0])
+    policy["canary"][0]["margin"] = 1.0  # as an older version took it
+    begun.execute("update rollouts set policy = ?", (json.dumps(policy),))
+    for order in (commands.rollout_status, commands.rollout_promote, commands.rollout_undo):
+        with pytest.raises(KitError, match="rollouts.db: the policy .* nothing fails a margin.*got 'a'.*rollout abort"):
+            order()
+    capsys.readouterr()
+    assert commands.rollout_abort(because="after the upgrade") == 0
+    assert "a: Degraded, aborted" in (said := capsys.readouterr().out) and "ann: after the upgrade" in said
+    assert newest(commands.open_store(), "bank-support")[1].weights == {"baseline": 100.0}
+    assert commands.rollout_start("bank-support", id="b") == 0
+    with pytest.raises(KitError, match="It was aborted"):
+        commands.rollout_abort("a")
+
+
+def test_a_log_that_somebody_holds_can_be_looked_at_and_is_not_called_damaged(begun, monkeypatch, capsys):
+    monkeypatch.setattr(store, "WAIT", 0.2)
+    begun.execute("begin immediate")
+    assert commands.rollout_status() == 0 and "a: Progressing" in capsys.readouterr().out
+    with pytest.raises(KitError, match="locked.*Another process holds it.*Nothing is damaged") as told:
+        commands.rollout_abort()
+    assert "move it away" not in str(told.value)
+    begun.execute("rollback")
+    assert commands.rollout_abort() == 0
+
+
+def test_who_resumes_out_of_a_pause_raises_no_weight_against_harm(tmp_path):
+    first, last = CANARY["steps"][:2], CANARY["steps"][2:]
+    w = World(tmp_path, CANARY | {"steps": [*first, {"pause": {}}, *last], "on": CANARY["on"] | {"fail": "pause"}})
+    w.traffic(4000)
+    assert w.c.state.paused_by == "step"
+    w.traffic(3000, errors=(0.01, 0.3))
+    assert w.c.state.reason.startswith("fail: canary error_rate") and w.c.state.phase == "Paused"
+    for order in ("resume", "promote"):
+        with pytest.raises(KitError, match="the verdict is fail.*Abort, or mend"):
+            w.c.command(order, "ann")
+    assert w.c.state.weights["canary"] == 20.0
