@@ -2518,6 +2518,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                              'llmkit/rollout/window.py'),
                                        'llmkit.rollout.window.Window.arm': ( '09_rollout/window.html#window.arm',
                                                                              'llmkit/rollout/window.py'),
+                                       'llmkit.rollout.window.Window.told': ( '09_rollout/window.html#window.told',
+                                                                              'llmkit/rollout/window.py'),
                                        'llmkit.rollout.window._answer': ('09_rollout/window.html#_answer', 'llmkit/rollout/window.py'),
                                        'llmkit.rollout.window._arm_json': ('09_rollout/window.html#_arm_json', 'llmkit/rollout/window.py'),
                                        'llmkit.rollout.window._await': ('09_rollout/window.html#_await', 'llmkit/rollout/window.py'),

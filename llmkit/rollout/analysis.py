@@ -139,7 +139,7 @@ def _hard_stops(policy: RolloutPolicy, w: Window, variants: list[str], alpha: fl
 
 
 def _freshness(policy: RolloutPolicy, w: Window, shares: dict[str, float], now: float) -> RuleResult:
-    "Whether every arm has been heard of lately; shares are of the requests."
+    "Whether every arm has been heard of lately; shares are of the users."
     arms = list(shares)
     after, rule = policy.validity.stale_after, f"telemetry no older than {policy.validity.stale_after:g} s"
     age = {v: now - max(w.since, w.arms[v].last if v in w.arms else w.since) for v in arms}
@@ -147,17 +147,19 @@ def _freshness(policy: RolloutPolicy, w: Window, shares: dict[str, float], now: 
     if len(stale) == len(arms):
         text = f"no request of any arm for {min(age.values()):.0f} s: no data is never a pass"
         return RuleResult(rule, policy.validity.on_no_data, text, "telemetry", "traffic")
-    since = {v: w.requests - (w.arms[v].at if v in w.arms else 0) for v in stale}
-    if stale and all((1 - shares[v]) ** since[v] >= policy.validity.srm_alpha for v in stale):
-        text = f"no request of {', '.join(stale)} for {age[stale[0]]:.0f} s, and {since[stale[0]]} of the others, which may be chance"
+    if min(age.values()) < -after:
+        text = f"a request is from {-min(age.values()):.0f} s ahead: the clock was set back, and who is silent since then is not known"
         return RuleResult(rule, "inconclusive", text, "telemetry", "traffic")
     if stale:
-        text = f"no request of {', '.join(stale)} for {age[stale[0]]:.0f} s while others have some: the telemetry is stale"  # fmt: skip
+        others = len(w.without[stale[0]])
+        text = f"no request of {', '.join(stale)} for {age[stale[0]]:.0f} s, while {others} users of others have some: "
+        chance = all((1 - shares[v]) ** len(w.without[v]) >= policy.validity.srm_alpha for v in stale)
+        text += "that may be chance" if chance else "the telemetry is stale"
         if w.counts["early"]:
             text += f". {_early(w)}"
         if len(w.units) < 10:
             text += f". Only {len(w.units)} unit(s) were seen, and a unit never changes sides: send `user` or an x-session-id"
-        return RuleResult(rule, "error", text, "telemetry", "traffic")
+        return RuleResult(rule, "inconclusive" if chance else "error", text, "telemetry", "traffic")
     return RuleResult(rule, "pass", f"every arm was heard of in the last {max(0.0, *age.values()):.0f} s", "telemetry", "traffic")  # fmt: skip
 
 
@@ -173,6 +175,7 @@ def left_out(
     told = {
         f"{w.counts['unloaded']} requests of this stage came while their variant was being loaded: the baseline answered, and neither is judged by them": w.counts["unloaded"],
         _early(w): w.counts["early"],
+        f"{w.counts['late']} ratings and outcomes came later than {w.lag:g} s after their answer, or for an answer from before this stage: they do not count": w.labelled and w.counts["late"],
         f"{w.counts['nobody']} requests name no user, and each user counts once: they are not judged": w.counts["nobody"],
     }  # fmt: skip
     return [text for text, n in told.items() if n]

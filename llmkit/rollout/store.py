@@ -57,6 +57,7 @@ class Fold:
     ) -> None:
         "Take in the next event of the log."
         if event["kind"] == "traffic":
+            self.window.told(event["time"])
             for e in event["events"]:
                 self.window.add(e)
         else:

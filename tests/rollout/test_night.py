@@ -81,3 +81,76 @@ def test_who_resumes_out_of_a_pause_raises_no_weight_against_harm(tmp_path):
         with pytest.raises(KitError, match="the verdict is fail.*Abort, or mend"):
             w.c.command(order, "ann")
     assert w.c.state.weights["canary"] == 20.0
+
+
+def test_a_gateway_whose_clock_is_ahead_hides_no_silence(tmp_path):
+    "The canary's clock is two hours ahead. It dies after forty minutes; an hour is what the stage takes."
+    w = World(tmp_path)
+    for i in range(3000):
+        w.now += 3.0
+        unit = f"u{i}"
+        if (mine := w.c.assign(unit) == "canary") and i > 800:
+            continue
+        w.request(every=0.0, unit=unit, time=w.now + (2 * H if mine else 0.0))
+        if i % 20 == 0:
+            w.c.step()
+    assert (w.c.state.stage, w.c.state.phase) == (1, "Paused") and "the telemetry is stale" in w.c.state.reason
+    assert w.store.replay("r1").state == w.c.state
+
+
+@pytest.mark.parametrize("ahead", [0.0, H])
+def test_a_gateway_whose_clock_is_ahead_ends_nobody_s_time_for_feedback(tmp_path, ahead):
+    w = World(tmp_path, CANARY | {"canary": [{"metric": "task_success_rate", "margin": 0.1}]})
+    told = {"rating": None, "success": True, "label": None, "kind": "feedback"}
+    coming = []
+    for i in range(1500):
+        at = w.now + 1 + ahead * (i % 2)
+        w.request(unit=f"u{i}", time=at, status="ok", code=200)
+        coming.append(told | {"id": f"q{w.n}", "time": at + 60})
+        if i >= 60:
+            w.c.observe(coming[i - 60])
+        if i % 25 == 24:
+            w.c.step()
+    window = w.c.fold.window
+    assert window.counts["late"] == 0 and sum(a.rates["task_success_rate"][1] for a in window.arms.values()) > 850 / (
+        2 if ahead else 1
+    )
+
+
+def test_nobody_is_called_silent_after_the_clock_was_set_back_and_nothing_passes_then(tmp_path):
+    w = World(tmp_path)
+    w.traffic(100)
+    w.now += H
+    w.traffic(25)
+    w.now -= H
+    assert "the clock was set back" in str(w.c.fold.verdict(w.now)) and w.c.step().phase == "Progressing"
+    w.traffic(25)
+    assert "the clock was set back" not in str(w.c.fold.verdict(w.now))
+
+
+def test_a_user_who_asks_a_hundred_times_is_one_who_might_have_been_the_canary_s(tmp_path):
+    "Forty regulars, one after the other, with a talk of half an hour each: the canary is silent for hours."
+    w = World(tmp_path)
+    users = [u for u in map(str, range(80)) if w.c.assign(u) == "baseline"][:40]
+    w.traffic(25)
+    for u in users[:12]:
+        for _ in range(100):
+            w.request(every=18.0, unit=u)
+        assert w.c.step().phase == "Progressing", w.c.state.reason
+    said = str(w.c.fold.verdict(w.now))
+    assert "users of others have some: that may be chance" in said and w.c.state.stage == 1
+    for u in users[12:]:
+        w.request(every=18.0, unit=u)
+    assert w.c.step().reason.startswith("error: no request of canary")
+
+
+def test_feedback_that_comes_too_late_is_told_of(tmp_path):
+    w = World(tmp_path, CANARY | {"canary": [{"metric": "task_success_rate", "margin": 0.1}]})
+    e = w.request(errors=(0, 0))
+    w.c.observe(
+        {"kind": "feedback", "id": e["id"], "time": w.now + 2 * H, "rating": None, "success": True, "label": None}
+    )
+    w.c.step()
+    from llmkit.rollout.view import view
+
+    assert "1 ratings and outcomes came later than 600 s" in str(view(w.c.fold, w.now))
