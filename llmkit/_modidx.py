@@ -1147,6 +1147,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                              'llmkit/gate/judge.py'),
                                    'llmkit.gate.judge._refuse_beyond': ('02_gate/judge.html#_refuse_beyond', 'llmkit/gate/judge.py'),
                                    'llmkit.gate.judge._refuse_noise': ('02_gate/judge.html#_refuse_noise', 'llmkit/gate/judge.py'),
+                                   'llmkit.gate.judge._refuse_nothing_to_lose': ( '02_gate/judge.html#_refuse_nothing_to_lose',
+                                                                                  'llmkit/gate/judge.py'),
                                    'llmkit.gate.judge._result': ('02_gate/judge.html#_result', 'llmkit/gate/judge.py'),
                                    'llmkit.gate.judge._same_suite': ('02_gate/judge.html#_same_suite', 'llmkit/gate/judge.py'),
                                    'llmkit.gate.judge._slices': ('02_gate/judge.html#_slices', 'llmkit/gate/judge.py'),

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from llmkit.core.report import Measurement, Report, write_report
+from llmkit.gate.judge import judge
 from llmkit.gate.run import baseline_set, gate_plan, gate_run
 from llmkit.gate.verdict import read_verdict
 
@@ -232,3 +233,39 @@ def test_inconclusive_says_how_many_items(folder, capsys):
     write_report(replace(report("merged", 380)), folder / "reports/merged")
     assert gate_run(reports="reports") == 3
     assert "Not sure enough" in capsys.readouterr().out
+
+
+def share(metric, value, low=None, high=None, unit=""):
+    "A report with one metric that keeps no values of its items."
+    return {"engine": Report("engine", "", "bank@1", (Measurement(metric, value, 100, low, high, direction="lower", unit=unit),))}  # fmt: skip
+
+
+@pytest.mark.parametrize("metric", ["ece_debiased", "accuracy_gap", "attack_success_rate_corrected", "broken_rate_excess", "demographic_parity_difference"])  # fmt: skip
+def test_percent_in_a_rule_on_a_share_is_an_error_whatever_it_keeps_of_its_items(metric):
+    "The gate let a calibration error of 10 % pass a rule that was meant to say 15 % and said 15."
+    rule = {"metric": metric, "bound": "interval"}
+    found = judge({"rules": [rule | {"max": 15}]}, share(metric, 0.1, 0.05, 0.2))
+    assert found.outcome == "error" and "Write a share, 0.05 for 5 %" in found.reasons[0].sentence
+    assert judge({"rules": [rule | {"max": 0.15}]}, share(metric, 0.1, 0.05, 0.12)).outcome == "pass"
+    assert judge({"rules": [rule | {"max": 15}]}, share(metric, 10, 5, 12, "%")).outcome == "pass"
+
+
+def test_a_difference_may_be_below_zero_and_not_below_minus_one():
+    m = Measurement("swap_accuracy_difference", -0.01, 100, -0.04, 0.02, direction="none")
+    told = lambda least: judge({"rules": [{"metric": m.metric, "min": least, "bound": "interval"}]}, {"engine": Report("engine", "", "s@1", (m,))}).outcome  # fmt: skip
+    assert (told(-0.05), told(-5)) == ("pass", "error")
+
+
+def test_a_baseline_with_nothing_to_lose_lets_nothing_pass():
+    "Two models that are always wrong differ by nothing: no loss is excluded by that."
+    rule = {"rules": [{"metric": "accuracy", "noninferiority": 0.05, "against": "baseline"}]}
+    found = judge(rule, {"engine": report("engine", 0), "baseline": report("baseline", 0)})
+    assert found.outcome == "error" and "baseline has only 0 to lose" in found.reasons[0].sentence
+    assert judge(rule, {"engine": report("engine", 12), "baseline": report("baseline", 20)}).outcome == "error"
+    assert judge(rule, {"engine": report("engine", 40), "baseline": report("baseline", 40)}).outcome == "pass"
+
+
+def test_a_misspelt_slice_is_told_the_slices_there_are():
+    m = [Measurement("accuracy", 0.9, 50, slice=s) for s in ("all", "group=18-30", "group=over_60")]
+    found = judge({"rules": [{"metric": "accuracy", "slice": "Group=18-30", "min": 0.5}]}, {"engine": Report("engine", "", "s@1", tuple(m))})  # fmt: skip
+    assert found.outcome == "fail" and "Did you mean 'group=18-30'?" in found.reasons[0].sentence
