@@ -100,7 +100,8 @@ def melded(
     low = _theta(_low(rng, flagged, n, draws), _high(rng, *hits), _low(rng, *kept), useless=0.0)
     high = _theta(_high(rng, flagged, n, draws), _low(rng, *hits), _high(rng, *kept), useless=1.0)
     how = f"Rogan-Gladen, melded, {draws} draws, seed {seed}"
-    return Interval(float(np.quantile(low, a)), float(np.quantile(high, 1 - a)), level, how)
+    most, least = clopper_pearson(0, n, level).high, clopper_pearson(n, n, level).low  # nearer no n items show a rate
+    return Interval(min(float(np.quantile(low, a)), least), max(float(np.quantile(high, 1 - a)), most), level, how)
 
 # %% ../../nbs/06_evals/20_prevalence.ipynb #17831539
 def _low(rng: np.random.Generator, k: int, n: int, draws: int) -> np.ndarray:
