@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from ..core.errors import KitError
 from ..core.params import did_you_mean
+from ..data.privacy import find_pii
 from ..evals.energy import Meter
 from .backend import Answer, Backend, Work
 from .call import Call
@@ -121,7 +122,8 @@ class Gateway:
 
     def _known(self, variant: str) -> None:
         "Show a variant's stalls at 0 before there is one, so that the first is seen as a change."
-        self.metrics.stalled.labels(self.model, variant)
+        for counter in (self.metrics.stalled, self.metrics.stalled_ended):
+            counter.labels(self.model, variant)
 
     @property
     def baseline(self) -> Backend:
@@ -181,10 +183,13 @@ class Confidence:
             if ":" in self.text or "\n" in self.text.lstrip():
                 self.at_label = self.total
 
-    def event(self) -> dict[str, Any]:
+    def event(
+        self,
+        shown: str,  # the answer as guards let it pass
+    ) -> dict[str, Any]:
         "The keys of an event."
         found = _LABEL.match(self.text)
-        seen = {"label": found[1]} if found else {}
+        seen = {"label": found[1]} if found and found[0] in shown and not find_pii(found[1]) else {}
         if not (self.known and self.tokens):
             return seen
         sure = self.at_label if self.at_label is not None else self.total
@@ -245,7 +250,7 @@ class Exchange:
         self.event |= {"unloaded": self.unloaded} if self.unloaded else {}
         self.event |= {"stalled": True} if self.stalled else {}
         finishes = list(self.reply.finish.values()) if self.reply else []
-        text = next(iter(self.reply.texts.values()), "") if self.reply else ""
+        text = self.reply.texts.get(0, "") if self.reply else ""
         self.event |= {"finish": finishes[0] if finishes else None, "refused": ran and bool(g.refusal(text))}
         self.event |= self._seen(text, ran and status == "ok")
         self._tell(status)
@@ -280,7 +285,7 @@ class Exchange:
         g = self.gateway
         seen = {"joules": g.joules(), "meter": g.meter[0]} if whole else {}
         seen |= {"group": self.call.group} if self.call is not None and self.call.group else {}
-        seen |= self.confidence.event() if whole else {}
+        seen |= self.confidence.event(text) if whole else {}
         if whole and g.sampler is not None:
             try:
                 with hurried():
@@ -355,7 +360,8 @@ async def _enter(self: Gateway, x: Exchange, call: Call, session: str | None) ->
     x.release = self.variants[x.variant].release  # from here on it is this release that may refuse the call
     await _aside(call, self.variants[x.variant].glance, call)
     x.call, x.found = await _aside(call, guard_input, call, policy, decode)
-    if any(not isinstance(p, str) for p in call.prompts) and decode is None and policy.input_pii in ("mask", "block"):
+    refuses = {policy.input_pii, policy.input_injection} & {"mask", "block"}
+    if refuses and decode is None and any(not isinstance(p, str) for p in call.prompts):
         raise ApiError(400, "Token prompts cannot be guarded here", code="content_filter", param="prompt")
     await self._start(x)
 
@@ -373,7 +379,7 @@ async def aside(work: Callable, *args) -> Any:
 
 async def _start(self: Gateway, x: Exchange) -> None:
     "Start on the assigned variant, or on the main one when that cannot take the call; an adapter has no stand-in."
-    names = [x.variant] if x.variant in self.adapters else list(dict.fromkeys((x.variant, self.main)))
+    names = [x.variant] if x.call.model != self.model else list(dict.fromkeys((x.variant, self.main)))
     for name in names:
         x.fallback = name != x.variant
         try:
@@ -388,6 +394,7 @@ async def _start_on(self: Gateway, x: Exchange, name: str) -> None:
     while True:
         backend = self.variants.get(name)
         if backend is None:
+            self.require(x.call.model)  # an adapter that was taken away in between
             raise busy("The variant is not loaded", code="variant_missing")
         if x.fallback:  # this one has not looked at the call yet
             await _aside(x.call, backend.glance, x.call)

@@ -47,6 +47,7 @@ class Metrics:
         self.requests = count("llmkit_requests_total", "Requests by how they ended.", (*kinds, "status"))
         self.fallback = count("llmkit_fallback_total", "Requests that another variant answered.", kinds)
         self.stalled = count("llmkit_stalled_total", "Requests that waited too long for a token.", kinds)
+        self.stalled_ended = count("llmkit_stalled_ended_total", "Those of them that have ended.", kinds)
         self.unloaded = count("llmkit_unloaded_total", "Requests whose variant was still being loaded.", kinds)
         self.rejected = count("llmkit_ratelimit_rejections_total", "Requests over a limit.", ("kind",))
         self.guard = count("llmkit_guard_findings_total", "What guards found.", ("guard", "entity", "action"))
@@ -78,6 +79,8 @@ def count(
     kinds, labels = (model, event["variant"]), (operation, PROVIDER, model)
     timed = (*labels, event["variant"])
     self.requests.labels(*kinds, event["status"]).inc()
+    if event.get("stalled"):
+        self.stalled_ended.labels(*kinds).inc()
     if event["status"] == "rejected":
         return
     error = "" if event["status"] == "ok" else (event["reason"] or event["status"])
