@@ -108,7 +108,7 @@ def make_app(
         await gateway.close(drain)
 
     facts = {"title": f"llmkit: {gateway.model}", "version": llmkit.__version__, "lifespan": lifespan}
-    app = fastapi.FastAPI(**facts, docs_url=None, redoc_url=None)
+    app = fastapi.FastAPI(**facts, docs_url=None, redoc_url=None, redirect_slashes=False)
 
     class Plain(fastapi.routing.APIRoute):
         "A route whose handler gets the request as it is: what FastAPI would look for in it, we check ourselves."

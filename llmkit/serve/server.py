@@ -38,6 +38,7 @@ from .app import make_app
 from .backend import Backend, EngineBackend
 from .events import Events, events_file
 from .gateway import Gateway
+from .http import PATIENCE, guarded_protocol, room_for_connections
 from .keys import Keys, keys_file
 from .limits import Limits, Price
 from .measured import LIVE, Measured
@@ -207,7 +208,7 @@ def run(
                 name = self.servers[0].sockets[0].getsockname()
                 gc.collect()
                 gc.freeze()  # what is here will stay
-                started(f"{gateway.model} on http://{host}:{name[1]}/v1")
+                started(f"{gateway.model} on http://{f'[{host}]' if ':' in host else host}:{name[1]}/v1")
 
         async def on_tick(self, counter):
             return await super().on_tick(counter) or state["fault"] is not None
@@ -237,8 +238,9 @@ def run(
                     signal.signal(s, handler)
 
     quiet = {"log_level": "warning", "access_log": False, "server_header": False}
-    wait = {"timeout_graceful_shutdown": math.ceil(drain) + CUT, "timeout_keep_alive": 30}
-    server = Server(uvicorn.Config(app, host, port, lifespan="on", **quiet, **wait))
+    wait = {"timeout_graceful_shutdown": math.ceil(drain) + CUT, "timeout_keep_alive": math.ceil(PATIENCE)}
+    talk = {"http": guarded_protocol(room_for_connections()), "ws": "none"}
+    server = Server(uvicorn.Config(app, host, port, lifespan="on", **quiet, **wait, **talk))
     turn = sys.getswitchinterval()
     sys.setswitchinterval(TURN)
     try:

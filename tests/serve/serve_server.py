@@ -70,12 +70,12 @@ def until(condition, what="it"):
 
 
 @contextmanager
-def listening(app, port=0):
+def listening(app, port=0, **how):
     "The address of a real server for an application, in a thread; on a free port unless one is given."
     import uvicorn
 
     server = uvicorn.Server(
-        uvicorn.Config(app, "127.0.0.1", port, log_level="warning", access_log=False, lifespan="on")
+        uvicorn.Config(app, "127.0.0.1", port, log_level="warning", access_log=False, lifespan="on", **how)
     )
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()

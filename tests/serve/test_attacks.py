@@ -2,17 +2,22 @@
 
 import asyncio
 import json
+import socket
 import time
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from serve_server import PATIENCE, REPLIES, Gated, listening, until
 
 from llmkit.runtime.dummy import DummyEngine
 from llmkit.serve.adapters import Adapters
+from llmkit.serve.app import make_app
 from llmkit.serve.backend import EngineBackend
 from llmkit.serve.call import parse
 from llmkit.serve.gateway import Gateway
 from llmkit.serve.guards import read_policy
+from llmkit.serve.http import guarded_protocol
 from llmkit.serve.keys import ANYONE, Account, Key
 from llmkit.serve.upstream import UpstreamBackend
 from llmkit.serve.wire import ApiError
@@ -79,3 +84,57 @@ def test_nobody_stands_in_for_a_delta_that_is_unloaded_while_it_is_asked(tmp_pat
         assert e.value.status == 404 and gateway.open == 0
 
     asyncio.run(run())
+
+
+def connect(url, data=b""):
+    s = socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), timeout=PATIENCE)
+    s.sendall(data)
+    return s
+
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+BODY = json.dumps({"model": "bank", "prompt": "card", "max_tokens": 30, "temperature": 0}).encode()
+
+
+def closed(s, wait, drip=b""):
+    "Whether a server closes a connection within some seconds, though something drips in."
+    s.settimeout(wait)
+    try:
+        s.sendall(drip)
+        return s.recv(1) == b""
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+
+
+def test_connections_without_a_request_lock_nobody_out(make_gateway):
+    engine = Gated(replies=REPLIES)
+    app = make_app(make_gateway(engine), check=False)
+    with listening(app, http=guarded_protocol(5), timeout_keep_alive=1) as url:
+        engine.gate.clear()
+        runs = connect(url, HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY)
+        quiet, half, drips = connect(url), connect(url, HEAD), connect(url, HEAD + b"X-Long: ")
+        assert httpx.get(f"{url}/health", timeout=PATIENCE).status_code == 200
+        more = [connect(url), connect(url)]
+        assert closed(more[1], PATIENCE), "one too many"
+        until(lambda: closed(drips, 0.1, b"a"), "the end of what drips in")
+        assert all(closed(s, PATIENCE) for s in (quiet, half, more[0]))
+        engine.gate.set()
+        assert runs.recv(65536).startswith(b"HTTP/1.1 200"), "what runs may take its time"
+
+
+def test_a_request_with_two_ends_is_the_last_of_its_connection(make_gateway):
+    app = make_app(make_gateway(), check=False)
+    hidden = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
+    chunks = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
+    with listening(app, http=guarded_protocol(9)) as url:
+        s = connect(url, HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks + hidden)
+        got = b"".join(iter(lambda: s.recv(65536), b""))
+        assert got.count(b"HTTP/1.1 ") == 1 and REPLIES["card"].encode() in got
+
+
+def test_no_path_leads_to_the_host_that_a_stranger_names(dummy):
+    for path in ("/health/", "/tokenize/"):
+        got = httpx.get(f"{dummy[1]}{path}", headers={"host": "evil.example"}, timeout=PATIENCE)
+        assert got.status_code == 404 and "evil" not in str(got.headers) and "error" in got.json()
