@@ -265,9 +265,15 @@ class Reply:
         return {**self.head, "object": kind, "choices": [], "usage": self.usage.body()}
 
 # %% ../../nbs/08_serve/02_reply.ipynb #54e0e2cf
+_BREAKS = {
+    ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"
+}  # where clients that split text see the end of a line
+
+
 def sse(value: Any) -> bytes:
     "A server-sent event."
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return b"data: " + (text if text.isascii() else text.translate(_BREAKS)).encode() + b"\n\n"
 
 
 DONE = b"data: [DONE]\n\n"

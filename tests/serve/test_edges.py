@@ -8,11 +8,12 @@ import pytest
 from serve_server import PATIENCE, serving
 
 import llmkit.serve.server as server
+from llmkit.core.errors import KitError
 from llmkit.runtime.dummy import DummyEngine
 from llmkit.runtime.sampling import Sampling
 from llmkit.serve.adapters import Adapters
 from llmkit.serve.backend import EngineBackend
-from llmkit.serve.keys import Keys
+from llmkit.serve.keys import Keys, keys_list
 from llmkit.serve.limits import Limits
 
 ASK = {"model": "bank", "prompt": "count", "max_tokens": 12, "temperature": 0}
@@ -138,3 +139,32 @@ def test_tokens_of_a_model_that_is_not_here(dummy):
         assert ask().status_code == ask(model="bank").status_code == 200
         r = ask(model="another")
         assert r.status_code == 404 and r.json()["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize("never", [float("nan"), float("inf"), 1e300])
+def test_a_key_without_an_end_is_never_made_by_accident(tmp_path, monkeypatch, capsys, never):
+    monkeypatch.chdir(tmp_path)
+    Path("settings.ini").write_text("[DEFAULT]\n")
+    keys = Keys(".llmkit/serve.db")
+    _, old = keys.create("team", expires=86400.0)
+    for refused in (
+        lambda: keys.rotate(old.prefix, never),
+        lambda: keys.rotate(old.prefix, -1.0),
+        lambda: keys.create("team", expires=never),
+    ):
+        with pytest.raises(KitError, match="below a hundred years"):
+            refused()
+    assert keys.find() == [old], "nothing has changed"
+    with keys.store.write() as db:  # as an older version made it
+        db.execute("UPDATE keys SET expires = 9e999")
+    keys_list()
+    assert "| 9999-12-31 |" in capsys.readouterr().out
+
+
+def test_what_looks_like_the_end_of_a_line_ends_none(make_gateway):
+    answer = "one\u2028two\x85three\u2029"
+    with serving(make_gateway(DummyEngine(replies={"count": answer}))) as url:
+        ask = {**ASK, "max_tokens": 60, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=ask, timeout=PATIENCE) as r:
+            lines = [line[6:] for line in r.iter_lines() if line and line != "data: [DONE]"]
+    assert "".join(json.loads(x)["choices"][0]["text"] for x in lines) == answer
