@@ -21,6 +21,7 @@ from llmkit.serve.events import Events
 from llmkit.serve.gateway import Gateway
 from llmkit.serve.keys import Keys
 from llmkit.serve.limits import Limits, Price
+from llmkit.serve.server import open_backend, resolve
 from llmkit.serve.upstream import UpstreamBackend
 
 
@@ -249,3 +250,64 @@ def test_ready_says_whether_the_upstream_lives(make_gateway):
             assert httpx.get(f"{here}/health").status_code == 200
             front.baseline.url = f"{url}/v1"
             until(lambda: httpx.get(f"{here}/ready").status_code == 200, "the recovery")
+
+
+def mock_of(models, answer):
+    "A server that lists some models, and what it was asked."
+    asked = []
+
+    def serve(request):
+        if request.method == "GET":
+            return httpx.Response(200, json={"data": [{"id": m} for m in models]})
+        asked.append(json.loads(request.content))
+        return answer(asked[-1])
+
+    return httpx.MockTransport(serve), asked
+
+
+YES = 'data: {"choices": [{"index": 0, "text": "yes", "finish_reason": "stop"}]}\n\ndata: [DONE]\n\n'
+
+
+def test_a_call_without_a_deadline_does_not_wait_for_ever_on_a_silent_mock(monkeypatch):
+    class Silent(httpx.AsyncByteStream):
+        async def __aiter__(self):
+            yield b"data: "
+            await asyncio.sleep(PATIENCE)
+
+    quiet = lambda body: httpx.Response(200, stream=Silent()) if body["prompt"] == "q3" else httpx.Response(200, text=YES)  # fmt: skip
+    transport, _ = mock_of(["m"], quiet)
+    monkeypatch.setattr("llmkit.serve.upstream.SILENCE", 0.3)
+    answers, errors = [], []
+
+    async def run():
+        bank = Gateway("m", {"baseline": UpstreamBackend("http://u/v1", "m", transport=transport)}, timeout=None)
+        lines = (Line(i, f"q{i}", "completion", {"prompt": f"q{i}"}) for i in range(1, 7))
+        return await asyncio.wait_for(run_batch(lines, bank, answers.append, errors.append, together=2), PATIENCE)
+
+    assert asyncio.run(run()).answered == 5
+    assert [(e["custom_id"], e["response"]["status_code"]) for e in errors] == [("q3", 504)]
+
+
+@pytest.mark.parametrize(
+    "called, listed, model",
+    [
+        ("", ["llama", "qwen"], "llama"),
+        ("qwen", ["llama", "qwen"], "qwen"),
+        ("bank", ["llama"], "llama"),
+        ("qwenn", ["llama", "qwen"], None),
+    ],
+)
+def test_of_several_models_that_of_the_clients_is_asked_with_a_mock(called, listed, model):
+    transport, asked = mock_of(listed, lambda body: httpx.Response(200, text=YES))
+    backend = UpstreamBackend("http://u/v1", called=called, transport=transport)
+    if model is None:
+        with pytest.raises(KitError, match="does not serve this model.*'llama', 'qwen'.*--model"):
+            asyncio.run(backend.check())
+    else:
+        asyncio.run(backend.check())
+        assert {a["model"] for a in asked} == {model}
+
+
+def test_model_names_what_a_batch_asks_for_at_an_address():
+    target = resolve("http://u/v1", {}, "qwen")
+    assert open_backend(target).called == "qwen" and open_backend(resolve("http://u/v1", {})).called == ""
