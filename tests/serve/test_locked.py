@@ -8,8 +8,10 @@ import httpx
 import pytest
 from serve_server import PATIENCE, serving, until
 
+from llmkit.serve.events import Events
 from llmkit.serve.keys import Keys
 from llmkit.serve.limits import Limits
+from llmkit.serve.store import hurried
 
 ASK = {"model": "bank", "prompt": "count", "max_tokens": 12, "temperature": 0}
 
@@ -71,3 +73,19 @@ def test_a_locked_events_db_takes_no_answer_away_and_loses_no_event(limited, tmp
     until(lambda: len(gateway.events.since()) == 3, "the events")
     assert [e["id"] for _, e in gateway.events.since()] == ids, "in their order"
     assert httpx.post(f"{url}/v1/feedback", json=said, headers=key, timeout=PATIENCE).status_code == 200
+
+
+def test_others_write_while_old_events_are_deleted(tmp_path, monkeypatch):
+    log, between = Events(tmp_path / "e.db", clock=lambda: 100.0), []
+    old = {"kind": "feedback", "id": "a", "rating": 1, "success": None, "label": None}
+    log.append(*({**old, "time": float(i)} for i in range(60)))
+
+    def pause(seconds):
+        with hurried():  # nobody waits for the database here
+            log.append({**old, "time": 99.0, "id": "new"})
+        between.append(seconds)
+
+    monkeypatch.setattr("llmkit.serve.events.PORTION", 20)
+    monkeypatch.setattr("llmkit.serve.events.time.sleep", pause)
+    assert log.expire(50.0) == 50 and len(between) == 2
+    assert [e["id"] for e in log.all()] == ["a"] * 10 + ["new"] * 2
