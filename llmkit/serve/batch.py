@@ -12,6 +12,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -263,8 +264,9 @@ class Presence:
         self,
         stop: asyncio.Event | None = None,  # ends the waiting
         look: Callable[[], None] = lambda: None,  # called at each look
+        patience: float = math.inf,  # seconds
     ) -> None:
-        "Wait until it is there again."
+        "Wait until it is there again; raises `KitError` when that takes too long."
         stop = stop or asyncio.Event()
         async with self._turn:
             since, wait = time.monotonic(), 0.0
@@ -275,6 +277,9 @@ class Presence:
                 if not wait:
                     self.told(False)
                     log.warning("%s does not answer: waiting until it does", self.backend().name)
+                if time.monotonic() - since > patience:
+                    fix = "Start it, and run this again: what was not answered is asked again"
+                    raise KitError(f"has not answered for {patience:g} s", key=self.backend().name, remedy=fix)
                 wait = min(2 * wait, LOOKS[1]) or LOOKS[0]
                 with suppress(TimeoutError):
                     await asyncio.wait_for(stop.wait(), wait)
@@ -391,7 +396,7 @@ def batch_run(
     *,
     resume: bool = False,  # go on with a batch that was interrupted, by the same release; its errors are tried again
     target: str = "",  # a folder or a URL that ends with /v1; default: what is registered
-    model: str = "",  # the name for clients; in the registry, the model
+    model: str = "",  # the name in the requests; in the registry the model, and of several at an address the one to ask
     alias: str = "",  # in the registry; default: champion, else challenger
     shard: str = "1/1",  # the part of the lines that this machine answers, such as 3/8
     slots: int = 8,  # requests that run together

@@ -158,3 +158,10 @@ def test_batches_and_streams_keep_the_secrets_that_a_server_keeps(monkeypatch):
     letters, _ = run_stream(event(1, max_tokens=30))
     for body in (answers[0]["response"]["body"], letters[0]["data"]):
         assert body["choices"][0]["finish_reason"] == "content_filter" and "7731" not in json.dumps(body)
+
+
+def test_what_a_question_hands_on_to_its_answer_is_text():
+    bad = [event(i, **{})[:-1] + f', "partitionkey": {x}}}' for i, x in ((2, "1e999"), (3, '{"a": 1}'), (4, "7"))]
+    answers, dead = run_stream(event(1)[:-1] + ', "partitionkey": "p", "subject": null}', *bad)
+    assert [(a["id"], a["partitionkey"]) for a in answers] == [("/t#1", "p")] and "subject" not in answers[0]
+    assert len(dead) == 3 and all("partitionkey: has to be a text" in d["data"]["reason"] for d in dead)

@@ -474,3 +474,40 @@ def test_an_engine_that_is_lost_ends_the_consumer_and_the_next_one_goes_on(tmp_p
     ids = [json.loads(x)["id"] for x in (tmp_path / "out/answers.ndjson").read_text().splitlines()]
     (dead,) = [json.loads(x) for x in (tmp_path / "out/dead.ndjson").read_text().splitlines()]
     assert sorted(ids) == sorted(expected({*range(12)} - {7})) and dead["id"] == "/t#e7" and 2 <= failed <= 4
+
+
+def _folder(path):
+    path.mkdir()
+    return path
+
+
+def test_a_file_that_goes_while_a_line_waits_for_its_next_try_stops_nobody(tmp_path, caplog):
+    source = FolderSource(_folder(tmp_path / "in"), patience=0.0)
+
+    async def run():
+        (tmp_path / "in/a.ndjson").write_text("one\ntwo\n")
+        for d in await source.take(2):
+            await source.give_back(d)
+        (tmp_path / "in/a.ndjson").unlink()
+        (tmp_path / "in/b.ndjson").write_text("three\n")
+        assert await source.retake() is None
+        assert [d.raw for d in await source.take(9)] == ["three"] and list(source.open) == ["b.ndjson"]
+
+    asyncio.run(run())
+    assert caplog.text.count("a.ndjson is gone") == 2
+
+
+def test_a_consumer_that_is_to_end_does_not_wait_for_ever(tmp_path, monkeypatch):
+    (_folder(tmp_path / "in") / "a.ndjson").write_text(event(1) + "\n")
+    monkeypatch.setattr("llmkit.serve.stream.AWAY", 0.7)
+    source = FolderSource(tmp_path / "in")
+
+    async def run():
+        gateway = Gateway("bank", {"baseline": UpstreamBackend("http://127.0.0.1:9/v1", "bank")})
+        worker = Worker(gateway, source, FolderSink(tmp_path / "out"), FolderSink(tmp_path / "out", "dead"))
+        await asyncio.wait_for(consume(worker, once=True), PATIENCE)
+
+    with pytest.raises(KitError, match="has not answered for 0.7 s.*run this again"):
+        asyncio.run(run())
+    row = source.store.read("SELECT attempts, settled FROM lines")[0]
+    assert tuple(row) == (0, 0), "it is asked again, and no try was spent"
