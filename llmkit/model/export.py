@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'EPSILONS', 'TEXT_FILES', 'builder_folder', 'known_architectures', 'check_exportable', 'mute_builder',
-           'gemma3_rope', 'run_builder', 'save_graph', 'prune_head', 'attention_windows', 'set_windows', 'set_epsilon',
-           'export', 'describe']
+           'rope_settings', 'run_builder', 'save_graph', 'prune_head', 'attention_windows', 'set_windows',
+           'set_epsilon', 'export', 'describe']
 
 # %% ../../nbs/04_model/08_export.ipynb #f7e15425
 import contextlib
@@ -20,7 +20,7 @@ from ..core.errors import KitError
 from ..core.files import read_json, write_json
 from ..core.params import did_you_mean
 from ..core.plugins import need
-from .folder import buildable
+from .folder import buildable, context_of, misbuilt
 
 # %% ../../nbs/04_model/08_export.ipynb #113b59b7
 def builder_folder() -> Path:
@@ -36,13 +36,18 @@ def known_architectures() -> list[str]:
 def check_exportable(
     model: str | Path,  # a base or model folder
 ) -> str:
-    "The architecture of a model; raises `KitError` when the builder does not know it."
+    "The architecture of a model; raises `KitError` when the builder does not know it, or makes another model of it."
     config = read_json(Path(model) / "config.json")
     [arch, *_] = config.get("architectures") or [None]
     if arch not in (known := known_architectures()):
         fix = f"The stage quantize needs an architecture that onnxruntime-genai can build. {did_you_mean(arch, known)}"
         raise KitError(
             "cannot be exported to ONNX", file=Path(model) / "config.json", key="architectures", value=arch, remedy=fix
+        )
+    if wrong := misbuilt(arch, config):
+        told = f"cannot be exported to ONNX: the builder does not keep {wrong}"
+        raise KitError(
+            told, file=Path(model) / "config.json", key="architectures", value=arch, remedy="Use another base"
         )
     return arch
 
@@ -60,11 +65,11 @@ def mute_builder() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def gemma3_rope(
+def rope_settings(
     builder: Any,  # the module
 ) -> Iterator[None]:
-    "Give the builder's Gemma 3 its rotary settings in the form that it reads; transformers 5 keeps them by layer type."
-    known = builder.Gemma3Model
+    "Give the builder's Gemma 3 and long Phi 3 their rotary settings in the form that they read, which is that of transformers 4."
+    known, long = builder.Gemma3Model, builder.Phi3MiniLongRoPEModel
 
     class Gemma3Model(known):
         def make_config_init(self, config: Any) -> None:
@@ -80,11 +85,16 @@ def gemma3_rope(
             )
             return made
 
-    builder.Gemma3Model = Gemma3Model
+    class Phi3MiniLongRoPEModel(long):
+        def make_rope_init(self, config: Any) -> None:
+            config.rope_parameters["type"] = config.rope_parameters["rope_type"]
+            super().make_rope_init(config)
+
+    builder.Gemma3Model, builder.Phi3MiniLongRoPEModel = Gemma3Model, Phi3MiniLongRoPEModel
     try:
         yield
     finally:
-        builder.Gemma3Model = known
+        builder.Gemma3Model, builder.Phi3MiniLongRoPEModel = known, long
 
 
 def run_builder(
@@ -101,7 +111,7 @@ def run_builder(
         with mute_builder():
             builder = need("onnxruntime_genai.models.builder", "onnx")
             checked = builder.parse_extra_options(*args, [f"{k}={v}" for k, v in pairs.items()])
-            with gemma3_rope(builder):
+            with rope_settings(builder):
                 builder.create_model(*args, **checked)
     except Exception as e:
         why = " ".join(f"{type(e).__name__}: {e}".split())[:300]
@@ -203,6 +213,7 @@ def export(
         (out / name).unlink(missing_ok=True)
         if (model / name).is_file():
             shutil.copyfile(model / name, out / name)
+    genai["model"]["context_length"] = context_of(config) or genai["model"]["context_length"]
     return describe(genai["model"], arch, precision, device, options)
 
 

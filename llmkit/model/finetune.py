@@ -27,6 +27,7 @@ from ..core.files import read_json, read_jsonl, write_json
 from ..core.plugins import need
 from ..data.records import usual_system
 from .batches import encode_rows
+from .folder import context_of
 from .lora import attach, load_frozen, save_delta
 from .precision import training_precision
 from .tiny import steady
@@ -91,6 +92,11 @@ def prepare(
     rows = {n: list(read_jsonl(Path(dataset) / f"{n}.jsonl")) for n in ("train", "validation")}
     train, kept = encode_rows(tok, rows["train"], r.max_tokens, r.max_overlong, "train")
     check, _ = encode_rows(tok, rows["validation"], r.max_tokens, r.max_overlong, "validation")
+    most, longest = context_of(read_json(Path(base) / "config.json")), max(len(e.ids) for e in [*train, *check])
+    if longest > (most or longest):
+        fix = f"Set max_tokens: {most} or less, by which longer examples are left out and counted"
+        told = f"an example has {longest} tokens, and the base reads {most}"
+        raise KitError(told, file="params.yaml", key="finetune.max_tokens", value=r.max_tokens, remedy=fix)
     model = load_frozen(base, "bf16" if r.precision == "bf16" and device.type == "cuda" else "fp32", r.quantize_base)
     keys = ("rank", "alpha", "dropout", "targets", "rslora", "dora", "save_modules", "seed")
     model = attach(model.to(device), **{k: getattr(r, k) for k in keys}).to(device)

@@ -20,7 +20,7 @@ from ..core.errors import KitError
 from ..core.files import read_json
 from ..core.plugins import need
 from ..core.report import Measurement, Report
-from .folder import TOKENIZER_FILES
+from .folder import TOKENIZER_FILES, context_of
 from .lora import load_delta, load_frozen, read_tensors
 from .parity import compare, violations
 from .tiny import quiet, saving
@@ -128,7 +128,9 @@ def _merge_into(folder: Path, base: Artifact, delta: Artifact, dtype: str, lengt
     "Merge, write the files of the model, read them back, and compare."
     torch = need("torch")
     tuned = load_delta(load_frozen(base.path), delta.path)
-    prompts = probes(Tokenizer.load(base.path), tuned.config.vocab_size, min(length, _context(tuned.config)))
+    prompts = probes(
+        Tokenizer.load(base.path), tuned.config.vocab_size, min(length, context_of(tuned.config.to_dict()) or length)
+    )
     before = {tuple(p): logits_of(tuned)(p) for p in prompts}
     whole = tuned.merge_and_unload(safe_merge=True).to(getattr(torch, dtype))
     whole.config.dtype = getattr(torch, dtype)
@@ -140,11 +142,6 @@ def _merge_into(folder: Path, base: Artifact, delta: Artifact, dtype: str, lengt
             shutil.copyfile(base / name, folder / name)
     stored = load_frozen(folder)
     return compare("adapter→merged", prompts, lambda ids: before[tuple(ids)], logits_of(stored))
-
-
-def _context(config: Any) -> int:
-    "The longest sequence that a model takes."
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 10**6
 
 
 def _licences(base: Artifact) -> list[str]:

@@ -92,9 +92,12 @@ def _generation_tag() -> type:
 
 # %% ../../nbs/04_model/01_tokenizer.ipynb #e0350b87
 def special_tokens(
-    config: dict,  # the content of `tokenizer_config.json`
+    folder: str | Path,  # a base, model or engine folder
 ) -> dict[str, str]:
     "The named special tokens, such as `eos_token`, as plain strings."
+    config = _optional_json(Path(folder) / "tokenizer_config.json")
+    if "added_tokens_decoder" not in config:
+        config |= _optional_json(Path(folder) / "special_tokens_map.json")
     found = {k: v["content"] if isinstance(v, dict) and "content" in v else v for k, v in config.items()}
     return {k: v for k, v in found.items() if k.endswith("_token") and isinstance(v, str)}
 
@@ -148,7 +151,7 @@ class Tokenizer:
         self.pad_id = pad if pad is not None else (self.eos_ids or (0,))[0]
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self.control = _control_tokens(backend, template or "")
-        self._compiled = None
+        self._compiled = self._opening = None
 
     @classmethod
     def load(
@@ -167,8 +170,7 @@ class Tokenizer:
             raise KitError(f"not a tokenizer: {e}", file=folder / "tokenizer.json") from e
         backend.no_truncation()
         backend.no_padding()
-        special = special_tokens(_optional_json(folder / "tokenizer_config.json"))
-        return cls(backend, find_template(folder), special, _end_tokens(folder), now)
+        return cls(backend, find_template(folder), special_tokens(folder), _end_tokens(folder), now)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         "The ids of a text; `special` adds what the tokenizer puts around every text, such as a first token."
@@ -186,6 +188,11 @@ def render(
     generation: bool = True,  # end with the words that open the assistant's answer
 ) -> str:
     "The text of a conversation, as the chat template writes it; raises `KitError`."
+    return _rendered(self, messages, generation) + (self.opening if generation else "")
+
+
+def _rendered(self: Tokenizer, messages: Sequence[dict], generation: bool) -> str:
+    "What the chat template itself writes."
     if self._compiled is None:
         if not self.template:
             fix = "Take an instruction-tuned base, or let the base stage add a template"
@@ -202,6 +209,21 @@ def render(
         raise
     except Exception as e:
         raise KitError(f"the chat template failed: {type(e).__name__}: {e}", key="chat_template.jinja") from e
+
+
+@patch(as_prop=True)
+def opening(self: Tokenizer) -> str:
+    "What the template writes before every answer and not in its generation prompt, such as an empty block of thoughts."
+    if self._opening is None:
+        asked, answered, probe = [{"role": "user", "content": "a"}], "", "qzx"
+        try:
+            prompt = _rendered(self, asked, True)
+            answered = _rendered(self, [*asked, {"role": "assistant", "content": probe}], False)
+        except KitError:  # whoever renders such a talk is told
+            prompt = ""
+        text = answered.removeprefix(prompt).partition(probe)[0] if prompt and answered.startswith(prompt) else ""
+        self._opening = text.rstrip(" ") if text.strip() and probe in answered else ""
+    return self._opening
 
 # %% ../../nbs/04_model/01_tokenizer.ipynb #bb483d7f
 _OPEN, _CLOSE = "\U000f0000", "\U000f0001"  # private-use characters around a control token that somebody typed
@@ -269,9 +291,14 @@ def digest(self: Tokenizer) -> str:
 
 @patch(as_prop=True)
 def template_digest(self: Tokenizer) -> str:
-    "What the chat template is known by: its text, and the date where it asks for one."
+    "What the chat template is known by: its text, the date where it asks for one, and what it writes before every answer."
     text = self.template or ""
-    return digest_bytes((f"{text}\0{self.now.isoformat()}" if "strftime_now" in text else text).encode())
+    parts = [
+        text,
+        *([self.now.isoformat()] if "strftime_now" in text else []),
+        *([self.opening] if self.opening else []),
+    ]
+    return digest_bytes("\0".join(parts).encode())
 
 # %% ../../nbs/04_model/01_tokenizer.ipynb #b1d72636
 def encode_example(

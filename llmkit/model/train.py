@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def narrowed(
     "Inside the block, the feed-forward of the last decoder block leaves out the tokens that nobody reads."
     blocks = [b for b in model.get_decoder().children() if isinstance(b, need("torch").nn.ModuleList) and len(b)]
     last = getattr(blocks[-1][-1], "mlp", None) if blocks else None
-    if last is None or any(p.ndim > 2 for p in last.parameters()):  # called otherwise, or experts in stacks
+    if last is None or any(p.ndim > 2 for p in last.parameters()) or _asks_for_more(last):  # or experts in stacks
         yield
         return
     whole, hooked = last.forward, "forward" in vars(last)
@@ -148,6 +149,11 @@ def narrowed(
             last.forward = whole
         else:
             del last.forward
+
+
+def _asks_for_more(layer: Any) -> bool:
+    "Whether a layer takes more than the hidden states, as Bloom's, which adds the residual itself."
+    return sum(p.default is p.empty for p in signature(type(layer).forward).parameters.values()) > 2
 
 
 def answer_loss(

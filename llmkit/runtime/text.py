@@ -32,7 +32,8 @@ class Detokenizer:
         old, new = self.decode(self.ids[self.start : self.done]), self.decode(self.ids[self.start :])
         if hold and new.endswith("\ufffd"):
             return ""
-        self.start, self.done = self.done, len(self.ids)
+        # what shows nothing, such as a special token, is no beginning: a tokenizer may drop the space after it
+        self.start, self.done = self.done if len(new) > len(old) else self.start, len(self.ids)
         return new[len(old) :]
 
 # %% ../../nbs/05_runtime/02_text.ipynb #8de6adb3

@@ -1,5 +1,6 @@
 """What is refused, and with which words."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -22,6 +23,27 @@ def test_refused(base, dataset, recipe, tmp_path, change, words):
     with pytest.raises(KitError, match=words):
         finetune(base, dataset, tmp_path / "delta", replace(recipe, **change))
     assert not (tmp_path / "delta").exists()
+
+
+def test_examples_longer_than_the_base_reads_are_refused(dataset, recipe, tmp_path):
+    "A base with a row for every position ends in an index out of range; one with rotary positions would not even say so."
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from llmkit.core.artifact import build, open_artifact
+    from llmkit.core.files import read_jsonl
+    from llmkit.model.tiny import train_tokenizer
+
+    torch.manual_seed(0)
+    with build(tmp_path / "base", "base") as out:
+        GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=32, n_layer=1, n_head=2, n_positions=8)).save_pretrained(out)
+        train_tokenizer(out, [m["content"] for r in read_jsonl(dataset / "train.jsonl") for m in r["messages"]], 320)
+    small = open_artifact(tmp_path / "base")
+    with build(tmp_path / "set", "dataset", {"base": small}) as out:
+        for name in ("train.jsonl", "validation.jsonl"):
+            shutil.copyfile(dataset / name, out / name)
+    with pytest.raises(KitError, match=r"finetune.max_tokens: an example has \d+ tokens, and the base reads 8 .got 64"):
+        finetune(small, open_artifact(tmp_path / "set"), tmp_path / "delta", recipe)
 
 
 def test_examples_left_out_are_counted(base, dataset, recipe, tmp_path):

@@ -14,6 +14,7 @@ from llmkit.model.tiny import train_tokenizer
 from llmkit.model.tokenizer import Tokenizer, encode_example
 from llmkit.runtime.engine import each_logits
 from llmkit.runtime.onnx_engine import OnnxEngine
+from llmkit.runtime.sampling import Sampling
 from llmkit.runtime.torch_engine import TorchEngine
 
 SIZE = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -118,6 +119,58 @@ def test_gemma3_says_the_same_in_onnx(rope, tmp_path):
         want, got = (dict(each_logits(e, rows)) for e in (torch, onnx))
     for i in range(2):
         np.testing.assert_allclose(got[i], want[i], atol=1e-4)
+
+
+LONG = {"rope_type": "longrope", "rope_theta": 500.0, "short_factor": [1.0 + i / 10 for i in range(16)], "long_factor": [3.0 + i for i in range(16)]}  # fmt: skip
+
+
+def test_a_long_phi3_says_the_same_alone_in_company_and_in_the_slots_of_a_server(tmp_path):
+    "Its frequencies are others once any row, or a slot's mask, is longer than the original context."
+    random_model(tmp_path, "Phi3", original_max_position_embeddings=16, rope_parameters=LONG, initializer_range=0.15)
+    (tmp_path / "onnx").mkdir()
+    write_json(tmp_path / "onnx/engine.json", export(tmp_path, tmp_path / "onnx", "fp32"))
+    prompts, how = [[5, 6, 7], list(range(40, 49))], Sampling(max_tokens=9, stop_ids=())
+    with TorchEngine(tmp_path, device="cpu") as torch, OnnxEngine(tmp_path / "onnx", threads=1) as onnx:
+        assert torch.info.context_length == onnx.info.context_length == 16
+        batch, said = onnx.batch(2), {}
+        where = {batch.join(p, how): i for i, p in enumerate(prompts)}
+        while any(said.get(i, [None])[-1] is None or not said[i][-1].finish for i in where.values()):
+            for slot, token in batch.step().items():
+                said.setdefault(where[slot], []).append(token)
+        together = torch.generate(prompts, how)
+        for i, p in enumerate(prompts):
+            (alone,) = torch.generate([p], how)
+            assert alone.tokens == together[i].tokens == [t.id for t in said[i]]
+            np.testing.assert_allclose([t.logprob for t in said[i]], alone.logprobs, atol=1e-4)
+        with pytest.raises(KitError, match="holds 16 tokens"):
+            torch.generate([list(range(16))], how)
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_a_llama_whose_positions_the_builder_would_drop_is_told_at_once_and_not_exported(tmp_path, kind):
+    rope = {"rope_type": kind, "rope_theta": 500.0, "factor": 4.0}
+    random_model(tmp_path / "from", "Llama", rope_parameters=rope)
+    base = make_base(tmp_path / "base", source="folder", model=str(tmp_path / "from"))
+    said = f"the ONNX builder does not keep its rotary positions of type {kind} (LlamaForCausalLM)"
+    assert base.meta["road"] == f"stage quantize: {said}"
+    with pytest.raises(KitError, match=f"cannot be exported to ONNX: the builder does not keep .* {kind}"):
+        export(base.path, tmp_path, "fp32")
+
+
+@pytest.mark.parametrize("family", ["Bloom", "Mamba", "Lfm2"])
+def test_a_decoder_without_positions_or_with_a_state_can_be_scored(tmp_path, family):
+    small = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    more = {"Bloom": {"n_layer": 2, "n_head": 2}, "Mamba": {}, "Lfm2": {"intermediate_size": 64, "num_key_value_heads": 1, "layer_types": ["full_attention", "conv"]}}  # fmt: skip
+    FAMILIES[family] = small | more[family]
+    random_model(tmp_path, family)
+    del FAMILIES[family]
+    with TorchEngine(tmp_path, device="cpu") as e:
+        assert np.isfinite(e.score([[5, 6]], [[7, 8]])[0]).all()
+        if family == "Bloom":
+            assert len(e.generate([[5, 6]], Sampling(max_tokens=3, stop_ids=()))[0].tokens) == 3
+            return
+        with pytest.raises(KitError, match="keeps a state that is not keys and values"):
+            e.generate([[5, 6]])
 
 
 def test_bfloat16_weights_keep_their_type_and_pass_a_wider_limit(tmp_path):

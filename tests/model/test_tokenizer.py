@@ -105,6 +105,55 @@ def test_control_tokens_that_a_customer_types_are_text(folder, name):
         assert ours.chat(talk) == want
 
 
+THINKS = """{%- for m in messages %}<|user|>{{ m.role }}
+{% if m.role == 'assistant' and loop.last %}<think>
+
+</think>
+
+{% endif %}{{ m.content }}<|end|>
+{% endfor %}{%- if add_generation_prompt %}<|user|>assistant
+{% if enable_thinking is defined and enable_thinking is false %}<think>
+
+</think>
+
+{% endif %}{%- endif %}"""  # as Qwen 3's
+CHANNEL = """{%- for m in messages %}<|user|>{{ m.role }}{% if m.role == 'assistant' %}<|system|>final<|assistant|>{% endif %}\
+{{ m.content }}<|end|>{% endfor %}{%- if add_generation_prompt %}<|user|>assistant{% endif %}"""  # as gpt-oss's
+
+
+@pytest.mark.parametrize("template", [THINKS, CHANNEL], ids=["thinks", "channel"])
+def test_what_is_written_before_every_answer_is_asked_and_not_learnt(folder, template):
+    "Else the model says it to the customer, and before every label."
+    ours, theirs = both(folder, template)
+    ids, mask = encode_example(ours, TALK[:2])
+    answer = [i for i, m in zip(ids, mask, strict=True) if m]
+    assert ours.decode(answer, skip_special=False) == TALK[1]["content"] + "<|end|>"
+    assert ids[: len(ids) - len(answer)] == ours.chat(TALK[:1])
+    for talk in (TALK[:1], TALK):
+        asked = theirs.apply_chat_template(
+            talk, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        ).removesuffix("<|system|>final<|assistant|>")
+        assert ours.render(talk) == asked + ("<|system|>final<|assistant|>" if template == CHANNEL else "")
+    assert ours.template_digest != Tokenizer(ours.backend, TEMPLATES["chatml"], {}, (1,)).template_digest
+
+
+@pytest.mark.parametrize("decoder", [{}, {"added_tokens_decoder": {}}], ids=["old", "new"])
+def test_an_old_folder_names_its_special_tokens_in_a_file_of_their_own(tmp_path, decoder):
+    "Without it, the template writes no first token and no end."
+    train_tokenizer(tmp_path, LINES, 400)
+    write_json(tmp_path / "config.json", {"model_type": "llama"})
+    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **decoder})
+    named = {"bos_token": "<|system|>", "eos_token": {"content": "<|end|>", "lstrip": False}}
+    write_json(tmp_path / "special_tokens_map.json", named)
+    ours, theirs = both(tmp_path, "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
+    assert (
+        ours.special
+        == theirs.special_tokens_map
+        == ({} if decoder else {"bos_token": "<|system|>", "eos_token": "<|end|>"})
+    )
+    assert ours.render(TALK) == theirs.apply_chat_template(TALK, tokenize=False)
+
+
 CLOCK = """
 import datetime as d, json, sys
 real = d.datetime

@@ -146,6 +146,30 @@ def test_stop_strings_and_streaming(llama, open_onnx, kind):
     assert ended.finish == "stop" and ended.tokens[-1] == whole.tokens[3] and len(ended.tokens) <= 4
 
 
+@pytest.mark.parametrize("kind", ["strip", "metaspace", "wordpiece"])
+def test_a_stream_says_what_the_whole_says_though_some_tokens_show_nothing(kind):
+    "Of a text that begins behind a special token, or an id beyond the vocabulary, a tokenizer drops the first space."
+    import random
+
+    from tokenizers import Tokenizer, decoders, models
+
+    from llmkit.runtime.text import Detokenizer
+
+    words = ["[UNK]", "<s>", "▁the", "▁card", "card", "▁", "##s", "is", "."]
+    tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    tok.decoder = {
+        "strip": decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]),
+        "metaspace": decoders.Metaspace(),
+        "wordpiece": decoders.WordPiece(),
+    }[kind]
+    tok.add_special_tokens(["<s>"])
+    rng = random.Random(0)
+    for _ in range(500):
+        ids = [rng.randrange(len(words) + 2) for _ in range(rng.randrange(1, 8))]
+        stream = Detokenizer(tok.decode)
+        assert "".join(map(stream.add, ids)) + stream.flush() == tok.decode(ids), ids
+
+
 def test_seed_and_batch_do_not_matter(open_onnx, prompts):
     with open_onnx("int4") as e:
         once = e.generate(prompts, HOT)
