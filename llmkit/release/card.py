@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.artifact import Artifact, build, open_artifact
+from ..core.artifact import MANIFEST, Artifact, build, damage, open_artifact
 from ..core.errors import KitError
-from ..core.files import read_json, write_text
+from ..core.files import read_json, read_text, write_text
 from ..core.plugins import need
 from ..core.report import Report
 from .evidence import Evidence, check_evidence, literals, look_up, open_source
@@ -96,7 +96,14 @@ def metadata_faults(
         bad.append(f"head: no language code: {data.language}")
     if not data.eval_results:
         return [*bad, "head: no results in the model-index"]
+    bad += [f"head: {key} holds a number without evidence" for key in _numbers(data.to_dict())]
     return bad + [f for r in data.eval_results if (f := _result_fault(r, text, Path(root)))]
+
+
+def _numbers(head: Mapping[str, Any]) -> list[str]:
+    "The keys of a head, other than the model-index, under which a number stands."
+    plain = lambda v: [p for x in (v.values() if isinstance(v, dict) else v) for p in plain(x)] if isinstance(v, (dict, list)) else [v]  # fmt: skip
+    return [k for k, v in head.items() if k != "model-index" and any(isinstance(p, (int, float)) for p in plain(v))]
 
 
 def _result_fault(result: Any, text: str, root: Path) -> str:
@@ -104,7 +111,7 @@ def _result_fault(result: Any, text: str, root: Path) -> str:
     args = result.metric_args if isinstance(result.metric_args, Mapping) else {}
     ref, said = args.get("reference", ""), args.get("report", "")
     folder = re.search(rf"^\| {re.escape(ref.partition('/')[0])} \| `([^`]+)` \|", text, re.M) if ref else None
-    if not folder:
+    if not folder or ref != f"engine/{result.metric_type}":
         return f"head: {result.metric_type} {result.metric_value} has no evidence"
     try:
         source = open_source(ref.partition("/")[0], folder[1], root)
@@ -215,8 +222,10 @@ def check_card(
     path = Path(file)
     if not path.is_file():
         raise KitError("no such file", file=file, remedy="Make it with `dvc repro card`")
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     bad = card_faults(text, root)
+    if (path.parent / MANIFEST).is_file():  # the card as it was made, and its page beside it
+        bad += [f"{path.parent}: {line}" for line in damage(open_artifact(path.parent, "card", verify=False))]
     for fault in bad:
         print(fault)
     if not bad:

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'HEADING', 'Source', 'open_source', 'measurement', 'fact', 'find_source', 'look_up', 'show', 'Cited',
-           'Evidence', 'code_span', 'parse_evidence', 'check_evidence', 'literals']
+           'Evidence', 'tables', 'code_span', 'parse_evidence', 'check_evidence', 'literals']
 
 # %% ../../nbs/07_release/04_evidence.ipynb #479dbbf8
+import math
 import re
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import unescape
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..core.artifact import open_artifact
@@ -61,7 +63,10 @@ def measurement(source: Source, metric: str, slice: str = "all") -> Measurement:
 
 
 def fact(source: Source, file: str, pointer: str) -> Any:
-    "A value in a JSON file of a source; raises `KitError` when it is not there."
+    "A value in a JSON file of a source; raises `KitError` when it is not there, or no digest vouches for the file."
+    inside = PurePosixPath(file)
+    if inside.is_absolute() or ".." in inside.parts or (source.report is not None and file != "report.json"):
+        raise KitError("is no part of the source, whose digest says nothing of it", file=f"{source.folder}/{file}")
     value = read_json(source.path / file)
     for part in pointer.split("/")[1:]:
         part = part.replace("~1", "/").replace("~0", "~")
@@ -104,11 +109,11 @@ def look_up(
 SCALES = {
     "%": (100, ".1f", " %"),
     "s": (1, ".2f", " s"),
-    "ms": (1e3, ".1f", " ms"),
-    "MB": (1e-6, ".1f", " MB"),
+    "ms": (1e3, "", " ms"),
+    "MB": (1e-6, "", " MB"),
     "tokens/s": (1, ",.0f", " tokens/s"),
     "USD": (1, ".3g", " USD"),
-}  # format → factor, digits, unit
+}  # format → factor, digits ("": three that count), unit
 
 
 def show(
@@ -123,7 +128,7 @@ def show(
     try:
         if fmt in SCALES:
             factor, digits, unit = SCALES[fmt]
-            return format(value * factor, digits) + unit
+            return (format(value * factor, digits) if digits else _plain(value * factor)) + unit
         if fmt == "g" and isinstance(value, int):  # a seed of eight digits keeps them all
             return str(value)
         return format(value, fmt) if fmt else _plain(value)
@@ -132,10 +137,12 @@ def show(
 
 
 def _plain(value: float) -> str:
-    "Three significant digits, and whole numbers whole."
+    "Three significant digits, and whole numbers whole; more where three would say 1 of what is less."
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
+    if 0.9995 <= abs(value) < 1 - 1e-9:
+        return f"{value:.{math.floor(-math.log10(1 - abs(value))) + 1}f}"
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:#.3g}".rstrip(".")
 
 # %% ../../nbs/07_release/04_evidence.ipynb #abeb7197
 @dataclass(frozen=True)
@@ -167,14 +174,22 @@ class Evidence:
 
     def tables(self) -> str:
         "The evidence as two Markdown tables: what was cited, and from where."
-        rows = ["| # | shown | reference | as |", "|--:|---|---|---|"]
-        for i, c in enumerate(self.cited, 1):
-            rows.append(
-                f'| <a id="e{i}"></a>{i} | {_escape(c.shown)} | {code_span(c.ref)} | {code_span(c.fmt) if c.fmt else ""} |'
-            )
-        rows += ["", "| source | folder | digest |", "|---|---|---|"]
-        rows += [f"| {s.name} | {code_span(s.folder)} | {code_span(s.digest)} |" for s in self.sources.values()]
-        return "\n".join(rows) + "\n"
+        return tables(self.cited, {n: (s.folder, s.digest) for n, s in self.sources.items()})
+
+
+def tables(
+    cited: Sequence[Cited],
+    sources: Mapping[str, tuple[str, str]],  # name → folder and digest
+) -> str:
+    "What stands under the heading of the evidence, and nothing else does."
+    rows = ["| # | shown | reference | as |", "|--:|---|---|---|"]
+    for i, c in enumerate(cited, 1):
+        rows.append(
+            f'| <a id="e{i}"></a>{i} | {_escape(c.shown)} | {code_span(c.ref)} | {code_span(c.fmt) if c.fmt else ""} |'
+        )
+    rows += ["", "| source | folder | digest |", "|---|---|---|"]
+    rows += [f"| {n} | {code_span(folder)} | {code_span(digest)} |" for n, (folder, digest) in sources.items()]
+    return "\n".join(rows) + "\n"
 
 # %% ../../nbs/07_release/04_evidence.ipynb #10a12638
 def _escape(text: str) -> str:
@@ -196,6 +211,7 @@ _LINK = re.compile(r"\[((?:\\.|[^\]\\])*)\]\(#e(\d+)\)")
 _ROW = re.compile(r'^\| <a id="e(\d+)"></a>\1 \| ((?:\\.|[^|\\])*) \| `([^`]*)` \| (?:`([^`]*)`)? ?\|$', re.M)
 _SOURCE = re.compile(r"^\| ([^|`]+) \| `([^`]*)` \| `(sha256:[0-9a-f]{64})` \|$", re.M)
 HEADING = "## Evidence"
+_SPAN = re.compile(r"`([^`\n]*)`")
 
 
 def parse_evidence(text: str) -> tuple[dict[int, Cited], dict[str, tuple[str, str]]]:
@@ -205,6 +221,11 @@ def parse_evidence(text: str) -> tuple[dict[int, Cited], dict[str, tuple[str, st
         raise KitError("the document has no evidence", key=HEADING, remedy="Make it again with `dvc repro card`")
     rows = {int(i): Cited(r.replace("\\|", "|"), f or "", _unescape(s)) for i, s, r, f in _ROW.findall(tail)}
     return rows, {n: (f.replace("\\|", "|"), d) for n, f, d in _SOURCE.findall(tail)}
+
+
+def _dotted(ref: str) -> str:
+    "A reference as the tables of a document write its end: `groups.18-30.test`."
+    return ref.replace("/", ".").replace("~1", "/").replace("~0", "~")
 
 
 def check_evidence(
@@ -223,7 +244,7 @@ def check_evidence(
         if sources[name].digest != digest:
             bad.append(f"{name}: {folder} is {short(sources[name].digest)}, the document was made from {short(digest)}")
     bad += [f for i, c in rows.items() if (f := _recheck(i, c, sources, said))]
-    return bad + _links(text, rows)
+    return bad + _links(text, rows) + _strangers(text, rows, said) + list(_misplaced(text, rows, said))
 
 # %% ../../nbs/07_release/04_evidence.ipynb #27725446
 def _recheck(i: int, c: Cited, sources: Mapping[str, Source], said: Mapping) -> str:
@@ -250,12 +271,36 @@ def _links(text: str, rows: Mapping[int, Cited]) -> list[str]:
             bad.append(f"the text says {_unescape(shown)}, its evidence {i} says {want}")
     return bad + [f"evidence {i} is cited nowhere" for i in rows if i not in used]
 
+
+def _strangers(text: str, rows: Mapping[int, Cited], said: Mapping[str, tuple[str, str]]) -> list[str]:
+    "Lines under the heading of the evidence that are not its two tables."
+    lines = lambda part: Counter(x for x in part.splitlines() if x.strip())
+    more = lines(text.partition(f"\n{HEADING}\n")[2]) - lines(tables(list(rows.values()), said))
+    return [f"among the evidence: {x}" for x in more]
+
+
+def _misplaced(text: str, rows: Mapping[int, Cited], said: Mapping[str, tuple[str, str]]) -> Iterator[str]:
+    "Cells of tables whose value is that of another row, or of another column."
+    heads: list[str] = []
+    for line in text.partition(f"\n{HEADING}\n")[0].splitlines():
+        cells = [c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]]
+        heads, owner = heads if heads and cells else cells, ""
+        name = _SPAN.fullmatch(cells[0]) if cells else None
+        whole = re.compile(rf"(?<![\w-]){re.escape(name[1].replace('/', '.'))}(?![\w-])") if name else None
+        for head, cell in zip(heads, cells, strict=False):
+            owner = head if head in said else owner if head == "interval" else ""
+            for shown, i in _LINK.findall(cell):
+                ref = rows[int(i)].ref if int(i) in rows else ""
+                if (owner and not re.match(rf"{re.escape(owner)}[/:]", ref)) or (whole and not whole.search(_dotted(ref).replace("/", "."))):  # fmt: skip
+                    yield f"{shown} stands for {head} of {cells[0]}, and is {ref}"
+
 # %% ../../nbs/07_release/04_evidence.ipynb #a5361b31
 _FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.M | re.S)
-_SPAN = re.compile(r"`([^`\n]*)`")
 _TARGET = re.compile(r"\]\((?!#e\d+\))[^)]*\)|<a [^>]*>|<!--.*?-->")
 _COMMAND = re.compile(r"^(llmkit|make|git|dvc|pip|cd) [^#\n]*", re.M)
 _CALLED = re.compile(r"\b[A-Za-z]+-?\d+(?:\.\d+)*[A-Za-z]*\b(?![.,]?\d)")  # banking77, GPT-2, Qwen2.5
+_DIGIT = re.compile(r"\d|[¼-¾⅐-↉]")  # ½ and Ⅸ are numbers too
+_DRAWN = re.compile(r"\b[a-z]\d+\b|<br/>[0-9a-f]{12}\b|^  classDef .*$", re.M)
 _PART = r"\w*[A-Za-z_]\w*"
 _NAME = re.compile(  # f1, data/train.jsonl, a digest, a version, a command
     rf"{_PART}([./:-]{_PART})*/?|(sha256:)?[0-9a-f]{{12,64}}|v?\d+\.\d+\.\d+\S*|{_COMMAND.pattern[1:]}"
@@ -273,16 +318,11 @@ def literals(
     return [f"{title}: {line.strip()}" for title, part in parts for line in _bare(part, names)]
 
 
-def _dotted(ref: str) -> str:
-    "A reference as the tables of a document write its end: `groups.18-30.test`."
-    return ref.replace("/", ".").replace("~1", "/").replace("~0", "~")
-
-
 def _bare(section: str, refs: Collection[str] = ()) -> list[str]:
     "The lines of a section in which a digit is left when evidence, names and links are taken out."
     rest = _LINK.sub("", _FENCE.sub(_fenced, section))
     rest = _SPAN.sub(lambda m: "" if _is_name(m[1].replace("\\|", "|"), refs) else m[0], rest)
-    return [line for line in _CALLED.sub("", unescape(_TARGET.sub("]", rest))).splitlines() if re.search(r"\d", line)]
+    return [line for line in _CALLED.sub("", unescape(_TARGET.sub("]", rest))).splitlines() if _DIGIT.search(line)]
 
 
 def _is_name(span: str, refs: Collection[str]) -> bool:
@@ -293,5 +333,5 @@ def _is_name(span: str, refs: Collection[str]) -> bool:
 
 
 def _fenced(fence: re.Match) -> str:
-    "What a block of code says beside its commands; a diagram says nothing."
-    return "" if fence[1] == "mermaid" else _COMMAND.sub("", fence[2])
+    "What a block of code says beside its commands; of a diagram, beside its names and digests."
+    return _DRAWN.sub("", fence[2]) if fence[1] == "mermaid" else _COMMAND.sub("", fence[2])

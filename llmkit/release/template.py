@@ -350,7 +350,7 @@ END = """
 ```bash
 git clone REPOSITORY && cd REPOSITORY
 make repro                      # every stage, from records to this card
-llmkit card check model_card.md # every number, looked up again
+llmkit card check               # every number, looked up again
 llmkit bundle verify artifacts/package/bundle
 ```
 

@@ -169,3 +169,41 @@ def test_a_card_without_its_evidence_is_no_card(carded, capsys):
     with build("elsewhere", "card") as folder:
         write_text(folder / "model_card.md", text_of())
     assert check_card("elsewhere/model_card.md", root="artifacts") == 1
+
+
+def lies(text):
+    "Edits that leave each number and its link as they are, by name."
+    row = next(x for x in text.splitlines() if x.startswith("| `accuracy` | ["))
+    cells = row.split("|")
+    swapped = "|".join([*cells[:2], cells[6], *cells[3:6], cells[2], *cells[7:]])
+    cited = next(x for x in text.splitlines() if x.endswith("| `engine/accuracy` |  |"))
+    return {
+        "a section behind the evidence": text + "\n## News\n\nIt is 99.7 % right.\n",
+        "a heading that hides what follows": text.replace("## Limits\n", "## Evidence\n\n## Limits\n\n99.7 %.\n"),
+        "two subjects exchanged": text.replace(row, swapped),
+        "another name for a row": text.replace(row, row.replace("`accuracy`", "`exact_match`")),
+        "a line of the evidence twice": text.replace(cited, cited.replace("0.920", "0.990") + "\n" + cited),
+        "a diagram that says a number": text.replace("graph LR\n", 'graph LR\n  x["99.7 percent right"]\n'),
+        "another metric in the head": text.replace("type: accuracy", "type: f1"),
+        "a number in the head": text.replace("license: apache-2.0", "license: apache-2.0\naccuracy: 0.997"),
+    }
+
+
+def test_a_number_in_a_place_that_is_not_its_own_is_found(carded):
+    assert card_faults(text_of()) == []
+    for name, lie in lies(text_of()).items():
+        assert lie != text_of() and card_faults(lie), name
+
+
+def test_the_page_is_checked_with_the_card(carded, capsys):
+    page = Path(CARD).with_suffix(".html")
+    page.write_text(page.read_text().replace("0.920", "0.990"))
+    assert check_card(CARD) == 1
+    assert "model_card.html differs" in capsys.readouterr().out
+
+
+def test_the_commands_of_a_card_are_ones_that_the_kit_understands(carded, capsys):
+    from llmkit.cli import main
+
+    commands = re.findall(r"^llmkit ([^#\n]+)", text_of(), re.M)
+    assert len(commands) == 2 and [main(c.split()) for c in commands] == [0, 0], capsys.readouterr().err
