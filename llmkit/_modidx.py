@@ -1816,6 +1816,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'llmkit.monitor.window.Window.labelled': ( '10_monitor/window.html#window.labelled',
                                                                                   'llmkit/monitor/window.py'),
                                        'llmkit.monitor.window._requests': ('10_monitor/window.html#_requests', 'llmkit/monitor/window.py'),
+                                       'llmkit.monitor.window._times': ('10_monitor/window.html#_times', 'llmkit/monitor/window.py'),
+                                       'llmkit.monitor.window.first_of': ('10_monitor/window.html#first_of', 'llmkit/monitor/window.py'),
                                        'llmkit.monitor.window.heard': ('10_monitor/window.html#heard', 'llmkit/monitor/window.py'),
                                        'llmkit.monitor.window.next_window': ( '10_monitor/window.html#next_window',
                                                                               'llmkit/monitor/window.py'),

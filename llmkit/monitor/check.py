@@ -6,6 +6,8 @@
 __all__ = ['RISE', 'text_of', 'read_texts', 'event_features', 'drift_verdict', 'monitor_check', 'monitor_traffic']
 
 # %% ../../nbs/10_monitor/02_check.ipynb #2b609696
+import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -133,12 +135,12 @@ def monitor_traffic(
     out: str = "",  # folder for the report
 ) -> int:
     "Say whether the last hours of traffic look like the days before; exit code 0 they do, 1 they do not, 3 too few."
-    events, now = Events(events_file(load_settings(settings))), time.time()
-    rows = [
-        e for e in events.all("request") if e["time"] >= now - (hours + before) * 3600 and e["status"] != "rejected"
-    ]
-    new = [e for e in rows if e["time"] >= now - hours * 3600][-limit:]
-    old = [e for e in rows if e["time"] < now - hours * 3600][-limit:]
+    store, now = Events(events_file(load_settings(settings))).store, time.time()
+    sql = """SELECT body FROM events WHERE kind = 'request' AND time >= ? AND time < ?
+      AND json_extract(body, '$.status') != 'rejected' ORDER BY time DESC LIMIT ?"""
+    begin = now - hours * 3600
+    parts = (begin, math.inf), (begin - before * 3600, begin)
+    new, old = ([json.loads(r["body"]) for r in store.read(sql, *part, limit)] for part in parts)
     if min(len(new), len(old)) < min_n:
         print(
             f"INCONCLUSIVE: {len(new)} requests in {hours:g} h and {len(old)} in {before:g} h before, at least {min_n} of either are asked"

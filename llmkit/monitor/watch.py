@@ -11,7 +11,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..core.digests import short
@@ -26,7 +26,7 @@ from .check import text_of
 from .decide import decide
 from .policy import MonitorPolicy, read_monitor
 from .state import Action, Memory, Overview, Seen, database, overview
-from .window import Window, next_window, waiting, watched
+from .window import Window, first_of, next_window, waiting, watched
 from ..release.ledger import actor
 from ..rollout.commands import open_registry, open_store
 from ..rollout.controller import Registry
@@ -49,6 +49,7 @@ class Monitor:
     registry: Registry | None = None  # default: that of the settings
     clock: Callable[[], float] = time.time  # seconds since the epoch
     start: Callable[[Path], None] = launch  # carries a training request out
+    begins: dict[str, int] = field(default_factory=dict)  # release → number of the event before its first
 
 
 def open_monitor(
@@ -85,7 +86,10 @@ def _next(m: Monitor, release: str) -> Seen | None:
     "Decide the next window if it is due."
     release = release or watched(m.events)
     stream = m.memory.stream(release)
-    w = next_window(m.events, m.policy, release, stream.get("number", 0), stream.get("after", 0), m.clock())
+    if "after" not in stream and release not in m.begins and (first := first_of(m.events, release)):
+        m.begins[release] = first - 1  # a long log is read once for it, and not at every look
+    after = stream.get("after", m.begins.get(release, 0))
+    w = next_window(m.events, m.policy, release, stream.get("number", 0), after, m.clock())
     if w is None:
         return None
     seen, reports, after, actions = decide(m.policy, w, stream, _texts(m, w, stream), m.memory.actions())

@@ -635,3 +635,49 @@ def test_a_log_that_was_made_anew_is_an_error_and_no_silence(tmp_path):
     t.monitor.memory = Memory(tmp_path / "monitor.db")
     t.send(80)
     assert run_window(t.monitor).number == 0
+
+
+def test_a_clock_that_was_ahead_for_a_moment_stops_nothing(tmp_path):
+    "Three requests are dated in the year 2096, then the clock is put right; later a whole window is."
+    t, base = Town(tmp_path), dict.fromkeys(KINDS["request"].split()) | {"kind": "request", "status": "ok"}
+    ahead = lambda n, at: [t.events.append(base | {"variant": "v", "release": "sha256:a", "time": at + i, "id": f"{at}-{i}"}) for i in range(n)]  # fmt: skip
+    t.send(180)
+    run_window(t.monitor)
+    ahead(3, 4e9)
+    t.send(57)
+    w = run_window(t.monitor)
+    assert (w.number, w.requests) == (1, 60) and w.end < t.now, (
+        "it is the window's time that cooldowns and alerts go by"
+    )
+    ahead(60, 5e9)
+    assert run_window(t.monitor) is None, "nothing says yet that the clock was put right"
+    t.send(60)
+    assert [run_window(t.monitor).number for _ in range(2)] == [2, 3]
+    assert t.monitor.memory.windows(n=1)[0].end < t.now
+
+
+def test_a_long_log_is_read_once_for_a_release_that_is_new(tmp_path, monkeypatch):
+    from llmkit.monitor import watch as module
+
+    t = Town(tmp_path)
+    t.send(100), t.send(30, release="sha256:b")
+    asked, real = [], module.next_window
+    monkeypatch.setattr(module, "next_window", lambda e, p, r, n, after, now: asked.append(after) or real(e, p, r, n, after, now))  # fmt: skip
+    assert [run_window(t.monitor, "sha256:b") for _ in range(2)] == [None, None]
+    log = t.events.since(0)
+    assert len(set(asked)) == 1 and next(e["release"] for s, e in log if s > asked[0]) == "sha256:b"
+    t.send(150, release="sha256:b")
+    assert run_window(t.monitor, "sha256:b").requests == 180
+
+
+def test_the_hours_of_traffic_are_taken_from_the_log_by_their_time(tmp_path, monkeypatch, capsys):
+    from llmkit.monitor import check
+
+    t = Town(tmp_path)
+    monkeypatch.setattr(check.time, "time", lambda: t.now)
+    t.send(7200), t.send(1, seed=1)
+    read = []
+    monkeypatch.setattr(Events, "all", lambda *_: read.append(1) or iter(()))
+    assert check.monitor_traffic(hours=1.0, before=0.5, settings=str(t.settings)) == 0 and not read
+    assert "n = 3" in (said := capsys.readouterr().out), said
+    assert check.monitor_traffic(hours=0.001, settings=str(t.settings)) == 3
