@@ -13,6 +13,7 @@ from typing import Any
 from ..core.plugins import need
 from ..core.settings import Settings
 from .state import Memory, Seen, unsettled
+from .window import first_of, watched
 from ..serve.events import Events, events_file
 from ..serve.measured import Found
 
@@ -25,6 +26,7 @@ class Windows:
         settings: Settings,  # whose key `monitor_db` names the database
     ):
         self.path, self.log = Path(settings.get("monitor_db", ".llmkit/monitor.db")), events_file(settings)
+        self.begins: dict[str, int] = {}  # release → number of the event before its first that waits
 
     def latest(self) -> tuple[Memory, Seen] | None:
         "The newest window and where it is, or None before the first."
@@ -43,15 +45,19 @@ class Windows:
     def families(self) -> list[Any]:
         "Scores, thresholds, outcomes, the window itself, and actions."
         memory, w = self.latest() or (None, None)
-        return [*_scores(w), *_window(w), *_actions(memory), self._begin()]
+        return [*_scores(w), *_window(w), *_actions(memory), self._waiting(memory)]
 
-    def _begin(self) -> Any:
-        "When the log of requests begins, which a window that was never judged has no time to compare with."
-        begin = _family("llmkit_events_begin_timestamp_seconds", "When the first request in the log came.")
-        sql = "SELECT time FROM events WHERE kind = 'request' ORDER BY seq LIMIT 1"
-        for row in Events(self.log).store.read(sql) if self.log.is_file() else ():
-            begin.add_metric([], row["time"])
-        return begin
+    def _waiting(self, memory: Memory | None) -> Any:
+        "Since when requests of the release that answers wait for a window."
+        since = _family("llmkit_window_waiting_since_timestamp_seconds", "When the oldest request came that no window has judged.")  # fmt: skip
+        events = Events(self.log) if self.log.is_file() else None
+        if events is None or not (release := watched(events)):
+            return since
+        after = (memory.stream(release) if memory else {}).get("after", self.begins.get(release, 0))
+        if first := first_of(events, release, after):
+            self.begins[release] = first - 1  # a long log is read once for it
+            since.add_metric([], events.store.read("SELECT time FROM events WHERE seq = ?", first)[0]["time"])
+        return since
 
 # %% ../../nbs/10_monitor/23_scrape.ipynb #f72f4910
 def _family(name: str, text: str, *labels: str) -> Any:

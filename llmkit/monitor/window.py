@@ -102,9 +102,10 @@ def _times(events: Events, found: Sequence[tuple[int, Mapping[str, Any]]], now: 
 def first_of(
     events: Events,
     release: str,  # digest
+    after: int = 0,  # number of an event
 ) -> int:
-    "The number of a release's first request in the log; 0 where there is none."
-    found = _requests(events, 0, release, 1)
+    "The number of a release's first request behind an event of the log; 0 where there is none."
+    found = _requests(events, after, release, 1)
     return found[0]["seq"] if found else 0
 
 

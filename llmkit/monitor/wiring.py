@@ -12,7 +12,7 @@ from typing import Any
 from ..core.errors import KitError
 from ..core.files import atomic_file, write_json
 from ..core.params import load_params
-from .alerts import alerts, rules_file, unit_tests
+from .alerts import alerts, rules_file, span, unit_tests
 from .grafana import dashboard
 from ..rollout.policy import seconds
 
@@ -30,9 +30,9 @@ def prometheus_config(
     job: dict[str, Any] = {"job_name": "llmkit", "static_configs": [{"targets": [target]}]}
     if key_file:
         job["authorization"] = {"type": "Bearer", "credentials_file": key_file}
-    told = {"alertmanagers": [{"static_configs": [{"targets": [alertmanager]}]}]}
+    told, step = {"alertmanagers": [{"static_configs": [{"targets": [alertmanager]}]}]}, seconds(every, "every")
     return {
-        "global": {"scrape_interval": every, "scrape_timeout": every if seconds(every) < 10 else "10s", "evaluation_interval": every},
+        "global": {"scrape_interval": span(step), "scrape_timeout": span(min(step, 10.0)), "evaluation_interval": span(step)},
         "rule_files": [RULES], "alerting": told, "scrape_configs": [job],
     }  # fmt: skip
 
@@ -44,6 +44,9 @@ def alertmanager_config(
 ) -> dict[str, Any]:
     "Who is told of what."
     hooks = {"llmkit-page": page, "llmkit-ticket": ticket or page}
+    for key, url in (("page", page), ("ticket", ticket)):
+        if url and not url.startswith(("http://", "https://")):
+            raise KitError("no address of a webhook", key=key, value=url, remedy="Write https://host/path")
     receivers = [
         {"name": name} | ({"webhook_configs": [{"url": url, "send_resolved": True}]} if url else {})
         for name, url in hooks.items()
@@ -52,9 +55,10 @@ def alertmanager_config(
     down = {
         "source_matchers": ['alertname="LlmkitDown"'],
         "target_matchers": ['alertname!="LlmkitDown"', 'alertname=~"Llmkit.+"'],
+        "equal": ["instance"],
     }
     route = {
-        "receiver": "llmkit-ticket", "group_by": ["alertname", "model"], "group_wait": wait, "group_interval": "5m",
+        "receiver": "llmkit-ticket", "group_by": ["alertname", "model"], "group_wait": span(seconds(wait, "wait")), "group_interval": "5m",
         "repeat_interval": "12h", "routes": [urgent],
     }  # fmt: skip
     return {"route": route, "receivers": receivers, "inhibit_rules": [down]}
@@ -83,7 +87,7 @@ def alerts_write(
             raise KitError(
                 "not host:port", key=name, value=host, remedy="Without http:// and path, as in 127.0.0.1:8000"
             )
-    found, out = alerts(load_params(policy)), Path(folder)
+    found, out = alerts({s: load_params(policy, s) for s in ("rollout", "gates", "monitor")}), Path(folder)
     files = {
         RULES: rules_file(found, window, hold),
         TESTS: unit_tests(found, RULES, window, hold),

@@ -5,8 +5,10 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from telemetry_town import lint, needs
 
+from llmkit.core.errors import KitError
 from llmkit.core.files import read_json, write_json
 from llmkit.core.params import load_params
 from llmkit.core.settings import Settings
@@ -100,17 +102,67 @@ def test_an_alert_of_an_action_fires_while_it_is_open_and_resolves(tmp_path):
 def test_a_service_that_was_never_judged_is_told_and_a_young_or_idle_one_is_not(tmp_path):
     p = read_monitor(load_params(ROOT / "params.yaml", "monitor"))
     late = int(p.at_most + p.label_lag + 7200)  # an hour longer than the rule waits
-    asked, begin = 'llmkit_requests_total{model="m",variant="v",status="ok"}', "llmkit_events_begin_timestamp_seconds"
+    asked, since = (
+        'llmkit_requests_total{model="m",variant="v",status="ok"}',
+        "llmkit_window_waiting_since_timestamp_seconds",
+    )
     end, grows, idle = "llmkit_window_end_timestamp_seconds", "0+5x20", "5+0x20"
     old, young = f"-{late}+0x20", f"-{late - 7200}+0x20"
     fires = [({}, f"{-late:.3g}")]
-    assert told(tmp_path, "LlmkitWindowNever", {asked: grows, begin: old}, (12, fires)) == DONE
-    for series in ({asked: grows, begin: young}, {asked: idle, begin: old}, {asked: grows, begin: old, end: old}):
+    assert told(tmp_path, "LlmkitWindowNever", {asked: grows, since: old}, (12, fires)) == DONE
+    assert told(tmp_path, "LlmkitWindowLate", {asked: grows, since: old, end: old}, (12, fires)) == DONE
+    for series in ({asked: grows, since: young}, {asked: idle, since: old}, {asked: grows, since: old, end: old}):
         assert told(tmp_path, "LlmkitWindowNever", series, (12, [])) == DONE, series
-    two = {f'{begin}{{job="llmkit",instance="{i}:1"}}': old for i in "ab"} | {asked: grows}
+    monday = {asked: grows, since: young, end: f"-{5 * late}+0x20"}  # nobody asked at the weekend
+    for series in (monday, {asked.replace("ok", "rejected"): grows, since: old, end: old}, {asked: grows, end: old}):
+        assert told(tmp_path, "LlmkitWindowLate", series, (12, [])) == DONE, series
+    two = {f'{since}{{job="llmkit",instance="{i}:1"}}': old for i in "ab"} | {asked: grows}
     two[f'{end}{{job="llmkit",instance="a:1"}}'] = old
     lonely = [({"job": "llmkit", "instance": "b:1"}, fires[0][1])]
     assert told(tmp_path, "LlmkitWindowNever", two, (12, lonely)) == DONE
+
+
+@needs("promtool")
+def test_the_first_finding_of_a_process_is_told_and_an_old_count_is_not(tmp_path):
+    leak = 'llmkit_guard_findings_total{guard="output_canary",entity="MARKER",action="flag"}'
+    times = (2, []), (4, [({}, "1")]), (7, [({}, "1")]), (9, [])
+    assert told(tmp_path, "LlmkitCanaryTokenLeaked", {leak: "_ _ _ 1+0x30"}, *times) == DONE
+
+
+@needs("promtool")
+def test_a_timed_pause_waits_for_nobody(tmp_path):
+    phase = 'llmkit_rollout_phase{phase="Paused",model="m"}'
+    paused = [({"phase": "Paused", "model": "m"}, "1")]
+    assert told(tmp_path, "LlmkitRolloutPaused", {phase: "1+0x20"}, (9, paused)) == DONE
+    series = {phase: "1+0x20", 'llmkit_rollout_timed_pause{model="m"}': "1+0x9 0+0x10"}
+    assert told(tmp_path, "LlmkitRolloutPaused", series, (9, []), (16, paused)) == DONE
+
+
+@needs("promtool")
+def test_what_stalled_and_ended_counts_once(tmp_path):
+    "A quarter stalls, and ends: more than the fifth that is allowed."
+    of = lambda name: f'{name}{{model="m",variant="v"}}'
+    series = {
+        of("llmkit_requests_total").replace("}", ',status="ok"}'): "0+100x20",
+        of("llmkit_stalled_total"): "0+24x20",
+    }
+    assert told(tmp_path, "LlmkitStallRate", series, (12, [])) == DONE  # as of a server that does not tell
+    series[of("llmkit_stalled_ended_total")] = "0+24x20"
+    assert told(tmp_path, "LlmkitStallRate", series, (12, [({"model": "m"}, "0.24")])) == DONE
+
+
+@needs("promtool", "amtool")
+def test_whatever_durations_are_asked_for_prometheus_understands_them(tmp_path):
+    from llmkit.monitor.wiring import alerts_write
+
+    how = {"every": "0.5s", "window": "0.5h", "hold": "1.5m", "wait": "1h30m"}
+    assert alerts_write(str(tmp_path), policy=str(ROOT / "params.yaml"), **how) == 0
+    for args in (["promtool", "check", "config", "prometheus.yml"], ["promtool", "test", "rules", "llmkit.rules.test.yml"], ["amtool", "check-config", "alertmanager.yml"]):  # fmt: skip
+        done = subprocess.run(args, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    write_json(tmp_path / "gates.yaml", {"gates": {"rules": []}})
+    with pytest.raises(KitError, match="no such section"):
+        alerts_write(str(tmp_path / "none"), policy=str(tmp_path / "gates.yaml"))
 
 
 def scrape(folder):
@@ -162,14 +214,19 @@ def test_an_action_is_open_until_something_follows(tmp_path):
 
 
 @needs("promtool")
-def test_the_page_says_when_the_log_begins(tmp_path):
-    assert "\nllmkit_events_begin_timestamp_seconds " not in scrape(tmp_path) and not (tmp_path / "e.db").exists()
+def test_the_page_says_since_when_requests_wait_for_a_window(tmp_path):
+    name = "\nllmkit_window_waiting_since_timestamp_seconds "
+    assert name not in scrape(tmp_path) and not (tmp_path / "e.db").exists()
     base = dict.fromkeys(KINDS["request"].split()) | {"kind": "request", "status": "ok", "code": 200, "variant": "v"}
-    for t in (1000.0, 2000.0):
+    for t in (1000.0, 2000.0, 3000.0):
         Events(tmp_path / "e.db").append(base | {"time": t, "id": f"q{t}", "release": "sha256:a"})
-    Memory(tmp_path / "m.db")
+    memory = Memory(tmp_path / "m.db")
     said = scrape(tmp_path)
-    assert "\nllmkit_events_begin_timestamp_seconds 1000.0\n" in said and lint(said) == (0, "")
+    assert f"{name}1000.0\n" in said and lint(said) == (0, "")
+    memory.add(seen("sha256:a", 0, data="pass"), {}, {"number": 1, "after": 2, "reference": []})
+    assert f"{name}3000.0\n" in scrape(tmp_path)
+    memory.add(seen("sha256:a", 1, data="pass"), {}, {"number": 2, "after": 3, "reference": []})
+    assert name not in scrape(tmp_path)
 
 
 def test_the_guide_lists_every_alert_and_no_other():
