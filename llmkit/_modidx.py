@@ -879,6 +879,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llmkit.flow.closure.statements': ('12_flow/closure.html#statements', 'llmkit/flow/closure.py')},
             'llmkit.flow.dag': { 'llmkit.flow.dag._data': ('12_flow/dag.html#_data', 'llmkit/flow/dag.py'),
                                  'llmkit.flow.dag._holds': ('12_flow/dag.html#_holds', 'llmkit/flow/dag.py'),
+                                 'llmkit.flow.dag._refuse_links': ('12_flow/dag.html#_refuse_links', 'llmkit/flow/dag.py'),
                                  'llmkit.flow.dag._scalar': ('12_flow/dag.html#_scalar', 'llmkit/flow/dag.py'),
                                  'llmkit.flow.dag.check': ('12_flow/dag.html#check', 'llmkit/flow/dag.py'),
                                  'llmkit.flow.dag.check_entry': ('12_flow/dag.html#check_entry', 'llmkit/flow/dag.py'),

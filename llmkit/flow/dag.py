@@ -59,7 +59,16 @@ def _data(stage: Stage, params: dict[str, Any], project: str | Path) -> Iterator
     for key, when in stage.data.items():
         for name, path in named(params, key):
             if all(_holds(c, path, params, project, stage.module) for c in when.split(" and ")):
+                _refuse_links(Path(project) / path, name)
                 yield name, path
+
+
+def _refuse_links(folder: Path, key: str) -> None:
+    "Raise `KitError` on a linked folder inside of one with data: DVC does not look into it, so its changes would repeat nothing."
+    below = (Path(top) / d for top, folders, _ in os.walk(folder) for d in folders)
+    if link := next((p for p in below if p.is_symlink()), None):
+        fix = "Put the files there, or name the linked folder by itself"
+        raise KitError("is a link to a folder, in which DVC sees no change", file=link, key=key, remedy=fix)
 
 
 def data_missing(
