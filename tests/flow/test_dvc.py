@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ruamel.yaml import YAML
 
 from llmkit.core.errors import KitError
 from llmkit.flow import repro as flow
@@ -24,6 +25,7 @@ from llmkit.flow.records import check_records, sync_records, verify_records
 from llmkit.flow.repro import stop_below
 from llmkit.flow.runs import list_runs
 
+ROOT = Path(__file__).parents[2]
 FIRST = "make('artifacts/one/out.json', lr)"
 SECOND = """
 import pathlib
@@ -128,6 +130,28 @@ def test_what_repeats_and_what_is_restored(pipeline, server):
     assert "Running stage 'register'" in out and "Running stage 'one'" not in out, out
     assert calls(fresh) == 1 and (clone / "artifacts/one/record.ipynb").read_bytes() == first
     assert check_records(clone) == []
+
+
+def test_a_pipeline_that_ends_before_its_gate_reports_no_verdict_of_before(project, empty_repo):
+    "The workflow's own step, before its `make repro`: DVC leaves what a stage made until that stage runs again."
+    project.params("seed: 7\none: {lr: 1e-4}\ngate: {}\n")
+    project.stage("one", FIRST)
+    parts = {"parameters": "seed: int = 0", "needs": {"out": "artifacts/one/out.json"}}
+    project.stage("gate", "make('artifacts/gate/out.json', 'pass')", number=2, **parts)
+    shutil.copytree(empty_repo, project.path, dirs_exist_ok=True)
+    dag_write(project.path)
+    project.sh("dvc", "repro")
+    flow_file = YAML(typ="safe").load((ROOT / ".github/workflows/pipeline.yml").read_text())
+    commands = [s["run"] for s in flow_file["jobs"]["repro"]["steps"] if "run" in s]
+    forget = commands[commands.index("make repro") - 1]
+    verdict = project.path / "artifacts/gate/out.json"
+    project.sh("bash", "-c", forget)
+    out = project.sh("dvc", "repro").stdout
+    assert verdict.is_file() and "Running stage" not in out, out  # nothing changed, so it is still this one's
+    project.stage("one", "1 / 0")
+    project.params("seed: 7\none: {lr: 2e-4}\ngate: {}\n")
+    project.sh("bash", "-c", forget)
+    assert project.sh("dvc", "repro", ok=False).returncode and not verdict.exists()
 
 
 def test_a_stale_pipeline_is_refused_by_the_runner(pipeline):
