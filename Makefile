@@ -111,8 +111,8 @@ readme: env ## README.md from nbs/index.ipynb
 
 hooks: env ## pre-commit hooks, and git's notebook diff and merge, for this clone only
 	pre-commit install
-	git config merge.jupyternotebook.driver "$(CURDIR)/tools/with_env.sh nbdev-merge %O %A %B %P"
-	git config diff.jupyternotebook.command "$(CURDIR)/tools/with_env.sh nbdev-diff-driver"
+	git config merge.jupyternotebook.driver "\"$(CURDIR)/tools/with_env.sh\" nbdev-merge %O %A %B %P"
+	git config diff.jupyternotebook.command "\"$(CURDIR)/tools/with_env.sh\" nbdev-diff-driver"
 
 # -- people -----------------------------------------------------------------------------------------------------
 

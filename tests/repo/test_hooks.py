@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -77,3 +78,33 @@ def test_the_hooks_pass_the_tree_and_stop_bad_things(repository):
         assert word in said
     assert "by_hand" not in (repository / "llmkit/core/digests.py").read_text()  # and what can be mended is mended
     assert "llmkitt" in (repository / "README.md").read_text()
+
+
+def test_the_drivers_for_notebooks_work_in_a_folder_with_blanks(tmp_path):
+    "What `make hooks` writes into git's configuration is a line of a shell."
+    home, root = tmp_path / "my kit", Path(__file__).parents[2]
+    (home / "tools").mkdir(parents=True)
+    for name in ("Makefile", "tools/with_env.sh", "nbs/index.ipynb"):
+        shutil.copy(root / name, home / name.removeprefix("nbs/"))
+    (home / ".venv").symlink_to(ENV)
+    (home / ".gitattributes").write_text("*.ipynb merge=jupyternotebook diff=jupyternotebook\n")
+
+    def sh(*words):
+        return subprocess.run(words, cwd=home, capture_output=True, text=True, check=True).stdout
+
+    sh("git", "init", "-q")
+    for line in sh("make", "-n", "-o", ".venv/.installed", "hooks").splitlines():
+        if line.startswith("git config"):
+            sh("bash", "-c", line)
+    commit = ("git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qam")
+    sh("git", "add", "index.ipynb", ".gitattributes"), sh(*commit, "one")
+    sh("git", "branch", "other")
+    text = (home / "index.ipynb").read_text()
+    (home / "index.ipynb").write_text(text.replace("# llmkit", "# llmkit again", 1))
+    assert "# llmkit{+ again+}" in sh("git", "diff")
+    sh(*commit, "two"), sh("git", "checkout", "-q", "other")
+    (home / "index.ipynb").write_text(text.replace("Apache-2.0", "Apache-2.0 or later", 1))
+    sh(*commit, "three")
+    sh("git", "-c", "user.name=a", "-c", "user.email=a@b", "merge", "-q", "-m", "both", "-")
+    merged = (home / "index.ipynb").read_text()
+    assert "# llmkit again" in merged and "Apache-2.0 or later" in merged
