@@ -2,14 +2,20 @@
 
 import json
 import sqlite3
+import threading
+import time
 
 import pytest
 from rollout_road import CANARY, H, Recorder, World
-from test_outside import project  # noqa: F401  a fixture
+from serve_server import PATIENCE, until
+from test_live import QUICK, Town
+from test_outside import aliases, project, serve  # noqa: F401  a fixture
 
 from llmkit.core.errors import KitError
-from llmkit.release.registry import versions
+from llmkit.release.registry import _client, register, versions
+from llmkit.release.release import Release
 from llmkit.rollout import commands, store
+from llmkit.rollout.controller import Controller, MlflowRegistry
 from llmkit.rollout.live import newest
 from llmkit.rollout.store import Store
 
@@ -154,3 +160,72 @@ def test_feedback_that_comes_too_late_is_told_of(tmp_path):
     from llmkit.rollout.view import view
 
     assert "1 ratings and outcomes came later than 600 s" in str(view(w.c.fold, w.now))
+
+
+@pytest.mark.parametrize("gone", ["canary", "baseline"])
+def test_a_version_that_was_deleted_meanwhile_stops_no_undo_and_no_other_rollout(project, gone):  # noqa: F811
+    uri = "sqlite:///mlflow.db"
+    register(Release("bank-support", "sha256:bundle3", "sha256:verdict3", "sha256:card3"), uri, "file:///bundle3")
+    one, two, three = versions(uri, "bank-support")
+    commands.rollout_start("bank-support", canary=one.release, first=True)
+    commands.rollout_start("bank-support", canary=two.release, id="a")
+    serve(Controller(commands.open_store(), "a", MlflowRegistry(uri)))
+    _client(uri).delete_model_version("bank-support", "2" if gone == "canary" else "1")
+    if gone == "baseline":  # there is no way back, and the promotion holds
+        assert commands.rollout_promote(full=True) == 0 and aliases(uri) == {"champion": 2, "challenger": 3}
+        assert commands.rollout_start("bank-support", canary=three.release, id="b") == 0
+        return
+    assert commands.rollout_promote(full=True) == 4
+    with pytest.raises(KitError, match="champion → .* is not in the registry.*rollout undo"):
+        commands.rollout_start("bank-support", canary=three.release, id="b")
+    assert commands.rollout_undo() == 0
+    assert aliases(uri) == {"champion": 1, "previous": 1, "challenger": 3} and not commands.open_store().owed()
+    assert commands.rollout_start("bank-support", canary=three.release, id="b") == 0
+
+
+def test_an_undo_is_obeyed_while_the_registry_hangs(tmp_path, monkeypatch):
+    monkeypatch.setattr("llmkit.rollout.controller.SLOW", 0.3)
+    town, go = Town(tmp_path), threading.Event()
+    usual, away = town.registry.move, Recorder(tmp_path / "registry.json")
+
+    def hangs(effect):
+        go.wait(PATIENCE)
+        usual(effect)
+
+    def order(kind, **more):
+        Controller(town.store, "r1", away).command(kind, "ann", **more)
+
+    def refuses(effect):
+        raise OSError("the person's own client gave up")
+
+    town.registry.move, away.move = hangs, refuses
+    steps = [{"setWeight": 50}, {"analysis": {"min_duration": "1s", "max_duration": "10m", "min_samples": 20_000}}]
+    with town.server() as (url, live), town.customers(url):
+        town.begin("r1", "sha256:good", QUICK | {"steps": steps})
+        until(lambda: town.canary("r1") > 10, "numbers in the log")
+        began = time.monotonic()
+        order("promote", full=True)
+        until(lambda: live.state.phase == "Healthy", "the promotion")
+        until(lambda: "the registry has not answered for" in live.trouble, "the trouble")
+        order("undo")
+        until(lambda: live.state.phase == "Degraded", "the undo")
+        assert time.monotonic() - began < 10
+        since = len(town.answers)
+        until(lambda: len(town.answers) > since + 20, "more answers")
+        assert town.recent(since + 10).keys() <= {"llmkit-a"}
+        go.set()
+        until(lambda: not town.store.owed() and not live.trouble, "the moves")
+    assert town.registry.read()["aliases"] == {"champion": "sha256:a", "previous": "sha256:good"}
+
+
+def test_an_undo_waits_a_while_for_a_registry_that_hangs_and_is_given(project, monkeypatch):  # noqa: F811
+    uri, go = "sqlite:///mlflow.db", threading.Event()
+    one = versions(uri, "bank-support")[0]
+    commands.rollout_start("bank-support", canary=one.release, first=True)
+    commands.rollout_start("bank-support")
+    serve(Controller(commands.open_store(), "bank-support-2", MlflowRegistry(uri)))
+    assert commands.rollout_promote(full=True) == 0
+    monkeypatch.setattr(commands, "ASKED", 0.2)
+    monkeypatch.setattr(commands, "versions", lambda *_: go.wait(60) or [])
+    assert commands.rollout_undo() == 0 and aliases(uri)["champion"] == 1
+    go.set()
