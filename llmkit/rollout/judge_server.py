@@ -10,7 +10,8 @@ import asyncio
 import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..core.settings import load_settings
 from .analysis import left_out
 from .controller import SNAPSHOT
 from .state import to_json
-from .store import Fold, Receipt, Store, rollouts_file
+from .store import Fold, Receipt, Store, Unreadable, rollouts_file
 from ..serve.http import careful, read_request
 from ..serve.keys import Keys, keys_file
 from ..serve.wire import ApiError, checked
@@ -49,6 +50,7 @@ class Reader:
     def ask(self, id: str, question: Callable[[Fold], Any]) -> Any:
         "What a rollout, read up to date, answers; raises `KitError` on an unknown id."
         with self._lock:
+            self.store.check()
             if id not in self._folds:
                 self._folds[id] = self.store.load(id)
             self.store.catch_up(id, self._folds[id])
@@ -69,6 +71,7 @@ class Reader:
 
     def take(self, source: str, model: str, events: list[tuple[int, dict[str, Any]]], now: float) -> Receipt:
         "Take in what a gateway has sent; now and then a snapshot, so that a restart is quick."
+        self.store.check()  # a gateway forgets what was taken, so it does not go into a file that is no longer there
         got = self.store.receive(source, model, events, now)
         self._kept[got.rollout] = self._kept.get(got.rollout, 0) + got.taken
         if got.rollout and self._kept[got.rollout] >= SNAPSHOT:
@@ -112,10 +115,8 @@ def judge_app(
     app, reader = fastapi.FastAPI(title="llmkit judge", version="1"), Reader(store)
 
     def ask(id: str, question: Callable[[Fold], Any]) -> Any:
-        try:
+        with _told(fastapi):
             return reader.ask(id, question)
-        except KitError as e:
-            raise fastapi.HTTPException(404, f"{e.problem}. {e.remedy}") from e
 
     @app.get("/health")
     def health() -> dict:
@@ -123,7 +124,9 @@ def judge_app(
 
     @app.get("/v1/rollouts")
     def rollouts() -> dict:
-        return {"data": [r[0] for r in store.rows("select id from rollouts order by rowid")]}
+        with _told(fastapi):
+            store.check()
+            return {"data": [r[0] for r in store.rows("select id from rollouts order by rowid")]}
 
     @app.get("/v1/rollouts/{id}", responses={404: {}})
     def rollout(id: str) -> dict:
@@ -133,10 +136,8 @@ def judge_app(
     @app.get("/v1/rollouts/{id}/verdict", responses={404: {}})
     def verdict(id: str, at: float | None = fastapi.Query(None, allow_inf_nan=False), step: int | None = None) -> dict:
         if follow and step is not None:
-            try:
+            with _told(fastapi):
                 reader.follow(id, step, clock())
-            except KitError as e:
-                raise fastapi.HTTPException(404, f"{e.problem}. {e.remedy}") from e
         return ask(id, lambda fold: answer(fold, clock() if at is None else at))
 
     async def events(request: Any) -> dict:
@@ -148,11 +149,24 @@ def judge_app(
         numbered = [(int(e["number"]), e["event"]) for e in got["events"]]
         if any(b <= a for (a, _), (b, _) in itertools.pairwise(numbered)):
             raise ApiError(400, "Numbers rise", param="events", code="invalid_value")
-        return asdict(await asyncio.to_thread(reader.take, got["source"], got["model"], numbered, clock()))
+        try:
+            return asdict(await asyncio.to_thread(reader.take, got["source"], got["model"], numbered, clock()))
+        except Unreadable as e:
+            raise ApiError(503, str(e), type="server_error", code="rollouts_unreadable") from e
 
     app.add_api_route("/v1/events", careful(events), methods=["POST"], summary="Take a gateway's events.", response_model=None)  # fmt: skip
     _hooks(app, fastapi, lambda id: ask(id, lambda fold: fold.verdict(clock())))
     return app
+
+
+@contextmanager
+def _told(fastapi: Any) -> Iterator[None]:
+    "Errors for whoever asks: 404 for what is not there, 503 while the rollouts cannot be read."
+    try:
+        yield
+    except KitError as e:
+        code = 503 if isinstance(e, Unreadable) else 404
+        raise fastapi.HTTPException(code, f"{e.problem}. {e.remedy}") from e
 
 
 def _hooks(app: Any, fastapi: Any, verdict: Callable[[str], Any]) -> None:

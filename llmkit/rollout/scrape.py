@@ -36,12 +36,21 @@ class Scrape:
             weight.add_metric([live.gateway.model, v], percent / 100)
         for name in ("none", *get_args(Phase)):
             phase.add_metric([live.gateway.model, name], float(name == (state.phase if state else "none")))
+        timed = core.GaugeMetricFamily("llmkit_rollout_timed_pause", "1 while a pause of the policy ends by itself.", labels=["model"])  # fmt: skip
+        timed.add_metric([live.gateway.model], float(_timed(live)))
         copies = _copies(live)
         events = core.GaugeMetricFamily("llmkit_rollout_events", "Events of the rollout that runs, by what became of them.", labels=["result"])  # fmt: skip
         for result, n in (live.controller.counts if live.controller else {}).items():
             events.add_metric([result], n)
         trouble = core.GaugeMetricFamily("llmkit_rollout_trouble", "1 while something cannot be done.", value=float(bool(live.trouble)))  # fmt: skip
-        return [weight, phase, *copies, events, trouble]
+        return [weight, phase, timed, *copies, events, trouble]
+
+
+def _timed(live: Any) -> bool:
+    "Whether the rollout is in a pause of its policy that has a duration: nobody has to be called."
+    s, c = live.state, live.controller
+    waits = c and s and (s.phase, s.paused_by) == ("Paused", "step")
+    return bool(waits) and c.fold.policy.steps[s.step].duration is not None
 
 
 def _copies(live: Any) -> list:

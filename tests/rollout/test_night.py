@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from rollout_road import CANARY, H, Recorder, World
+from rollout_road import CANARY, SECTION, H, Recorder, World
 from serve_server import PATIENCE, until
 from test_live import QUICK, Town
 from test_outside import aliases, project, serve  # noqa: F401  a fixture
@@ -16,6 +16,7 @@ from llmkit.release.registry import _client, register, versions
 from llmkit.release.release import Release
 from llmkit.rollout import commands, store
 from llmkit.rollout.controller import Controller, MlflowRegistry
+from llmkit.rollout.judge_server import judge_app
 from llmkit.rollout.live import newest
 from llmkit.rollout.store import Store
 
@@ -229,3 +230,35 @@ def test_an_undo_waits_a_while_for_a_registry_that_hangs_and_is_given(project, m
     monkeypatch.setattr(commands, "versions", lambda *_: go.wait(60) or [])
     assert commands.rollout_undo() == 0 and aliases(uri)["champion"] == 1
     go.set()
+
+
+def test_a_judge_that_is_asked_all_the_time_looks_at_the_shadow_as_rarely_as_a_controller(tmp_path):
+    w = World(tmp_path, SECTION | {"shadow": [SECTION["shadow"][0] | {"min_n": 10}]})
+    seen = set()
+    for i in range(1100):
+        w.shadow(w.request(every=150.0))
+        w.c._flush()
+        if i >= 700:
+            found = w.c.fold.verdict(w.now)
+            seen.add(tuple((r.n, r.sentence) for r in found.reasons if r.metric == "error_rate"))
+    assert {n for rows in seen for n, _ in rows} == {500, 1000} and len(seen) == 2
+    assert len(w.c.fold.window.pairs) == 1100 and w.c.state.looks == 0
+
+
+def test_a_judge_whose_file_is_gone_takes_no_events_and_says_so(tmp_path):
+    from starlette.testclient import TestClient
+
+    w = World(tmp_path)
+    asked = TestClient(judge_app(Store(tmp_path / "rollouts.db"), lambda: w.now, keys=lambda header: None))
+    sent = {"source": "pod", "model": "bank-support", "events": []}
+    assert asked.get("/v1/rollouts/r1/verdict").status_code == 200
+    assert asked.get("/v1/rollouts/r2/verdict").status_code == 404
+    assert asked.post("/v1/events", json=sent).json()["rollout"] == "r1"
+    w.store.close()
+    for path in tmp_path.glob("rollouts.db*"):
+        path.rename(tmp_path / f"away-{path.name}")
+    World(tmp_path, id="r2")
+    for ask in ("/v1/rollouts", "/v1/rollouts/r1", "/v1/rollouts/r1/verdict"):
+        assert (got := asked.get(ask)).status_code == 503 and "not here any more" in got.json()["detail"]
+    got = asked.post("/v1/events", json=sent)
+    assert got.status_code == 503 and "start again what holds it" in got.json()["error"]["message"]
