@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPANS', 'arrivals', 'Clock', 'FakeClock', 'Trace', 'drive_engine', 'read_event', 'text_of', 'drive_url', 'failures',
-           'quantiles_with_failures', 'counted', 'Objective', 'load_report', 'load_engine_report', 'load_server_report',
-           'load_run']
+           'quantiles_with_failures', 'counted', 'busy_periods', 'busy_rate', 'Objective', 'load_report',
+           'load_engine_report', 'load_server_report', 'load_run']
 
 # %% ../../nbs/06_evals/12_load.ipynb #02ad50d1
 import asyncio
@@ -28,6 +28,7 @@ from ..core.ranges import check_ranges
 from ..core.report import Measurement, Report, write_report
 from .speed import quantiles
 from .task import rate
+from ..gate.intervals import clustered_rate
 from ..runtime.endpoint import Address, error_words, models_at
 from ..runtime.engine import Engine, is_address, load_engine
 from ..runtime.sampling import Sampling
@@ -238,6 +239,26 @@ def counted(metric: str, rows: Sequence[Mapping[str, Any]]) -> list[float]:
     return [r[metric] if r["ok"] else max(r[metric], float(slowest)) for r in rows]
 
 # %% ../../nbs/06_evals/12_load.ipynb #bb8bd8e8
+def busy_periods(
+    rows: Sequence[Mapping[str, Any]],  # in the order of arrival
+    slots: int = 1,  # requests that run together; 1 where a server does not tell
+) -> list[int]:  # (n,)
+    "The busy period of each request: a new one begins with a request that finds at most half of the slots taken."
+    out, ends = [], []  # ends of those under way
+    for r in rows:
+        ends = [e for e in ends if e > r["scheduled"]]
+        out.append((out[-1] if out else -1) + (len(ends) <= slots // 2 or not out))
+        ends.append(r["scheduled"] + r["latency"])
+    return out
+
+
+def busy_rate(metric: str, flags: Sequence[int], periods: Sequence[int], samples: str) -> Measurement:
+    "A share of requests with an interval that takes busy periods as a whole."
+    ci, n = clustered_rate(flags, periods), len(flags)
+    how = ci.method.replace("clusters", "busy periods")
+    return Measurement(metric, sum(flags) / n, n, ci.low, ci.high, ci.level, method=how, samples=samples)
+
+# %% ../../nbs/06_evals/12_load.ipynb #73877ee5
 @dataclass(frozen=True)
 class Objective:
     "What a request must meet to count as good; None asks nothing."
@@ -283,9 +304,10 @@ def load_report(
     came = max(r["scheduled"] for r in rows) - min(r["scheduled"] for r in rows)
     how = f"{n} arrivals in {came:.3g} s of a Poisson process that was asked for {per_second:g}/s"
     out.append(Measurement("offered_per_second", n / came if came else per_second, n, direction="none", unit="1/s", method=how))  # fmt: skip
-    out.append(rate("objective_rate", met, "requests/met"))
+    busy = busy_periods(rows, (context or {}).get("slots", 1))
+    out.append(busy_rate("objective_rate", met, busy, "requests/met"))
     out.append(rate("error_rate", table["failed"], "requests/failed", direction="lower"))
-    requests = {k: [r[k] for r in rows] for k in rows[0]} | {"met": met, "failed": table["failed"]}
+    requests = {k: [r[k] for r in rows] for k in rows[0]} | {"met": met, "failed": table["failed"], "busy": busy}
     tables = {"requests": requests, "counted": table}
     facts = {"rate": per_second, "warmup": warmup, "objective": asdict(objective), **(context or {})}
     facts["suite_digest"] = digest_json([per_second, asdict(objective), facts.get("tokens")])

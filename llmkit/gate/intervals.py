@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Side', 'Interval', 'tail', 'clopper_pearson', 'wilson', 'cluster_numbers', 'bootstrap', 'effective', 'freedom',
-           'Resampled', 'resample_mean', 'quantile_interval']
+           'clustered_rate', 'Resampled', 'resample_mean', 'quantile_interval']
 
 # %% ../../nbs/02_gate/01_intervals.ipynb #b217a0ba
 from collections.abc import Callable, Sequence
@@ -215,6 +215,23 @@ def freedom(
 ) -> float:
     "Degrees of freedom of Student's t; above zero also for a single cluster, whose bounds then say nothing."
     return max(units - 1, 0.1)
+
+# %% ../../nbs/02_gate/01_intervals.ipynb #1df7e402
+def clustered_rate(
+    flags: Sequence[int],  # (n,) 0 or 1
+    clusters: Sequence,  # (n,) label of each item's cluster
+    level: float = 0.95,  # confidence
+    sided: Side = "two",  # which ends are bounded
+) -> Interval:
+    "The score interval of a rate whose clusters may be right or wrong as a whole: their effective number, and Student's t."
+    y, sizes = np.asarray(flags, float), np.bincount(cluster_numbers(len(flags), clusters))
+    _check_counts(int(y.sum()), len(y))
+    n, p = effective(sizes), float(y.mean())
+    z2 = float(stdtrit(freedom(n), 1 - tail(level, sided))) ** 2 / n
+    mid, half = p + z2 / 2, np.sqrt(z2 * p * (1 - p) + z2 * z2 / 4)
+    low = 0.0 if p == 0 or sided == "upper" else max(0.0, float((mid - half) / (1 + z2)))
+    high = 1.0 if p == 1 or sided == "lower" else min(1.0, float((mid + half) / (1 + z2)))
+    return Interval(low, high, level, f"score by Student's t, {len(sizes)} clusters that say as much as {n:.1f} alike")
 
 # %% ../../nbs/02_gate/01_intervals.ipynb #acf89c04
 @dataclass(frozen=True)

@@ -69,6 +69,7 @@ def _judge_limit(r: Rule, reports: Mapping[str, Report]) -> RuleResult:
         _refuse_beyond(r, m, reports[r.on].column(m.samples) if m.samples else ())
     if r.bound in ("clopper_pearson", "wilson"):
         _evidence(reports[r.on], m)
+        _alone(r, m)
     low, high, how = _bounds(r, m)
     holds, broken = (low >= r.limit, high < r.limit) if r.test == "min" else (high <= r.limit, low > r.limit)
     outcome = "pass" if holds else "fail" if broken else "inconclusive"
@@ -108,6 +109,15 @@ def _evidence(report: Report, m: Measurement) -> None:
         raise KitError(f"{report.subject} {m.metric} rests on {m.n} items, and {m.samples} has {len(values)}", remedy=fix)  # fmt: skip
     if len(values) == m.n:
         _agree(report, m, values)
+
+
+def _alone(r: Rule, m: Measurement) -> None:
+    "Refuse the bound of items that stand alone where the measured interval is wider than theirs."
+    k = successes(m)
+    alone = [f(k, m.n, m.level) for f in (clopper_pearson, wilson)]
+    if m.low is not None and m.high is not None and (m.low < min(c.low for c in alone) - 1e-9 or m.high > max(c.high for c in alone) + 1e-9):  # fmt: skip
+        fix = "Write bound: interval"
+        raise KitError(f"the items behind {r.metric} do not stand alone ({m.method}), and {r.bound} takes them so", remedy=fix)  # fmt: skip
 
 
 def _agree(report: Report, m: Measurement, values: Sequence[float]) -> None:

@@ -103,7 +103,7 @@ def plant(
     if rule.test in PAIRED:
         other = reports[rule.against].get(rule.metric) if rule.against in reports else None
         return {**reports, rule.on: _worse_samples(rule, report, other)}
-    if rule.test != "max_ratio" and (worse := _worse_rate(rule, report)):
+    if rule.test != "max_ratio" and rule.bound != "interval" and (worse := _worse_rate(rule, report)):
         return {**reports, rule.on: worse}
     bad = {
         "min": 0.0 if rule.bound in ("clopper_pearson", "wilson") else rule.limit - abs(rule.limit) - 1,
