@@ -708,6 +708,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                              'llmkit/evals/regression.py'),
                                          'llmkit.evals.regression._answers': ( '06_evals/regression.html#_answers',
                                                                                'llmkit/evals/regression.py'),
+                                         'llmkit.evals.regression._breakable': ( '06_evals/regression.html#_breakable',
+                                                                                 'llmkit/evals/regression.py'),
                                          'llmkit.evals.regression._distinct': ( '06_evals/regression.html#_distinct',
                                                                                 'llmkit/evals/regression.py'),
                                          'llmkit.evals.regression._known': ( '06_evals/regression.html#_known',

@@ -154,3 +154,17 @@ def test_what_cannot_be_compared_is_refused():
     with pytest.raises(KitError, match="without doubles"):
         rank_biased_overlap([1, 1], [1, 2])
     assert in_other_batches(old).slots == 2 and old.slots == 8
+
+
+def test_where_nothing_was_right_nothing_can_break_and_the_rule_does_not_pass():
+    "Answers in free words have no label that is met: an engine of nonsense passed the rule on broken answers."
+    row = lambda i, right: {"id": str(i), "tokenizer": "", "label": "a", "said": "a" if right else "b", "correct": int(right), "answer": "", "path": [], "top": [], "logprob": []}  # fmt: skip
+    rule = {"rules": [{"metric": "broken_rate_excess", "on": "regression", "max": 0.1, "bound": "interval"}]}
+    for right, outcome in ((0, "fail"), (23, "fail"), (24, "fail"), (120, "fail")):
+        gold = [row(i, i < right) for i in range(120)]
+        r = regression_report(gold, gold, [row(i, False) for i in range(120)], "golden@1")
+        assert judge(rule, {"regression": r}).outcome == outcome
+        assert ("unmeasured" in r.context) == (r.get("broken_rate_excess") is None) == (right < 24)
+    gold = [row(i, i < 5) for i in range(120)]
+    said = judge(rule, {"regression": regression_report(gold, gold, gold, "golden@1")}).reasons[0].sentence
+    assert "only 5 of 120 golden prompts were answered with their label" in said and "rouge_l" in said
