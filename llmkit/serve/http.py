@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['log', 'CONNECTIONS', 'PATIENCE', 'error_response', 'told', 'refuse_pages', 'careful', 'room_for_connections',
-           'guarded_protocol', 'read_request', 'unless_gone', 'answer', 'event_stream']
+           'require_port', 'guarded_protocol', 'read_request', 'unless_gone', 'answer', 'event_stream']
 
 # %% ../../nbs/08_serve/12_http.ipynb #cd346676
 import asyncio
 import logging
 import resource
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
+from ..core.errors import KitError
 from ..core.plugins import need
 from .gateway import LARGE, Exchange, aside
 from .reply import DONE, Piece, sse
@@ -85,6 +87,23 @@ def room_for_connections() -> int:
     if (want := min(hard, 2 * CONNECTIONS)) > soft:
         resource.setrlimit(resource.RLIMIT_NOFILE, (want, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     return min(CONNECTIONS, max(soft, want) // 2)
+
+
+def require_port(
+    host: str,
+    port: int,  # 0: any free one
+) -> None:
+    "Raise `KitError` unless this process can listen there."
+    try:
+        family, kind, proto, _, at = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, proto) as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            s.bind(at)
+    except OSError as e:
+        fix = "Stop what listens there, or give another --host or --port; 0 is any free one"
+        raise KitError(
+            f"cannot listen there: {e.strerror or e}", key="--port", value=f"{host}:{port}", remedy=fix
+        ) from e
 
 
 def guarded_protocol(

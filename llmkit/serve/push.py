@@ -27,6 +27,16 @@ log = logging.getLogger("llmkit.serve")
 PORTION, LONGEST = 1000, 60.0  # events in a message, seconds between two tries
 
 
+class _Here(urllib.request.HTTPRedirectHandler):
+    "Follows no redirect, which would take the key along."
+
+    def redirect_request(self, *_: Any) -> None:
+        "None: the answer is an error."
+
+
+_STRAIGHT = urllib.request.build_opener(_Here)
+
+
 def post(
     url: str,
     body: dict[str, Any],
@@ -36,7 +46,7 @@ def post(
     "The answer to a JSON body; raises `OSError` when there is none, or a bad one."
     head = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
     ask = urllib.request.Request(url, json.dumps(body).encode(), head)
-    with urllib.request.urlopen(ask, timeout=timeout) as r:
+    with _STRAIGHT.open(ask, timeout=timeout) as r:
         return json.loads(r.read())
 
 # %% ../../nbs/08_serve/10c_push.ipynb #87a97f1a

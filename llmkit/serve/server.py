@@ -38,7 +38,7 @@ from .app import make_app
 from .backend import Backend, EngineBackend
 from .events import Events, events_file
 from .gateway import Gateway
-from .http import PATIENCE, guarded_protocol, room_for_connections
+from .http import PATIENCE, guarded_protocol, require_port, room_for_connections
 from .keys import Keys, keys_file
 from .limits import Limits, Price
 from .measured import LIVE, Measured
@@ -362,6 +362,7 @@ def set_up(
     price = None if price_prompt < 0 else Price(price_prompt, price_completion)
     path = keys_file(conf)
     asked = open_keys(path, host, keys)
+    require_port(host, port)  # now, and not when all is loaded
     events = Events(events_file(conf))
     shares = read_shares(policy)
     texts = Texts(texts_file(conf)) if shares.texts else None

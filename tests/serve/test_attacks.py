@@ -3,7 +3,9 @@
 import asyncio
 import json
 import socket
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 import httpx
@@ -19,6 +21,7 @@ from llmkit.serve.gateway import Gateway
 from llmkit.serve.guards import read_policy
 from llmkit.serve.http import guarded_protocol
 from llmkit.serve.keys import ANYONE, Account, Key
+from llmkit.serve.push import post
 from llmkit.serve.upstream import UpstreamBackend
 from llmkit.serve.wire import ApiError
 
@@ -138,3 +141,26 @@ def test_no_path_leads_to_the_host_that_a_stranger_names(dummy):
     for path in ("/health/", "/tokenize/"):
         got = httpx.get(f"{dummy[1]}{path}", headers={"host": "evil.example"}, timeout=PATIENCE)
         assert got.status_code == 404 and "evil" not in str(got.headers) and "error" in got.json()
+
+
+def test_a_key_for_the_judge_does_not_follow_where_its_address_points():
+    seen = []
+
+    class Points(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.send_response(302)
+            self.send_header("location", f"http://127.0.0.1:{self.server.server_port}/elsewhere")
+            self.end_headers()
+
+        def do_GET(self):
+            seen.append(self.headers["authorization"])
+
+        def log_message(self, *_):
+            "Nothing."
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Points) as judge:
+        threading.Thread(target=judge.serve_forever, daemon=True).start()
+        with pytest.raises(OSError, match="302"):
+            post(f"http://127.0.0.1:{judge.server_port}/v1/events", {}, "llk_secret", timeout=PATIENCE)
+        judge.shutdown()
+    assert not seen

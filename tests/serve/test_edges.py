@@ -1,6 +1,8 @@
 "Values at the edge of what is allowed, asked of a real server."
 
 import json
+import socket
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -31,7 +33,7 @@ def set_up(tmp_path, monkeypatch):
     Path("settings.ini").write_text("[DEFAULT]\n")
     monkeypatch.setattr(server, "resolve", lambda *a: server.Target("bank", "here"))
     monkeypatch.setattr(server, "open_backend", lambda found, said=None, **how: EngineBackend(DummyEngine(), **how))
-    return server.set_up
+    return partial(server.set_up, port=0)
 
 
 @pytest.mark.parametrize("more", [{}, {"top_p": 0.9}, {"top_k": 3}])
@@ -168,3 +170,15 @@ def test_what_looks_like_the_end_of_a_line_ends_none(make_gateway):
         with httpx.stream("POST", f"{url}/v1/completions", json=ask, timeout=PATIENCE) as r:
             lines = [line[6:] for line in r.iter_lines() if line and line != "data: [DONE]"]
     assert "".join(json.loads(x)["choices"][0]["text"] for x in lines) == answer
+
+
+def test_a_port_that_is_taken_is_told_before_anything_is_loaded(set_up, monkeypatch):
+    monkeypatch.setattr(server, "open_backend", lambda *a, **how: pytest.fail("it was loaded"))
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(KitError, match="cannot listen.*another --host"),
+    ):
+        set_up(port=taken.getsockname()[1])
+    Keys(".llmkit/serve.db").create("team")  # others may try to reach it
+    with pytest.raises(KitError, match="cannot listen.*no.such.host.invalid:0"):
+        set_up(host="no.such.host.invalid")
