@@ -13,6 +13,7 @@ import urllib.request
 from collections import Counter
 from types import SimpleNamespace
 
+import httpx
 import pytest
 from serve_server import PATIENCE, REPLIES, Lost, listening, until
 
@@ -511,3 +512,25 @@ def test_a_consumer_that_is_to_end_does_not_wait_for_ever(tmp_path, monkeypatch)
         asyncio.run(run())
     row = source.store.read("SELECT attempts, settled FROM lines")[0]
     assert tuple(row) == (0, 0), "it is asked again, and no try was spent"
+
+
+def test_a_mock_upstream_that_refuses_the_key_for_a_while_makes_no_dead_letters(tmp_path, caplog):
+    (_folder(tmp_path / "in") / "a.ndjson").write_text("".join(event(i) + "\n" for i in range(12)))
+    yes, looks, asked = {"index": 0, "text": "yes", "finish_reason": "stop"}, [], []
+
+    def serve(request):
+        old = len(asked) > 4 and len(looks) < 3  # the key has run out; then it is good again
+        (looks if request.method == "GET" else asked).append(request)
+        if old:
+            return httpx.Response(401, json={"error": {"message": "key sk-1 has expired"}})
+        return httpx.Response(200, text=f"data: {json.dumps({'choices': [yes]})}\n\ndata: [DONE]\n\n")
+
+    async def run():
+        bank = UpstreamBackend("http://u/v1", "bank", transport=httpx.MockTransport(serve))
+        dead = FolderSink(tmp_path / "out", "dead")
+        worker = Worker(Gateway("bank", {"baseline": bank}), FolderSource(tmp_path / "in", patience=0.1), FolderSink(tmp_path / "out"), dead, attempts=1, together=2)  # fmt: skip
+        return await asyncio.wait_for(consume(worker, together=2, patience=0.1, once=True), PATIENCE)
+
+    counts = asyncio.run(run())
+    assert (counts.answered, counts.dead) == (12, 0)
+    assert caplog.text.count("refuses the key") == 1 and "sk-1" not in caplog.text
