@@ -319,12 +319,14 @@ def _values(batches: Iterator[Any], path: str | Path) -> Iterator[tuple[int, dic
             for value in batch.to_pylist():
                 n += 1
                 yield n, value
-    except (need("pyarrow").ArrowException, OSError, UnicodeDecodeError) as e:
+    except (need("pyarrow").ArrowException, OSError, ValueError, OverflowError) as e:
         raise KitError(f"cannot be read after row {n}: {e}", file=path, remedy=_fetch(e)) from e
 
 
 def _fetch(e: Exception) -> str:
     "What to do about a file that Arrow cannot read."
+    if isinstance(e, OverflowError):
+        return "Leave its times out, or write them as text: Python has years 1 to 9999"
     plain = "Fetch it again; a part of it is damaged"
     return "Write it anew without encryption" if "crypt" in str(e) else plain
 
@@ -360,7 +362,7 @@ def read_hf(source: Source) -> Iterator[Row]:
             raise KitError("a dataset without rows", file=state.parent, remedy=fix)
     try:
         loaded = datasets.load_from_disk(source.path)
-    except (FileNotFoundError, ValueError) as e:
+    except (OSError, ValueError) as e:
         raise KitError(
             f"not a dataset folder: {e}", file=source.path, remedy="Save the dataset with `save_to_disk`"
         ) from e
@@ -369,7 +371,8 @@ def read_hf(source: Source) -> Iterator[Row]:
     for name, part in parts.items():
         check_header(Path(source.path) / name, part.column_names, source.shape)
         named = {c: f.names for c, f in part.features.items() if isinstance(f, datasets.ClassLabel)}
-        for n, value in enumerate(part, 1):
+        batches = part.with_format("arrow").iter(batch_size=1000)  # as stored: no picture is looked at
+        for n, value in _values(batches, Path(source.path) / name):
             value = {c: named[c][v] if c in named and type(v) is int and v >= 0 else v for c, v in value.items()}
             value |= {c: None for c in named if value[c] == -1}
             yield Row(name or Path(source.path).name, n, value, None, source.splits.get(name, name or None))

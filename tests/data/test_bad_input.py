@@ -47,8 +47,9 @@ def test_malformed_json_line_is_quarantined_with_its_number(make):
         (b'{"messages": "hi"}', "must be a list of {role, content}"),
         (b'{"messages": [{"role": "user", "content": "a"}]}', "must end with the assistant's answer"),
         (b"[" * 100_000, "not valid JSON"),
+        (b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "Let me look", "tool_calls": [{"id": "1"}]}]}', "messages[1]: calls a tool"),
     ],
-)
+)  # fmt: skip
 def test_a_row_that_is_no_record(make, row, says):
     [(line, reason)] = quarantine(make(b"\n".join([row, *GOOD])))
     assert line == 1 and says in reason
@@ -456,6 +457,38 @@ def test_ten_million_characters_in_a_cell_are_quarantined_as_too_long(make):
     rows = "".join(f"{r['prompt']},{r['label']}\n" for r in good_rows())
     [(line, reason)] = quarantine(make(f'text,category\n"{"word " * 2_000_000}",block\n{rows}'.encode(), "csv", TABLE, context=64))  # fmt: skip
     assert line == 2 and "is longer than the context" in reason
+
+
+def test_a_label_with_space_around_it_is_the_same_label(make):
+    "An answer never names `block `, so every such row would count as wrong."
+    rows = [{**r, "label": r["label"] + " " * (i % 2), "group": f"g{i % 3}\n"} for i, r in enumerate(good_rows())]
+    made = read_json(make(rows) / "profile.json")
+    assert [*made["labels"]] == ["block", "change", "find", "order"] and [*made["groups"]] == ["g0", "g1", "g2"]
+
+
+@pytest.mark.parametrize("value, kind", [(2**50, "timestamp[s]"), (-(2**50), "timestamp[s]"), (2**60, "duration[s]")])
+def test_a_time_that_python_does_not_have_names_file_and_row(make, tmp_path, value, kind):
+    pq, pa = need("pyarrow.parquet"), need("pyarrow")
+    types = {"timestamp[s]": pa.timestamp("s"), "duration[s]": pa.duration("s")}
+    pq.write_table(
+        pa.Table.from_pylist(good_rows()).append_column("x", pa.array([0] * 39 + [value], types[kind])),
+        tmp_path / "x.parquet",
+    )
+    with pytest.raises(KitError, match=r"rows.parquet: cannot be read after row \d+"):
+        make((tmp_path / "x.parquet").read_bytes(), "parquet")
+
+
+def test_pictures_of_a_dataset_folder_are_not_looked_at(make, tmp_path):
+    datasets, n = need("datasets"), len(good_rows())
+    kinds = {c: datasets.Value("string") for c in good_rows()[0]} | {"scan": datasets.Image()}
+    rows = [{**r, "scan": {"bytes": b"no picture", "path": None}} for r in good_rows()]
+    made = datasets.Dataset.from_list(rows, features=datasets.Features(kinds))
+    made.with_format("numpy", columns=["prompt"]).save_to_disk(tmp_path / "scans")
+    assert read_json(make(tmp_path / "scans", "hf") / "profile.json")["rows"]["out"] == n
+    (shard,) = (tmp_path / "scans").glob("*.arrow")
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    with pytest.raises(KitError, match=r"scans: (cannot be read after row \d+|not a dataset folder)"):
+        make(tmp_path / "scans", "hf")
 
 
 def test_two_files_with_the_same_ids_are_told_apart(make, tmp_path):

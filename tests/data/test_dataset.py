@@ -105,6 +105,8 @@ def test_near_duplicates_against_all_pairs(tmp_path):
         ("👍", "👎"),
         ("The meal was 👍", "The meal was 👎"),
         ("...", "?"),
+        ("What is 2 + 2?", "What is 2 - 2?"),
+        ("Is x < y?", "Is x > y?"),
     ],
 )
 def test_questions_that_differ_in_vowel_signs_or_pictures_are_two(make, one, other):
