@@ -1449,6 +1449,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llmkit.model.parity._one': ('04_model/parity.html#_one', 'llmkit/model/parity.py'),
                                      'llmkit.model.parity._perplexities': ('04_model/parity.html#_perplexities', 'llmkit/model/parity.py'),
                                      'llmkit.model.parity._ratio': ('04_model/parity.html#_ratio', 'llmkit/model/parity.py'),
+                                     'llmkit.model.parity._resampled': ('04_model/parity.html#_resampled', 'llmkit/model/parity.py'),
                                      'llmkit.model.parity.compare': ('04_model/parity.html#compare', 'llmkit/model/parity.py'),
                                      'llmkit.model.parity.delta_recovery': ( '04_model/parity.html#delta_recovery',
                                                                              'llmkit/model/parity.py'),

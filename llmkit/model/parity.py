@@ -230,8 +230,7 @@ def delta_recovery(
         raise KitError("recovery needs the same two samples or more of all three", value=sorted(sizes))
     rows = np.stack([np.asarray(x, float) for x in (candidate, base, adapter)], axis=1)
     c, b, a = rows.mean(axis=0)
-    draws = rows[np.random.default_rng(seed).integers(0, len(rows), (times, len(rows)))].mean(axis=1)
-    gains = draws[:, 2] - draws[:, 1]
+    gains = np.diff(_resampled(rows, times, seed)[:, 1:]).ravel()
     if a <= b or (gains <= 0).mean() > (1 - level) / 2:
         fix = "Train longer, or measure on more samples: the gain cannot be told from nothing"
         raise KitError(
@@ -239,9 +238,17 @@ def delta_recovery(
             key="delta_recovery",
             remedy=fix,
         )
+    added = [[a - 1, b, a], [a + 1, b, a]] if np.isin(rows, (0, 1)).all() else np.empty((0, 3))
+    draws = _resampled(np.concatenate([rows, added]), times, seed)
+    gains = draws[:, 2] - draws[:, 1]
     kept = ((draws[:, 0] - draws[:, 1]) / np.where(gains > 0, gains, np.nan))[gains > 0]
     low, high = np.quantile(kept, [(1 - level) / 2, (1 + level) / 2])
-    how = f"paired bootstrap percentile, {times}, seed {seed}"
+    how = f"paired bootstrap percentile{', an answer lost and one won added' * bool(len(added))}, {times}, seed {seed}"
     return Measurement(
         "delta_recovery", float((c - b) / (a - b)), len(rows), float(low), float(high), level, method=how
     )
+
+
+def _resampled(rows: np.ndarray, times: int, seed: int) -> np.ndarray:
+    "The means of the columns in each of `times` resamples."
+    return rows[np.random.default_rng(seed).integers(0, len(rows), (times, len(rows)))].mean(axis=1)

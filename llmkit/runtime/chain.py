@@ -59,8 +59,8 @@ def questions(
 def predicted_label(
     answer: str,
 ) -> str:
-    "The label that an answer begins with."
-    return answer.split("\n", 1)[0].split(":", 1)[0].strip()
+    "The label that an answer begins with, as evaluation reads it."
+    return answer.lstrip().replace("\n", ":").partition(":")[0].strip()
 
 # %% ../../nbs/05_runtime/08_chain.ipynb #d8b34235
 @dataclass
