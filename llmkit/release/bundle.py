@@ -258,7 +258,7 @@ def faults(
         art = open_artifact(folder, "bundle", verify=False)
     except (KitError, KeyError, TypeError, AttributeError) as e:
         return [str(e) if isinstance(e, KitError) else f"{Path(folder) / MANIFEST}: not a manifest"]
-    bad = damage(art) + [f"{n} is extra: no file, and no folder" for n in _strangers(art.path)]
+    bad = damage(art)
     if (art.path / MANIFEST).read_bytes() != _spelling(art):
         bad.append(f"{MANIFEST} differs from what it must be for these files")
     if digest and art.digest != digest:
@@ -267,12 +267,6 @@ def faults(
         return bad or _contradictions(art)
     except (KeyError, TypeError, AttributeError) as e:
         return [f"not a bundle: {type(e).__name__}: {e}"]
-
-
-def _strangers(folder: Path) -> list[str]:
-    "What no manifest can name: links to folders or to nothing, pipes, sockets."
-    found = (p for p in folder.rglob("*") if not p.is_file() and (p.is_symlink() or not p.is_dir()))
-    return sorted(p.relative_to(folder).as_posix() for p in found)
 
 
 def _spelling(art: Artifact) -> bytes:

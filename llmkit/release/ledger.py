@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..core.digests import canonical_json, digest_json, short
 from ..core.errors import KitError
-from ..core.files import cannot_write, locked, read_jsonl
+from ..core.files import cannot_write, locked, read_jsonl, read_text
 
 # %% ../../nbs/07_release/09_ledger.ipynb #de8de3b3
 @dataclass(frozen=True)
@@ -44,15 +44,17 @@ def read_ledger(
 ) -> list[Entry]:
     "Read and check the whole chain; raises `KitError` that names the first line that does not fit."
     entries: list[Entry] = []
-    rows = read_jsonl(path) if Path(path).exists() else ()
-    for i, row in enumerate(rows, 1):
+    rows = list(read_jsonl(path)) if Path(path).exists() else []
+    lines = read_text(path).split("\n") if rows else []
+    for i, (row, line) in enumerate(zip(rows, lines, strict=False), 1):
         try:
             said = row.pop("digest")
             entry = Entry(**row)
         except (TypeError, KeyError) as e:
             raise KitError("not a ledger entry", file=path, key=f"line {i}") from e
         want = entries[-1].digest if entries else ""
-        if (entry.seq, entry.previous, entry.digest) != (i, want, said):
+        written = canonical_json({**asdict(entry), "digest": said}) == line.rstrip("\r")  # a name twice is read once
+        if (entry.seq, entry.previous, entry.digest, written) != (i, want, said, True):
             fix = "A line was changed, removed or moved: restore the file from version control"
             raise KitError("the chain is broken", file=path, key=f"line {i}", value=short(said), remedy=fix)
         entries.append(entry)
@@ -61,7 +63,10 @@ def read_ledger(
 # %% ../../nbs/07_release/09_ledger.ipynb #8f2b4e57
 def actor(environ: Mapping[str, str] = os.environ) -> str:
     "Who acts: `LLMKIT_ACTOR`, else the user of this process."
-    return environ.get("LLMKIT_ACTOR") or getpass.getuser()
+    try:
+        return environ.get("LLMKIT_ACTOR") or getpass.getuser()
+    except (KeyError, OSError):  # in a container, a user may have a number and no name
+        return f"uid {os.getuid()}"
 
 
 def holder(

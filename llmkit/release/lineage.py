@@ -50,7 +50,7 @@ def manifests(root: str | Path) -> Iterator[Path]:
     root = Path(root)
     for path in sorted(root.rglob(MANIFEST)):
         hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-        if not hidden and read_json(path).get("schema") == SCHEMA:
+        if not hidden and isinstance(m := read_json(path), dict) and m.get("schema") == SCHEMA:
             yield path.parent
 
 

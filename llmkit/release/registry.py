@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['TAG', 'RETRAIN_ID', 'dvc_md5', 'dvc_reference', 'source_uri', 'Version', 'database', 'outside_training', 'versions',
-           'register', 'public_uri', 'receipt', 'registry_uri', 'register_release', 'list_releases']
+           'register', 'public_uri', 'receipt', 'registry_uri', 'register_release', 'list_releases', 'disagreements']
 
 # %% ../../nbs/07_release/11_registry.ipynb #8cd18eb3
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..core.errors import KitError
 from ..core.files import locked, read_json, write_json
 from ..core.plugins import need
 from ..core.settings import Settings, load_settings
-from .ledger import append, read_ledger
+from .ledger import Entry, append, holder, read_ledger
 from .release import Release, read_release
 
 # %% ../../nbs/07_release/11_registry.ipynb #d8c31f4d
@@ -50,7 +50,7 @@ def dvc_reference(
     "The DVC address of a stage's output, or None when `dvc.lock` does not hold these very bytes."
     if not Path(lock).is_file():
         return None
-    stages = need("ruamel.yaml").YAML(typ="safe").load(Path(lock)).get("stages", {})
+    stages = (need("ruamel.yaml").YAML(typ="safe").load(Path(lock)) or {}).get("stages") or {}
     outs = {o["path"]: o.get("md5") for s in stages.values() for o in s.get("outs", [])}
     said = outs.get(Path(folder).as_posix())
     return said if said and said == dvc_md5(folder) else None
@@ -202,6 +202,7 @@ def _register(client: Any, uri: str, release: Release, source: str, alias: str, 
     number = _find_or_create(client, uri, release.name, release.digest, source, tags, run_id)
     here = versions(uri, release.name)
     mine = next(v for v in here if v.version == number)
+    _unaltered(mine, _tags(release, None))
     holder = next((v for v in here if alias in v.aliases), None)
     turns = [e.after for e in read_ledger(ledger) if (e.model, e.alias) == (release.name, alias)]
     had_it = release.digest in turns and bool(mine.tags.get("ledger"))  # the tag is this registry's word for it
@@ -214,6 +215,14 @@ def _register(client: Any, uri: str, release: Release, source: str, alias: str, 
         client.set_model_version_tag(release.name, str(number), TAG + "ledger", entry.digest)
         mine = replace(mine, tags={**mine.tags, "ledger": entry.digest})
     return mine
+
+
+def _unaltered(v: Version, tags: Mapping[str, str]) -> None:
+    "Refuse a version of which the registry says something else than its release; raises `KitError`."
+    for key, value in tags.items():
+        if v.tags.get(key, value) != value:
+            fix = f"Somebody edited it: put a copy of the registry back, or set the tag to {value}"
+            raise KitError("the registry says something else than the release", key=f"{v.model} version {v.version}, {TAG}{key}", value=v.tags[key], remedy=fix)  # fmt: skip
 
 
 def _before(turns: list[str], release: Release, holder: Version) -> bool:
@@ -275,11 +284,29 @@ def list_releases(
     settings: str = "settings.ini",  # where the registry is
     last: str = "artifacts/register/receipt.json",  # where the last receipt is
 ) -> int:
-    "List the registered versions of a model with their aliases and digests."
-    model = model or read_json(last)["name"]
-    found = versions(registry_uri(load_settings(settings)), model)
+    "List the registered versions of a model with their aliases and digests; exit code 1 where the ledger knows nothing of an alias or an entry."
+    model, conf = model or read_json(last)["name"], load_settings(settings)
+    found, ledger = versions(registry_uri(conf), model), conf.get("ledger", "ledger.jsonl")
     print("| version | alias | release | bundle | verdict | delta | dataset |\n|--:|---|---|---|---|---|---|")
     for v in found:
         parts = [short(v.tags.get(k, "")) for k in ("release", "bundle", "verdict", "delta", "dataset")]
         print(f"| {v.version} | {', '.join(v.aliases)} | {' | '.join(parts)} |")
-    return 0
+    bad = disagreements(found, read_ledger(ledger))
+    for line in bad:
+        print(f"{line}: {ledger} or the registry was put back or edited")
+    return 1 if bad else 0
+
+
+def disagreements(
+    found: Sequence[Version],  # of one model
+    entries: list[Entry],  # of the ledger
+) -> list[str]:
+    "What a registry says that the ledger does not, one line each."
+    known, out = {e.digest for e in entries}, []
+    for v in found:
+        if (said := v.tags.get("ledger", "")) and said not in known:
+            out.append(f"version {v.version}: its entry {short(said)} is not in the ledger")
+        for alias in v.aliases:
+            if (held := holder(entries, v.model, alias)) != v.release:
+                out.append(f"version {v.version} is {alias}, and by the ledger {short(held) if held else 'nobody'} is")
+    return out

@@ -132,3 +132,24 @@ def _parts():
         "model": "artifacts/merge/model",
         "engine": "artifacts/quantize/engine",
     }
+
+
+def test_what_no_manifest_can_name_is_found_in_every_artifact_and_sealed_in_none(packaged, tmp_path):
+    import os
+
+    from llmkit.core.artifact import damage, seal
+
+    art = open_artifact("artifacts/merge/model")
+    (tmp_path / "far").mkdir()
+    for i in range(20):
+        (tmp_path / f"far/{i}").write_text("x")
+    (art / "linked").symlink_to(tmp_path / "far")
+    (art / "gone").symlink_to("nothing")
+    os.mkfifo(art / "pipe")
+    assert damage(art) == [f"{n} is extra: no file, and no folder" for n in ("gone", "linked", "pipe")]
+    with pytest.raises(KitError, match="no manifest can name this"):
+        seal(art.path, "model")
+    for i in range(20):
+        (art / f"more-{i}").write_text("x")
+    with pytest.raises(KitError, match="and 14 more"):
+        open_artifact(art.path)

@@ -98,3 +98,23 @@ def test_a_full_disk_leaves_no_half_line(chain, tmp_path, monkeypatch):
     with pytest.raises(KitError, match="No space left"):
         append(path, "bank", "challenger", "sha256:9", "sha256:v")
     assert path.read_bytes() == chain.read_bytes()
+
+
+def test_a_name_that_stands_twice_in_a_line_is_an_edit(chain, tmp_path):
+    "A reader sees the first, a parser the second."
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text(chain.read_text().replace('{"action"', '{"who":"eve","action"', 1))
+    with pytest.raises(KitError, match="the chain is broken"):
+        read_ledger(twice)
+
+
+def test_a_user_without_a_name_is_a_number(monkeypatch):
+    import os
+
+    from llmkit.release import ledger
+
+    def nobody():
+        raise KeyError("getpwuid(): uid not found: 54321")
+
+    monkeypatch.setattr(ledger.getpass, "getuser", nobody)
+    assert ledger.actor({}) == f"uid {os.getuid()}" and ledger.actor({"LLMKIT_ACTOR": "ci"}) == "ci"

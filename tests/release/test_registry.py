@@ -268,3 +268,41 @@ def test_the_address_is_the_one_that_dvc_gives(packaged):
     os.remove(path)
     open(path, "wb").write(data[:-1] + b"?")
     assert dvc_reference("artifacts/package/bundle") is None
+
+
+def tag(key, value):
+    with sqlite3.connect("mlflow.db") as db:
+        db.execute("UPDATE model_version_tags SET value = ? WHERE key = ?", (value, f"llmkit.{key}"))
+
+
+def test_a_registry_and_a_ledger_that_disagree_are_told(carded, capsys):
+    from llmkit.release.registry import _client
+
+    run_register()
+    assert list_releases() == 0
+    whole, db = open("ledger.jsonl", "rb").read(), open("mlflow.db", "rb").read()
+    _client("sqlite:///mlflow.db").set_registered_model_alias("bank-support", "champion", "1")  # by hand
+    assert list_releases() == 1 and "version 1 is champion, and by the ledger nobody is" in capsys.readouterr().out
+    open("mlflow.db", "wb").write(db)
+    open("ledger.jsonl", "wb").close()  # an older one
+    assert list_releases() == 1 and "is not in the ledger" in capsys.readouterr().out
+    open("ledger.jsonl", "wb").write(whole)
+    assert list_releases() == 0
+
+
+@pytest.mark.parametrize("key", ["bundle", "verdict", "dataset", "record"])
+def test_a_version_whose_tags_were_edited_is_not_registered_again(carded, key):
+    run_register()
+    before = open("ledger.jsonl", "rb").read()
+    tag(key, "sha256:" + "0" * 64)
+    with pytest.raises(KitError, match=f"version 1, llmkit.{key}"):
+        register_release()
+    assert open("ledger.jsonl", "rb").read() == before
+
+
+def test_an_empty_lock_and_a_foreign_manifest_stop_nothing(carded):
+    open("dvc.lock", "w").close()
+    assert dvc_reference("artifacts/package/bundle") is None
+    os.makedirs("artifacts/theirs")
+    open("artifacts/theirs/manifest.json", "w").write("[]")
+    assert len(read_lineage("artifacts").nodes) == 10
