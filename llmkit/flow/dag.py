@@ -85,7 +85,10 @@ def named(params: dict[str, Any], key: str) -> Iterator[tuple[str, str]]:
     head, star, tail = key.partition("*")
     if star:
         every = look_up(params, head.rstrip("."))
-        for name in every if isinstance(every, dict) else ():
+        for name, value in every.items() if isinstance(every, dict) else ():
+            if re.search(r"[.\[\]{}]", str(name)) and look_up(value, tail.lstrip(".")):
+                fix = "Call it without dots, brackets and braces"
+                raise KitError("DVC can follow no file under this name", key=f"{head}{name}", value=name, remedy=fix)
             yield from named(params, f"{head}{name}{tail}")
         return
     value = look_up(params, key)
