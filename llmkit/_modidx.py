@@ -2534,6 +2534,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llmkit.rollout.view.View._rows': ('09_rollout/view.html#view._rows', 'llmkit/rollout/view.py'),
                                      'llmkit.rollout.view._rows_of': ('09_rollout/view.html#_rows_of', 'llmkit/rollout/view.py'),
                                      'llmkit.rollout.view.duration': ('09_rollout/view.html#duration', 'llmkit/rollout/view.py'),
+                                     'llmkit.rollout.view.next_orders': ('09_rollout/view.html#next_orders', 'llmkit/rollout/view.py'),
                                      'llmkit.rollout.view.status_line': ('09_rollout/view.html#status_line', 'llmkit/rollout/view.py'),
                                      'llmkit.rollout.view.step_text': ('09_rollout/view.html#step_text', 'llmkit/rollout/view.py'),
                                      'llmkit.rollout.view.timeline': ('09_rollout/view.html#timeline', 'llmkit/rollout/view.py'),

@@ -8,6 +8,7 @@ import time
 import pytest
 from rollout_road import CANARY, SECTION, H, Recorder, World
 from serve_server import PATIENCE, until
+from starlette.testclient import TestClient
 from test_live import QUICK, Town
 from test_outside import aliases, project, serve  # noqa: F401  a fixture
 
@@ -19,6 +20,7 @@ from llmkit.rollout.controller import Controller, MlflowRegistry
 from llmkit.rollout.judge_server import judge_app
 from llmkit.rollout.live import newest
 from llmkit.rollout.store import Store
+from llmkit.rollout.view import view
 
 
 def test_the_last_decision_is_the_last_one_though_the_clock_was_set_back(tmp_path):
@@ -158,8 +160,6 @@ def test_feedback_that_comes_too_late_is_told_of(tmp_path):
         {"kind": "feedback", "id": e["id"], "time": w.now + 2 * H, "rating": None, "success": True, "label": None}
     )
     w.c.step()
-    from llmkit.rollout.view import view
-
     assert "1 ratings and outcomes came later than 600 s" in str(view(w.c.fold, w.now))
 
 
@@ -246,8 +246,6 @@ def test_a_judge_that_is_asked_all_the_time_looks_at_the_shadow_as_rarely_as_a_c
 
 
 def test_a_judge_whose_file_is_gone_takes_no_events_and_says_so(tmp_path):
-    from starlette.testclient import TestClient
-
     w = World(tmp_path)
     asked = TestClient(judge_app(Store(tmp_path / "rollouts.db"), lambda: w.now, keys=lambda header: None))
     sent = {"source": "pod", "model": "bank-support", "events": []}
@@ -262,3 +260,15 @@ def test_a_judge_whose_file_is_gone_takes_no_events_and_says_so(tmp_path):
         assert (got := asked.get(ask)).status_code == 503 and "not here any more" in got.json()["detail"]
     got = asked.post("/v1/events", json=sent)
     assert got.status_code == 503 and "start again what holds it" in got.json()["error"]["message"]
+
+
+def test_whoever_is_woken_reads_which_orders_there_are(tmp_path):
+    w = World(tmp_path)
+    say = lambda: str(view(w.c.fold, w.now)).splitlines()[-1]
+    assert say().startswith("INCONCLUSIVE")
+    for order, line in (
+        ("pause", "`llmkit rollout resume` goes on"),
+        ("abort", "`llmkit rollout retry` begins it again"),
+    ):
+        w.c.command(order, "ann")
+        assert say().startswith(line)
