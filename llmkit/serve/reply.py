@@ -119,7 +119,7 @@ def completion_logprobs(
     return {
         "tokens": [t.token for t in tokens],
         "token_logprobs": [t.logprob for t in tokens],
-        "top_logprobs": [{**dict(t.top), t.token: t.logprob} if t.top else None for t in tokens],
+        "top_logprobs": [None if t.logprob is None else {**dict(t.top), t.token: t.logprob} for t in tokens],
         "text_offset": list(starts),
     }
 

@@ -107,6 +107,10 @@ def test_logprobs_of_chats_and_completions(dummy):
     c = client(url).completions.create(model="bank", prompt="card", logprobs=2, max_tokens=3, temperature=0).choices[0]
     assert c.logprobs.tokens == ["Y", "o", "u"] and c.logprobs.text_offset == [0, 1, 2]
     assert all(max(t.values()) == t[tok] for t, tok in zip(c.logprobs.top_logprobs, c.logprobs.tokens, strict=True))
+    c = client(url).completions.create(model="bank", prompt="card", logprobs=0, max_tokens=3, temperature=0).choices[0]
+    assert c.logprobs.top_logprobs == [
+        {t: p} for t, p in zip(c.logprobs.tokens, c.logprobs.token_logprobs, strict=True)
+    ], "the token itself is always told"
     plain = client(url).chat.completions.create(model="bank", messages=CARD, temperature=0)
     assert plain.choices[0].logprobs is None
 
