@@ -98,7 +98,10 @@ def surroundings(plan: Plan) -> dict[str, Any]:
     host = {"name": socket.gethostname(), "system": platform.platform(), "cpus": os.cpu_count()}
     dvc = {"stage": "DVC_STAGE", "exp": "DVC_EXP_NAME", "baseline": "DVC_EXP_BASELINE_REV"}
     dvc = {k: os.environ[v] for k, v in dvc.items() if os.environ.get(v)}
-    return {"host": host, "versions": versions, "git": git_facts(plan.checkout, plan.project), "dvc": dvc}
+    found = {"host": host, "versions": versions, "git": git_facts(plan.checkout, plan.project), "dvc": dvc}
+    if not plan.project.is_relative_to(plan.checkout):  # another repository, which holds the parameters and the data
+        found["git_project"] = git_facts(plan.project, plan.project)
+    return found
 
 
 def tags(facts: Mapping[str, Any], plan: Plan) -> dict[str, str]:
@@ -108,6 +111,7 @@ def tags(facts: Mapping[str, Any], plan: Plan) -> dict[str, str]:
     found = {"mlflow.source.name": name, "mlflow.source.type": "NOTEBOOK", "llmkit.digest.inputs": plan.digest}
     found |= {"mlflow.source.git.commit": git["commit"], "git.dirty": str(git["dirty"]).lower()} if git else {}
     found |= {"mlflow.source.git.repoURL": git["remote"]} if git.get("remote") else {}
+    found |= {f"git.project.{k}": str(v) for k, v in facts.get("git_project", {}).items()}
     return found | {f"dvc.{k}": v for k, v in facts["dvc"].items()}
 
 

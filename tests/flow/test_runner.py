@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -18,10 +20,11 @@ from llmkit.core.files import take_lock, write_json
 from llmkit.flow.doctor import doctor, run_problems
 from llmkit.flow.plan import plan
 from llmkit.flow.records import md5, verify_records
-from llmkit.flow.runner import git_facts, report, run_stage, stage
+from llmkit.flow.runner import git_facts, report, run_stage, stage, surroundings, tags
 from llmkit.flow.runs import RUNS, bury_dead, describe, list_runs, open_run
 from llmkit.gate.verdict import SCHEMA
 
+ROOT = Path(__file__).parents[2]
 DONE = "make('artifacts/x/out.json', 1)"
 
 
@@ -318,7 +321,16 @@ def test_a_checkout_of_another_user_has_a_commit_too(project, empty_repo):
     for folder in (project.path, project.path / ".git"):
         os.chown(folder, 54321, 54321)
     assert project.sh("git", "status", ok=False).returncode == 128
-    assert len(git_facts(project.path, project.path)["commit"]) == 40
+    commit = git_facts(project.path, project.path)["commit"]
+    assert len(commit) == 40
+    # a project beside the kit's checkout has one of its own, and MLflow is told both
+    project.stage("x", DONE)
+    todo = plan("x", project.path)
+    assert "git_project" not in surroundings(todo)
+    beside = replace(todo, checkout=ROOT, stage=replace(todo.stage, notebook=ROOT / "nbs/pipeline/01_x.ipynb"))
+    facts = surroundings(beside)
+    assert facts["git_project"]["commit"] == commit != facts["git"]["commit"]
+    assert tags(facts, beside)["git.project.commit"] == commit
 
 
 def test_runs_are_those_of_the_nearest_project(project, capsys, monkeypatch):
