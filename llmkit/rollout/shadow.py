@@ -194,6 +194,8 @@ def close(
     self._closed.set()
     for id in list(self._open):
         self._settle(id, "dropped", {"reason": "closed"})
+    for w in self._workers:  # one may still be telling of its last copy
+        w.join(max(0.0, until - time.monotonic()))
     return self.counts
 
 

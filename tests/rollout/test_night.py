@@ -19,6 +19,7 @@ from llmkit.rollout import commands, store
 from llmkit.rollout.controller import Controller, MlflowRegistry
 from llmkit.rollout.judge_server import judge_app
 from llmkit.rollout.live import newest
+from llmkit.rollout.shadow import Mirror
 from llmkit.rollout.store import Store
 from llmkit.rollout.view import view
 
@@ -272,3 +273,16 @@ def test_whoever_is_woken_reads_which_orders_there_are(tmp_path):
     ):
         w.c.command(order, "ann")
         assert say().startswith(line)
+
+
+def test_a_mirror_is_closed_when_the_last_event_was_told():
+    told = []
+
+    def emit(event):
+        time.sleep(0.1)
+        told.append(event["id"])
+
+    mirror = Mirror(lambda body: "fees: done", emit)
+    for i in range(3):
+        mirror.submit(str(i), {}, "fees: done")
+    assert mirror.close(wait=PATIENCE)["ok"] == len(told) == 3
