@@ -1359,6 +1359,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'llmkit.model.finetune.workspace': ('04_model/finetune.html#workspace', 'llmkit/model/finetune.py')},
             'llmkit.model.folder': { 'llmkit.model.folder._convert_tokenizer': ( '04_model/folder.html#_convert_tokenizer',
                                                                                  'llmkit/model/folder.py'),
+                                     'llmkit.model.folder._first_token': ('04_model/folder.html#_first_token', 'llmkit/model/folder.py'),
                                      'llmkit.model.folder._refuse_encoders': ( '04_model/folder.html#_refuse_encoders',
                                                                                'llmkit/model/folder.py'),
                                      'llmkit.model.folder._refuse_pickles': ( '04_model/folder.html#_refuse_pickles',

@@ -268,12 +268,19 @@ def bring_tokenizer(
         if "eos_token" not in special_tokens(folder):
             fix = "Name its end token in tokenizer_config.json"
             raise KitError("the tokenizer has no eos_token to end an answer with", file=source, remedy=fix)
-        text, origin = PLAIN_TEMPLATE, "default"
+        text, origin = _first_token(folder) + PLAIN_TEMPLATE, "default"
     write_text(folder / "chat_template.jinja", text)
     settings = read_object(folder / "tokenizer_config.json")
     write_json(folder / "tokenizer_config.json", {k: v for k, v in settings.items() if k != "chat_template"})
     add_turn_end(folder)
     return Tokenizer.load(folder), origin
+
+
+def _first_token(folder: Path) -> str:
+    "What the plain template writes first: the token that the tokenizer puts before every text, without which a base is lost."
+    tok = Tokenizer.load(folder)
+    bos = tok.backend.token_to_id(tok.special.get("bos_token", ""))
+    return "{{- bos_token -}}\n" if bos is not None and tok.encode("a", special=True)[:1] == [bos] else ""
 
 
 def _convert_tokenizer(source: Path, folder: Path) -> None:

@@ -173,6 +173,28 @@ def test_a_decoder_without_positions_or_with_a_state_can_be_scored(tmp_path, fam
             e.generate([[5, 6]])
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_the_plain_template_begins_as_the_tokenizer_of_the_base_does(tmp_path, first):
+    "A Gemma or Llama without its first token is lost, and a GPT-2 has never seen one."
+    from tokenizers import Tokenizer as Backend
+    from tokenizers.processors import TemplateProcessing
+
+    random_model(tmp_path / "from", "Llama")
+    (tmp_path / "from/chat_template.jinja").unlink()
+    named = {"eos_token": "<|end|>", "bos_token": "<|system|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    write_json(tmp_path / "from/tokenizer_config.json", named)
+    backend = Backend.from_file(str(tmp_path / "from/tokenizer.json"))
+    bos = backend.token_to_id("<|system|>")
+    if first:
+        backend.post_processor = TemplateProcessing(single="<|system|> $A", special_tokens=[("<|system|>", bos)])
+        backend.save(str(tmp_path / "from/tokenizer.json"))
+    base = make_base(tmp_path / "base", source="folder", model=str(tmp_path / "from"))
+    tok = Tokenizer.load(base.path)
+    ids = tok.chat([{"role": "user", "content": "a"}])
+    assert ids.count(bos) == first and (ids[0] == bos) == first
+    assert ids == [bos] * first + tok.encode("User:\na\n\nAssistant:\n")
+
+
 def test_bfloat16_weights_keep_their_type_and_pass_a_wider_limit(tmp_path):
     random_model(tmp_path / "from", "Llama")
     base = make_base(tmp_path / "base", source="folder", model=str(tmp_path / "from"), dtype="bfloat16")
