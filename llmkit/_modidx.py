@@ -299,6 +299,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'llmkit/deploy/bpe.py'),
                                    'llmkit.deploy.bpe._cut': ('11_deploy/bpe.html#_cut', 'llmkit/deploy/bpe.py'),
                                    'llmkit.deploy.bpe._join': ('11_deploy/bpe.html#_join', 'llmkit/deploy/bpe.py'),
+                                   'llmkit.deploy.bpe._newer': ('11_deploy/bpe.html#_newer', 'llmkit/deploy/bpe.py'),
                                    'llmkit.deploy.bpe._splits': ('11_deploy/bpe.html#_splits', 'llmkit/deploy/bpe.py'),
                                    'llmkit.deploy.bpe._want': ('11_deploy/bpe.html#_want', 'llmkit/deploy/bpe.py'),
                                    'llmkit.deploy.bpe.byte_letters': ('11_deploy/bpe.html#byte_letters', 'llmkit/deploy/bpe.py'),

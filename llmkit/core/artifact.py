@@ -113,10 +113,10 @@ def open_artifact(
 
 def damage(art: Artifact) -> list[str]:
     "What differs from the manifest: one line for each missing, changed or extra file, and for what is neither file nor folder."
-    now = sorted(p.relative_to(art.path).as_posix() for p in art.path.rglob("*") if p.is_file())
+    now = {p.relative_to(art.path).as_posix() for p in art.path.rglob("*") if p.is_file()}
     lost = [f"{n} is missing" for n in art.files if n not in now]
     bad = [f"{n} differs" for n, d in art.files.items() if n in now and digest_file(art / n) != d]
-    new = [f"{n} is extra" for n in now if n not in art.files and n != MANIFEST]
+    new = [f"{n} is extra" for n in sorted(now) if n not in art.files and n != MANIFEST]
     return lost + bad + new + [f"{n} is extra: no file, and no folder" for n in strangers(art.path)]
 
 # %% ../../nbs/01_core/06_artifact.ipynb #2cb55016

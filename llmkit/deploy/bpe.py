@@ -23,16 +23,28 @@ SPACE = r"\t-\r\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  #
 def char_ranges(
     category: str,  # "L", "Lu", "N", as Unicode calls it
 ) -> str:
-    "The characters of a category, as it is written between brackets."
+    "The characters of a category, as it is written between brackets; those that this Python does not know yet as the real tokenizers have them."
+    known = {c for c in range(0x110000) if unicodedata.category(chr(c)).startswith(category)}
+    known |= _newer(category) if known else set()
     out, start = [], None
     for c in range(0x110001):
-        inside = c < 0x110000 and unicodedata.category(chr(c)).startswith(category)
+        inside = c in known
         if inside and start is None:
             start = c
         elif not inside and start is not None:
             out.append(f"\\U{start:08x}" + (f"-\\U{c - 1:08x}" if c - 1 > start else ""))
             start = None
     return "".join(out)
+
+
+def _newer(category: str) -> set[int]:
+    "Characters of a category that came to Unicode after this Python."
+    from llmkit.core.plugins import need
+
+    tokenizers = need("tokenizers")
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(rf"\p{{{category}}}+"), "removed", invert=True)
+    unknown = "".join(chr(c) for c in range(0x40000) if unicodedata.category(chr(c)) == "Cn")
+    return {ord(c) for word, _ in split.pre_tokenize_str(unknown) for c in word}
 
 
 def python_pattern(

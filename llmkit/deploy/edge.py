@@ -80,15 +80,17 @@ def freeze_prompt(
     system: str,  # the system prompt; empty for none
 ) -> dict[str, Any]:
     "What stands around a question; raises `KitError`."
-    messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": MARK}]
-    parts = tok.render(messages).split(MARK)
-    if len(parts) != 2:
-        raise KitError("the chat template writes a question not exactly once", key="chat_template.jinja")
+    first, around = [{"role": "system", "content": system}] if system else [], f" \naB  {MARK}\n "
+    plain, spaced = (tok.render([*first, {"role": "user", "content": said}]) for said in (MARK, around))
+    parts = plain.split(MARK)
+    as_is, trimmed = (plain.replace(MARK, said) for said in (around, around.strip()))
+    if len(parts) != 2 or spaced not in (as_is, trimmed):
+        raise KitError("the chat template writes a question not exactly once, and as it is or without the white space around it", key="chat_template.jinja")  # fmt: skip
     names = "|".join(map(re.escape, tok.control)) or "(?!)"
     left, right = [m.end() for m in re.finditer(names, parts[0])], re.search(names, parts[1])
     i, j = left[-1] if left else 0, right.start() if right else len(parts[1])
     ids = {"before": tok.encode(parts[0][:i]), "after": tok.encode(parts[1][j:])}
-    return ids | {"head": parts[0][i:], "tail": parts[1][:j]}
+    return ids | {"head": parts[0][i:], "tail": parts[1][:j], "strip": spaced == trimmed}
 
 
 def questions_of(

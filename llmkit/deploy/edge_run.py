@@ -25,11 +25,12 @@ from ..runtime.slots import Slots
 # %% ../../nbs/11_deploy/03_edge_run.ipynb #88855898
 def prompt_ids(
     tok: PlainTokenizer,
-    prompt: Mapping[str, Any],  # before, head, tail, after
+    prompt: Mapping[str, Any],  # before, head, tail, after, and whether the question loses the white space around it
     question: str,
 ) -> list[int]:
     "The ids of a question as the model was trained to see it."
-    return [*prompt["before"], *tok.encode(prompt["head"] + question + prompt["tail"]), *prompt["after"]]
+    said = question.strip() if prompt["strip"] else question
+    return [*prompt["before"], *tok.encode(prompt["head"] + said + prompt["tail"]), *prompt["after"]]
 
 # %% ../../nbs/11_deploy/03_edge_run.ipynb #93109be7
 class EdgeModel:
@@ -95,7 +96,7 @@ def outside() -> list[str]:
 
 def answer_lines(
     model: EdgeModel,
-    lines: Iterator[str],  # JSON: id, question
+    lines: Iterator[str | bytes],  # JSON: id, question
     max_tokens: int = 0,
 ) -> Iterator[dict[str, Any]]:
     "An answer for each line; a line that cannot be answered has an error instead."
@@ -105,7 +106,7 @@ def answer_lines(
             asked = json.loads(line)
             row = {"id": asked["id"]}
             yield row | model.answer(asked["question"], max_tokens)
-        except (KitError, ValueError, KeyError, TypeError) as e:
+        except (KitError, ValueError, KeyError, TypeError, RecursionError) as e:
             yield row | {"error": f"{type(e).__name__}: {e}"}
 
 
@@ -135,7 +136,7 @@ def main(
             print("\n".join(outside()))
             return 0
         if a.lines:
-            for row in answer_lines(model, sys.stdin, a.max_tokens):
+            for row in answer_lines(model, sys.stdin.buffer, a.max_tokens):
                 print(json.dumps(row, ensure_ascii=False), flush=True)
             return 0
         if not a.question:

@@ -71,3 +71,13 @@ def test_the_same_ids_and_the_same_text(name):
     same()
     for text in [*CORPUS, "a <tool> b", "x<tool><tool>"]:
         assert mine.encode(text) == real.encode(text).ids
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama3", "qwen", "o200k"])
+def test_scripts_that_came_to_unicode_after_this_python(name):
+    "Garay, Kirat Rai, Tulu-Tigalari, Ol Onal, Todhri, Nag Mundari, a Han extension, Cyrillic and Latin of Unicode 16, digits of Kawi and Garay."
+    real = family(name)
+    mine = PlainTokenizer(plain_spec(json.loads(real.to_str()), ["<|end|>"], [0]))
+    new = "\U00010d50\U00010d51 \U00016d43\U00016d44 \U00011392 \U0001e5d0\U0001e5d1 \U000105c0 \U0001e4d0 \U0002ebf0\U0002ebf1 \u1c89\u1c8a \ua7cb \U00011f50\U00010d40"
+    for text in (new, new.replace(" ", ""), f"my{new[0]} card{new[3:]}"):
+        assert mine.encode(text) == real.encode(text).ids

@@ -128,3 +128,42 @@ def test_other_questions_or_another_model_are_refused(release):
     with pytest.raises(KitError, match="holds something else"):
         edge_write("bundle", "mine", **how)
     assert Path("mine/thesis.txt").read_text() == "years"
+
+
+def test_a_template_that_trims_a_question_trims_it_on_the_device(release):
+    from llmkit.deploy.bpe import PlainTokenizer, plain_spec
+    from llmkit.deploy.edge import freeze_prompt
+    from llmkit.deploy.edge_run import prompt_ids
+    from llmkit.model.tokenizer import Tokenizer
+
+    real = Tokenizer.load("bundle/engine")
+    plain = PlainTokenizer(plain_spec(read_json("bundle/engine/tokenizer.json"), real.control, real.eos_ids))
+    for filter, fits in (("", True), (" | trim", True), (" | upper", False), (" | replace(' ', '')", False)):
+        template = real.template.replace("message.content", f"(message.content{filter})")
+        tok = Tokenizer(real.backend, template, real.special, real.eos_ids)
+        if fits:  # as it is, or trimmed
+            prompt = freeze_prompt(tok, "Sort.")
+            for q in (" my card?\n", "my card?", "\u3000 \n"):
+                chat = [{"role": "system", "content": "Sort."}, {"role": "user", "content": q}]
+                assert prompt_ids(plain, prompt, q) == tok.chat(chat), (filter, q)
+        else:
+            with pytest.raises(KitError, match="not exactly once"):
+                freeze_prompt(tok, "Sort.")
+
+
+def test_a_line_that_is_no_text_is_an_error_of_that_line():
+    from llmkit.deploy.edge_run import answer_lines
+
+    class Echo:
+        def answer(self, question, max_tokens):
+            return {"text": question}
+
+    lines = [
+        b'{"id": 1, "question": "a"}\n',
+        b'{"id": 2, "question": "caf\xe9"}\n',
+        b"[" * 200_000,
+        b'{"id": 3, "question": "b"}',
+    ]
+    said = list(answer_lines(Echo(), iter(lines)))
+    assert [r.get("text") for r in said] == ["a", None, None, "b"]
+    assert said[1]["error"].startswith("UnicodeDecodeError") and said[1]["line"] == 2 and "error" in said[2]
