@@ -168,4 +168,7 @@ def calibration_measurements(
         ),
         Measurement("mce", mce(c, y, bins, kind), n, method=f"worst bin; {how}", **low),
     ]
-    return out + [mean_score(m, table[m], f"{name}/{m}", direction="lower", seed=seed) for m in ("brier", "log_loss")]
+    return out + [
+        mean_score(m, table[m], f"{name}/{m}", direction="lower", seed=seed, span=(0, most))
+        for m, most in (("brier", 1), ("log_loss", np.inf))
+    ]

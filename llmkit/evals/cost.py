@@ -8,6 +8,7 @@ __all__ = ['PRICES', 'PARTS', 'Price', 'load_price', 'cost_per_1k_tokens', 'cost
 # %% ../../nbs/06_evals/05_cost.ipynb #38c7dc26
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ def load_price(
     if table is None:
         return known[machine]
     entry = conform(known[machine], dict[str, Any], machine, table)
+    if isinstance(entry.get("date"), date):  # as YAML reads one without quotes
+        entry["date"] = entry["date"].isoformat()
     entry = check_section(entry, {"usd_per_hour": float, "date": str, "source": str}, machine, table)
     check_ranges(entry, {"usd_per_hour": "[0, inf)"}, machine, table)
     return Price(machine, **entry)

@@ -104,7 +104,12 @@ def language_measurements(
     "Perplexities and bits per byte of a table."
     out = [_ratio(m, table, u, np.exp, seed) for m, u in UNITS.items()]
     out.append(_ratio("bits_per_byte", table, "bytes", lambda x: x / math.log(2), seed))
-    return [*out, mean_score("answer_nll", table["nll"], f"{name}/nll", direction="lower", unit="nats", seed=seed)]
+    return [
+        *out,
+        mean_score(
+            "answer_nll", table["nll"], f"{name}/nll", direction="lower", unit="nats", seed=seed, span=(0, np.inf)
+        ),
+    ]
 
 
 def _ratio(metric: str, table: Mapping[str, Sequence], unit: str, f, seed: int) -> Measurement:

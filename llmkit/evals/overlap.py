@@ -89,9 +89,9 @@ def overlap_measurements(
 
 def _sliced(name: str, table: Mapping[str, Sequence], by: Sequence[str], seed: int) -> list[Measurement]:
     "A mean on everything and on every slice."
-    out = [mean_score(name, table[name], f"task/{name}", seed=seed)]
+    out = [mean_score(name, table[name], f"task/{name}", seed=seed, span=(0, 1))]
     for key in by:
         for part in sorted(set(table[key])):
             rows = [v for v, k in zip(table[name], table[key], strict=True) if k == part]
-            out += [mean_score(name, rows, f"task/{name}", f"{key}={part}", seed=seed)] if part else []
+            out += [mean_score(name, rows, f"task/{name}", f"{key}={part}", seed=seed, span=(0, 1))] if part else []
     return out

@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from ..core.errors import KitError
 from ..core.report import Direction, Measurement
 from .suite import Suite, predicted_label
-from ..gate.intervals import bootstrap, clopper_pearson, wilson
+from ..gate.intervals import bootstrap, clopper_pearson, resample_mean, wilson
+from ..gate.paired import skew_alpha
 from ..runtime.engine import Completion, Engine
 from ..runtime.sampling import Sampling
 
@@ -27,6 +29,10 @@ def ask(
     "The engine's greedy answer to every item, in the order of the suite; raises `KitError` on an answer as long as the context."
     suite.room(engine.info.context_length)
     prompts = [engine.tokenizer.chat(list(i.messages)) for i in suite.items]
+    room = engine.info.context_length
+    if long := next((i for i, p in zip(suite.items, prompts, strict=True) if len(p) >= room), None):
+        fix = f"The context of {engine.info.name} holds {room} tokens; shorten it, or leave it out"
+        raise KitError("a question does not fit the context", key=f"{suite}: item {long.id}", remedy=fix)
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     found = engine.generate([prompts[i] for i in order], Sampling(max_tokens=suite.max_tokens, stop=suite.stop))
     answers: list[Any] = [None] * len(prompts)
@@ -121,11 +127,13 @@ def mean_score(
     unit: str = "",
     seed: int = 0,
     what: str = "",  # is measured, for the method
+    span: tuple[float, float] = (-np.inf, np.inf),  # in which a value lies
 ) -> Measurement:
     "A mean with its bootstrap interval, where there is a spread."
-    ci = bootstrap(values, seed=seed) if len(set(values)) > 1 else None
-    ends = (ci.low, ci.high) if ci else (None, None)
-    how = "; ".join(filter(None, (what, ci.method if ci else "no interval: nothing to resample")))
+    spread = len(values) > 1 and np.ptp(values) > 1e-9 * np.abs(values).max()
+    found = resample_mean(values, seed=seed) if spread else None
+    ends = np.clip(found.bounds(skew_alpha(0.025, len(values))), *span).tolist() if found else (None, None)
+    how = "; ".join(filter(None, (what, found.method if found else "no interval: nothing to resample")))
     return Measurement(metric, float(np.mean(values)), len(values), *ends, direction=direction, slice=slice, unit=unit, method=how, samples=samples)  # fmt: skip
 
 
@@ -206,7 +214,11 @@ def macro_f1(table: Mapping[str, Sequence], seed: int = 0, times: int = 1000) ->
     right = sum(table["correct"])
     ci = bootstrap(rows, mean, method="percentile", times=times, seed=seed) if 0 < right < len(rows) else None
     if ci:
-        return Measurement("macro_f1", mean(rows), len(rows), ci.low, ci.high, method=ci.method)
+        value = mean(
+            rows
+        )  # resamples miss rare labels, and lie low as a whole: their reflection at the value lies high
+        low, high = max(0.0, min(ci.low, 2 * value - ci.high)), min(1.0, max(ci.high, 2 * value - ci.low))
+        return Measurement("macro_f1", value, len(rows), low, high, method=f"{ci.method}, and its reflection")
     value, other = mean(rows), mean(_extreme(rows, len(names)))
     how = "Clopper-Pearson on the share of right answers, the others where they count most"
     return Measurement("macro_f1", value, len(rows), min(value, other), max(value, other), method=how)

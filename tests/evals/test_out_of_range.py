@@ -112,3 +112,8 @@ def test_rows_that_name_nobody_and_rows_that_stand_twice_are_refused(tmp_path):
 def test_a_family_that_is_named_twice_is_refused():
     with pytest.raises(KitError, match="two items with one id.*Name every family and file once"):
         run_safety(DummyEngine(), kit_attacks(["direct", "direct"]))
+
+
+def test_a_date_without_quotes_is_a_date(tmp_path):
+    write_text(tmp_path / "prices.yaml", "rack: {usd_per_hour: 1.5, date: 2026-06-17, source: the bill}\n")
+    assert load_price("rack", tmp_path / "prices.yaml").date == "2026-06-17"
