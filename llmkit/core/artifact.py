@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .digests import digest_file, digest_files, digest_json, short
+from .digests import _files, digest_file, digest_files, digest_json, short
 from .errors import KitError
 from .files import atomic_folder, read_json, write_json
 
@@ -65,7 +65,7 @@ def build(
 def seal(folder: str | Path, kind: str, parents=None, recipe=None, meta=None) -> Artifact:
     "Write the manifest of a finished folder and return the artifact; the arguments are those of `build`."
     digests = {r: a.digest if isinstance(a, Artifact) else a for r, a in (parents or {}).items()}
-    if odd := strangers(folder):
+    if odd := [n for n in strangers(folder) if not (Path(folder) / n).is_dir()]:
         fix = "Put the files themselves there"
         raise ArtifactError("no manifest can name this", file=folder, value=odd[:5], remedy=fix)
     files = digest_files(folder, skip=(MANIFEST,))
@@ -113,11 +113,16 @@ def open_artifact(
 
 def damage(art: Artifact) -> list[str]:
     "What differs from the manifest: one line for each missing, changed or extra file, and for what is neither file nor folder."
-    now = {p.relative_to(art.path).as_posix() for p in art.path.rglob("*") if p.is_file()}
+    odd = strangers(art.path)
+    linked = [
+        n for n in odd if any(f.startswith(f"{n}/") for f in art.files)
+    ]  # folders that were linked when it was sealed
+    found = (p for at in linked for p in _files(art.path / at, ()))
+    now = {p.relative_to(art.path).as_posix() for p in (*art.path.rglob("*"), *found) if p.is_file()}
     lost = [f"{n} is missing" for n in art.files if n not in now]
     bad = [f"{n} differs" for n, d in art.files.items() if n in now and digest_file(art / n) != d]
     new = [f"{n} is extra" for n in sorted(now) if n not in art.files and n != MANIFEST]
-    return lost + bad + new + [f"{n} is extra: no file, and no folder" for n in strangers(art.path)]
+    return lost + bad + new + [f"{n} is extra: no file, and no folder" for n in odd if n not in linked]
 
 # %% ../../nbs/01_core/06_artifact.ipynb #2cb55016
 def require_parent(child: Artifact, role: str, parent: Artifact) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from ..core.artifact import MANIFEST, Artifact, ArtifactError, build, damage, open_artifact
+from ..core.artifact import MANIFEST, Artifact, ArtifactError, build, damage, open_artifact, strangers
 from ..core.digests import digest_file, short
 from ..core.errors import KitError
 from ..core.files import read_json, write_json, write_text
@@ -258,7 +258,8 @@ def faults(
         art = open_artifact(folder, "bundle", verify=False)
     except (KitError, KeyError, TypeError, AttributeError) as e:
         return [str(e) if isinstance(e, KitError) else f"{Path(folder) / MANIFEST}: not a manifest"]
-    bad = damage(art)
+    links = (f"{n} is extra: no file, and no folder" for n in strangers(art.path))  # a bundle holds its files itself
+    bad = list(dict.fromkeys([*damage(art), *links]))
     if (art.path / MANIFEST).read_bytes() != _spelling(art):
         bad.append(f"{MANIFEST} differs from what it must be for these files")
     if digest and art.digest != digest:
