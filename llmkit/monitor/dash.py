@@ -16,9 +16,9 @@ from urllib.parse import urlsplit
 from ..core.errors import KitError
 from ..core.plugins import need
 from .board import Reader, render
-from ..serve.http import careful
+from ..serve.http import careful, is_loopback, listening
 from ..serve.keys import Keys, database_path
-from ..serve.server import LOOPBACK, keys_said, open_keys
+from ..serve.server import keys_said, open_keys
 from ..serve.wire import ApiError
 
 # %% ../../nbs/10_monitor/25_dash.ipynb #d5e0b485
@@ -77,7 +77,7 @@ def make_dash(
         host = urlsplit(f"//{request.headers.get('host', '')}").hostname
         if keys is not None and keys.asked():
             keys.check(request.headers.get("authorization"), "admin")
-        elif host not in LOOPBACK:
+        elif not is_loopback(host or ""):
             raise ApiError(403, "Without keys this page is for this machine alone", code="forbidden")
 
     async def page(request):
@@ -123,8 +123,10 @@ def dash(
             await super().startup(sockets)
             if self.started:
                 at = self.servers[0].sockets[0].getsockname()[1]
-                print(f"dash on http://{host}:{at}/ (keys {keys_said(asked)})", flush=True)
+                print(
+                    f"dash on http://{f'[{host}]' if ':' in host else host}:{at}/ (keys {keys_said(asked)})", flush=True
+                )
 
-    server = Server(uvicorn.Config(app, host, port, log_level="warning", access_log=False, server_header=False))
+    server = Server(listening(app, host, port))
     server.run()
     return 0 if server.started else 1
