@@ -632,6 +632,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'llmkit.evals.load.Trace': ('06_evals/load.html#trace', 'llmkit/evals/load.py'),
                                    'llmkit.evals.load.Trace.row': ('06_evals/load.html#trace.row', 'llmkit/evals/load.py'),
                                    'llmkit.evals.load._ask': ('06_evals/load.html#_ask', 'llmkit/evals/load.py'),
+                                   'llmkit.evals.load._lines': ('06_evals/load.html#_lines', 'llmkit/evals/load.py'),
                                    'llmkit.evals.load.arrivals': ('06_evals/load.html#arrivals', 'llmkit/evals/load.py'),
                                    'llmkit.evals.load.busy_periods': ('06_evals/load.html#busy_periods', 'llmkit/evals/load.py'),
                                    'llmkit.evals.load.busy_rate': ('06_evals/load.html#busy_rate', 'llmkit/evals/load.py'),

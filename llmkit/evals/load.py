@@ -14,7 +14,7 @@ import math
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -152,6 +152,16 @@ def text_of(event: Mapping[str, Any]) -> str:
     return (choice.get("delta") or {}).get("content") or choice.get("text") or ""
 
 
+async def _lines(answer: Any) -> AsyncIterator[str]:
+    "The lines of a stream, parted by line feeds alone: JSON may hold other signs at which Python parts lines."
+    rest = b""
+    async for chunk in answer.aiter_bytes():
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield line.decode("utf-8", "replace")
+    yield rest.decode("utf-8", "replace")
+
+
 async def _ask(client: Any, path: str, body: dict, trace: Trace, start: float, timeout: float) -> None:
     "Send one request when its time has come, and note when its chunks arrive; failures become the trace's error."
     await asyncio.sleep(max(0.0, start + trace.scheduled - time.perf_counter()))
@@ -162,7 +172,7 @@ async def _ask(client: Any, path: str, body: dict, trace: Trace, start: float, t
             if refused:
                 said = error_words(await answer.aread())
                 trace.error = f"{refused} ({said})" if said else refused
-            async for line in answer.aiter_lines():
+            async for line in _lines(answer):
                 event = read_event(line) or {}
                 if "error" in event:
                     said = error_words(event) or "without a word"

@@ -129,7 +129,7 @@ class Server:
 
     def __init__(self, stall_at=None, bad=(), silent=(), stall=1.0):
         self.stall_at, self.bad, self.silent, self.stall = stall_at, set(bad), set(silent), stall
-        self.count, self.most, self.open, self.blocked = 0, 0, 0, None
+        self.count, self.most, self.open, self.blocked, self.sign = 0, 0, 0, None, ""
         self.ready, self.asked = threading.Event(), []
 
     async def app(self, scope, receive, send):
@@ -168,9 +168,13 @@ class Server:
         if me in self.silent:
             await asyncio.sleep(3600)
         for i in range(asked["max_tokens"] if ok else 0):
-            chunk = {"choices": [{"index": 0, "delta": {"content": f"t{i} "}}]}
+            chunk = {"choices": [{"index": 0, "delta": {"content": f"t{i}{self.sign} "}}]}
             await send(
-                {"type": "http.response.body", "body": f"data: {json.dumps(chunk)}\n\n".encode(), "more_body": True}
+                {
+                    "type": "http.response.body",
+                    "body": f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n".encode(),
+                    "more_body": True,
+                }
             )
         usage = {"choices": [], "usage": {"completion_tokens": asked["max_tokens"]}} if ok else {"error": "busy"}
         await send({"type": "http.response.body", "body": f"data: {json.dumps(usage)}\n\ndata: [DONE]\n\n".encode()})
@@ -304,3 +308,10 @@ def test_a_bound_of_single_items_is_refused_where_items_hang_together():
     kept = load_engine_report(Timed(clock, 0.1), [[65]], 8, 300, 10, 4, Objective(latency=9.0), clock=clock)
     found = judge({"rules": [{"metric": "objective_rate", "on": "load_engine", "min": 0.9, "bound": "wilson"}]}, {"load_engine": kept})  # fmt: skip
     assert found.outcome == "error" and "Write bound: interval" in found.reasons[0].sentence
+
+
+def test_a_sign_at_which_python_parts_lines_is_no_failure():
+    with Server() as (server, url):
+        server.sign = "\u2028\x85"
+        rows = asyncio.run(drive_url(url, "m", ["Hi"], arrivals(60, 5), tokens=3))
+    assert [r["error"] for r in rows] == [""] * 5 and {r["tokens"] for r in rows} == {3}
