@@ -23,7 +23,7 @@ from .analysis import left_out
 from .controller import SNAPSHOT
 from .state import to_json
 from .store import Fold, Receipt, Store, Unreadable, rollouts_file
-from ..serve.http import careful, read_request
+from ..serve.http import careful, is_loopback, listening, read_request
 from ..serve.keys import Keys, keys_file
 from ..serve.wire import ApiError, checked
 
@@ -197,17 +197,16 @@ def judge_serve(
     settings: str = "settings.ini",  # where the store and the keys are
 ) -> int:
     "Answer verdicts over HTTP, and take the events of gateways, until stopped."
-    from llmkit.serve.server import LOOPBACK
-
     conf = load_settings(settings)
     logs, keys = Store(store or rollouts_file(conf)), Keys(keys_file(conf))
 
     def check(header: str | None) -> None:
         "Raise unless who sends events may."
-        if host not in LOOPBACK or keys.find("revoked IS NULL"):
+        if not is_loopback(host) or keys.find("revoked IS NULL"):
             keys.check(header, "events")
 
     logs.expire(time.time() - days * 86400)
     app = judge_app(logs, keys=check, follow=follow)
-    need("uvicorn", "serve").run(app, host=host, port=port, log_level="warning", access_log=False)
-    return 0
+    server = need("uvicorn", "serve").Server(listening(app, host, port))
+    server.run()
+    return 0 if server.started else 1
