@@ -26,10 +26,11 @@ from llmkit.gate.sequential import (
     ratio_mismatch_sequence,
 )
 from ..gate.verdict import RuleResult, Verdict, worst
+from .arms import Arm
 from .policy import METRICS, Guardrail, RolloutPolicy
 from .reports import arm_report, shadow_reports
 from .state import Evidence, RolloutState
-from .window import ENDLESS, Arm, Window
+from .window import ENDLESS, Window
 
 # %% ../../nbs/09_rollout/06_analysis.ipynb #adaaf271
 def compare(

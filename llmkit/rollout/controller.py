@@ -21,10 +21,10 @@ from ..core.files import locked
 from ..release.ledger import append as append_ledger
 from ..release.registry import _alone, _client, versions
 from .assign import SLOTS, assign, slot
+from .event import readable
 from .reducer import Event
 from .state import Effect, RolloutState
 from .store import Promise, Store
-from .window import readable
 
 # %% ../../nbs/09_rollout/09_controller.ipynb #6c8bdc7b
 class Router(Protocol):

@@ -21,11 +21,11 @@ from ..core.errors import KitError
 from ..evals.suite import predicted_label
 from .controller import Controller, Keeper, Registry
 from .drill import Drill, undrilled
+from .event import OF_VARIANTS
 from .scrape import Scrape
 from .shadow import Mirror
 from .state import RolloutState
 from .store import Store
-from .window import OF_VARIANTS
 from ..serve.backend import Backend
 from ..serve.call import Call, parse
 from ..serve.gateway import Gateway

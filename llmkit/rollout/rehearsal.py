@@ -16,10 +16,11 @@ from scipy.special import betaincinv, ndtr
 from ..core.errors import KitError
 from ..core.params import load_params
 from ..gate.sequential import BUCKETS, GROWTH, SHORTEST, Running, add, histogram
+from .arms import Arm
 from .assign import SLOTS
 from .policy import RolloutPolicy, read_rollout
 from .store import Fold
-from .window import UNITS, Arm
+from .window import UNITS
 
 # %% ../../nbs/09_rollout/13_rehearsal.ipynb #d88e4022
 @dataclass(frozen=True)

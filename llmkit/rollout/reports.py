@@ -13,8 +13,9 @@ import numpy as np
 from ..core.report import Measurement, Report
 from ..gate.intervals import bootstrap, quantile_interval
 from ..gate.sequential import bucket_quantile, mean_sequence, quantile_sequence, rate_sequence
+from .arms import Arm
 from .policy import METRICS
-from .window import Arm, Window
+from .window import Window
 
 # %% ../../nbs/09_rollout/05b_reports.ipynb #73ff7a7e
 def arm_report(

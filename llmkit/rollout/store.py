@@ -25,10 +25,11 @@ from ..core.params import ParamsError, did_you_mean
 from ..gate.verdict import RuleResult, Verdict
 from ..release.registry import outside_training
 from .analysis import analyse, at_last_look, documented
+from .event import OF_VARIANTS, readable
 from .policy import RolloutPolicy, read_rollout
 from .reducer import Event, reduce
 from .state import Effect, Evidence, RolloutState, from_json, to_json
-from .window import OF_VARIANTS, Window, read_window, readable, window_json
+from .window import Window, read_window, window_json
 from ..serve.store import make_tables, write_ahead
 
 # %% ../../nbs/09_rollout/08_store.ipynb #6998cf2d

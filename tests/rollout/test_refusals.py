@@ -8,11 +8,11 @@ from llmkit.core.errors import KitError
 from llmkit.core.params import load_params
 from llmkit.gate.verdict import Verdict
 from llmkit.rollout.controller import Controller
+from llmkit.rollout.event import readable
 from llmkit.rollout.policy import read_rollout
 from llmkit.rollout.reducer import reduce
 from llmkit.rollout.state import Evidence
 from llmkit.rollout.store import Store
-from llmkit.rollout.window import readable
 
 PAIRS = {"kind": "shadow", "time": 1.0, "id": "i", "release": "b", "result": "ok", "latency": 0.1, "agreement": 1.0, "exact": True, "label_same": None}  # fmt: skip
 REQUEST = {"kind": "request", "time": 1.0, "id": "i", "variant": "baseline", "release": "a", "unit": "u", "code": 200, "status": "ok", "latency": 0.1, "prompt_tokens": 5, "fallback": False, "refused": None}  # fmt: skip
