@@ -61,7 +61,7 @@ def _pushing(s: Setup, judge: str) -> list:
 def serve(
     target: str = "",  # a folder or a URL that ends with /v1; default: what is registered, following its rollouts
     *,
-    model: str = "",  # the name for clients; in the registry, the model
+    model: str = "",  # the name for clients; in the registry the model, and of several at an address the one to ask
     alias: str = "",  # in the registry, and without rollouts; default: champion, else challenger
     host: str = "",  # default: settings.ini
     port: int = -1,  # default: settings.ini; 0: any free one

@@ -101,7 +101,7 @@ def target_of(
 def resolve(
     target: str,  # "" for the registry, a folder, or a URL that ends with /v1
     settings: Settings,
-    model: str = "",  # the name for clients; in the registry, the model
+    model: str = "",  # the name for clients; in the registry the model, and of several at an address the one to ask
     alias: str = "",  # in the registry
 ) -> Target:
     "What shall be served; raises `KitError`."
@@ -324,7 +324,7 @@ def read_canaries() -> list[str]:
 def set_up(
     target: str = "",  # a folder or a URL that ends with /v1; default: what is registered
     *,
-    model: str = "",  # the name for clients; in the registry, the model
+    model: str = "",  # the name for clients; in the registry the model, and of several at an address the one to ask
     alias: str = "",  # in the registry; default: champion, else challenger
     host: str = "",  # default: settings.ini
     port: int = -1,  # default: settings.ini; 0: any free one
