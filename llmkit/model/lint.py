@@ -91,7 +91,10 @@ def _one_talk(tok: Tokenizer, talk: Sequence[dict]) -> Iterator[Finding]:
         yield Finding("chat template", f"the answer {answer!r} is changed or missing")
     elif tok.chat(talk, False)[: len(tok.chat(talk[:-1]))] != tok.chat(talk[:-1]):
         yield Finding("chat template", "prompt and answer share a token; they are encoded apart", fatal=False)
-    if prompt == tok.render(talk[:-1], generation=False):
+    if tok.opening:
+        text = f"writes {tok.opening!r} before every answer and not into the generation prompt: here the model is asked with it, in other programs without"
+        yield Finding("chat template", text, fatal=False)
+    elif prompt == tok.render(talk[:-1], generation=False):
         yield Finding("chat template", "ignores add_generation_prompt: nothing opens the answer", fatal=False)
     encode_example(tok, talk)
     if _at(tok, datetime(2001, 2, 3)).render(talk) != _at(tok, datetime(1999, 8, 7)).render(talk):
