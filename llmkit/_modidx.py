@@ -861,6 +861,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'llmkit.evals.tradeoff.Choice': ('06_evals/tradeoff.html#choice', 'llmkit/evals/tradeoff.py'),
                                        'llmkit.evals.tradeoff.Choice.__str__': ( '06_evals/tradeoff.html#choice.__str__',
                                                                                  'llmkit/evals/tradeoff.py'),
+                                       'llmkit.evals.tradeoff._idle': ('06_evals/tradeoff.html#_idle', 'llmkit/evals/tradeoff.py'),
                                        'llmkit.evals.tradeoff.choose': ('06_evals/tradeoff.html#choose', 'llmkit/evals/tradeoff.py'),
                                        'llmkit.evals.tradeoff.front': ('06_evals/tradeoff.html#front', 'llmkit/evals/tradeoff.py'),
                                        'llmkit.evals.tradeoff.measure': ('06_evals/tradeoff.html#measure', 'llmkit/evals/tradeoff.py'),

@@ -142,7 +142,8 @@ def choose(
         {"metric": "attack_success_rate", "on": "safety", "noninferiority": attacks, "against": "reference_safety", "because": f"what {reference.name} withstands, a smaller engine withstands too"},
         {"metric": "ece_debiased", "max": reference.value("ece_debiased") + calibration, "bound": "interval", "because": f"a confidence means as much as that of {reference.name} does, within {calibration:g}"},
     ]  # fmt: skip
-    verdicts = {}
+    idle = _idle(reference, margin, attacks)
+    rules, verdicts = [r for r in rules if r["metric"] not in idle], {}
     for c in others:
         reports = {"engine": c.quality, "reference": reference.quality, "safety": c.safety, "reference_safety": reference.safety}  # fmt: skip
         verdicts[c.name] = judge(
@@ -153,7 +154,14 @@ def choose(
     out = [f"{n} {v.outcome}: {next(r.sentence for r in v.reasons if r.outcome == v.outcome)}" for n, v in verdicts.items() if v.outcome != "pass"]  # fmt: skip
     saved = f"{best.value('size_bytes') / reference.value('size_bytes'):.2f} of the size of {reference.name}"
     lead = "the smallest of those that are not worse" if len(fit) > 1 else "no other passes"
-    return Choice(best.name, verdicts, "; ".join([f"{lead}, with {saved}", *out]))
+    return Choice(best.name, verdicts, "; ".join([f"{lead}, with {saved}", *out, *idle.values()]))
+
+
+def _idle(reference: Candidate, margin: float, attacks: float) -> dict[str, str]:
+    "Rules that no candidate can break, since the reference has no more to lose than they allow: what to say of each."
+    ends = {"accuracy": (reference.quality, 0.0, margin), "attack_success_rate": (reference.safety, 1.0, attacks)}
+    room = {m: (abs(x.value - end), may) for m, (r, end, may) in ends.items() if (x := r.get(m)) is not None}
+    return {m: f"{m} decides nothing, since {reference.name} has only {left:.3g} to lose" for m, (left, may) in room.items() if left <= may}  # fmt: skip
 
 
 def tradeoff_table(

@@ -36,12 +36,17 @@ def load_frozen(
         raise KitError("no model here", file=folder, key="config.json", remedy="Run the base stage")
     try:
         with quiet():
-            return transformers.AutoModelForCausalLM.from_pretrained(
+            model = transformers.AutoModelForCausalLM.from_pretrained(
                 str(folder), dtype=kind, local_files_only=True, use_safetensors=True, trust_remote_code=False, **extra
             )
     except (OSError, ValueError, RuntimeError, need("safetensors").SafetensorError) as e:
         fix = "The folder must hold a decoder that transformers knows, in safetensors; make the base again"
         raise KitError(f"cannot load the model: {' '.join(str(e).split())[:300]}", file=folder, remedy=fix) from e
+    for m in (
+        model.modules() if quantize == "nf4" else ()
+    ):  # with AVX-512 bitsandbytes packs weights anew in a validation,
+        m.support_avx512bf16_for_cpu = False  # which asks for widths of 64 and a kernel from the network
+    return model
 
 # %% ../../nbs/04_model/04_lora.ipynb #1e62b51f
 def _nf4(compute: Any) -> Any:

@@ -53,7 +53,7 @@ def test_the_smallest_candidate_that_passes_is_built_and_the_reasons_are_kept(in
     assert not [s for s in collect(f"parity={report.path}") if "int8" in s], "a gate reads the parity chain alone"
     # without certainty the exact one is taken
     shutil.rmtree("artifacts/quantize")
-    engine = quantize.run(**HOW, choose=LOOSE | {"margin": 0.001})
+    engine = quantize.run(**HOW, choose=LOOSE | {"calibration": 1e-6})
     assert engine.recipe["precision"] == "fp32"
     assert "int8 inconclusive" in open_artifact("artifacts/quantize/report", "report").meta["why"]
 
