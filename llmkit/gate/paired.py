@@ -152,17 +152,14 @@ def paired_scores(
     x, y = np.asarray(baseline, float), np.asarray(candidate, float)
     if x.shape != y.shape or x.ndim != 1 or not len(x):
         raise KitError("needs two equally long, non-empty columns", value=(x.shape, y.shape))
-    d, n, whole = y - x, len(x), float(max(np.abs(x).max(), np.abs(y).max()))
+    rates = all(np.isin(v, (0, 1)).all() or np.isin(v, (0, -1)).all() for v in (x, y))
+    d, n, whole = y - x, len(x), 1.0 if rates else float(max(np.abs(x).max(), np.abs(y).max()))
     inv = cluster_numbers(n, clusters)
     sizes = np.bincount(inv)
     units, differ = len(sizes), effective(sizes[sorted(set(inv[d != 0]))])
     asked, share = skew_alpha(alpha, max(differ, 1)), float((d != 0).mean())
-    low, high, p_fail, how = (
-        0.0,
-        0.0,
-        1.0,
-        f"identical on every item, {units} {'clusters' if clusters is not None else 'items'}",
-    )
+    low, high, p_fail, k = 0.0, 0.0, float(margin >= 0), units if clusters is not None else None
+    how = f"identical on every item, {units} {'items' if k is None else 'clusters'}"
     if differ:
         found = resample_mean(d, clusters, times, seed)
         (low, high), p_fail, how = found.bounds(asked), found.p_below(-margin) * alpha / asked, f"paired {found.method}"
@@ -170,8 +167,7 @@ def paired_scores(
         down, up, p = _rare(d, inv, whole, alpha, margin)
         low, high, p_fail = min(low, down), max(high, up), max(p_fail, p)
     sd = float((d.mean() - low) / stdtrit(freedom(effective(sizes)), 1 - asked) * n**0.5)  # clusters and skew included
-    k = units if clusters is not None else None
-    if all(np.isin(v, (0, 1)).all() or np.isin(v, (0, -1)).all() for v in (x, y)):  # a difference of two rates
+    if rates:
         low, high = max(low, -1.0), min(high, 1.0)
     return Difference(float(d.mean()), low, high, 1 - alpha, n, share, sd, how, min(1.0, p_fail), False, k)
 
@@ -203,10 +199,6 @@ def noninferiority(
     binary = np.isin(x, (0, 1)).all() and np.isin(y, (0, 1)).all()
     if binary and clusters is None:
         return paired_rates(x, y, alpha, margin) if sign > 0 else paired_rates(1 - x, 1 - y, alpha, margin)
-    if binary and (x == y).all():
-        k = len(set(clusters))
-        same = paired_rates(np.ones(k), np.ones(k), alpha, margin)
-        return replace(same, n=len(x), method=f"{same.method}, {k} clusters", clusters=k)
     return paired_scores(sign * x, sign * y, alpha, clusters, seed=seed, margin=margin)
 
 # %% ../../nbs/02_gate/02_paired.ipynb #519aa3e7
