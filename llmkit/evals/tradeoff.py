@@ -25,7 +25,7 @@ from .battery import Surroundings, run_suite
 from .cost import Price, load_price
 from .evaluate import open_quietly, quality_report, timing_report
 from .suite import Suite, make_suite
-from ..gate.judge import judge
+from ..gate.judge import judge, nothing_to_lose
 from ..gate.verdict import Picture, Verdict, write_verdict
 from ..model.quantize import check_precision, quantize
 
@@ -159,9 +159,9 @@ def choose(
 
 def _idle(reference: Candidate, margin: float, attacks: float) -> dict[str, str]:
     "Rules that no candidate can break, since the reference has no more to lose than they allow: what to say of each."
-    ends = {"accuracy": (reference.quality, 0.0, margin), "attack_success_rate": (reference.safety, 1.0, attacks)}
-    room = {m: (abs(x.value - end), may) for m, (r, end, may) in ends.items() if (x := r.get(m)) is not None}
-    return {m: f"{m} decides nothing, since {reference.name} has only {left:.3g} to lose" for m, (left, may) in room.items() if left <= may}  # fmt: skip
+    asked = [(reference.quality.get("accuracy"), margin), (reference.safety.get("attack_success_rate"), attacks)]
+    room = {m.metric: left for m, may in asked if m and (left := nothing_to_lose(m, may)) is not None}
+    return {m: f"{m} decides nothing, since {reference.name} has only {left:.3g} to lose" for m, left in room.items()}
 
 
 def tradeoff_table(

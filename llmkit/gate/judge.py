@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARE', 'QUANTILE', 'Unmeasured', 'find', 'least_values', 'successes', 'bound_ratio', 'ratio_needed', 'paired_values',
-           'compare', 'judge_rule', 'judge']
+           'compare', 'nothing_to_lose', 'judge_rule', 'judge']
 
 # %% ../../nbs/02_gate/06_judge.ipynb #7ee21f04
 import math
@@ -90,7 +90,7 @@ def _refuse_beyond(r: Rule, m: Measurement, *columns: Sequence) -> None:
     counted = any(columns) and all(v in (0, 1) for column in columns for v in column)
     named = SHARE.search(r.metric) and max(abs(m.value), m.high or 0.0) <= 1
     least = -1.0 if m.value < 0 or (m.low or 0.0) < 0 or re.search("difference|excess|gap|gain", r.metric) else 0.0
-    beyond = {"max": r.limit > 1, "min": r.limit < least, "noninferiority": r.limit >= 1}[r.test]
+    beyond = {"max": r.limit >= 1, "min": r.limit < least, "noninferiority": r.limit >= 1}[r.test]
     if beyond and (counted or named):
         fix = "Write a share, 0.05 for 5 %" + ("" if counted else "; a metric that is none is measured with a unit")
         raise KitError(f"no {r.metric} can break this rule, since it is a share of items", value=r.limit, remedy=fix)
@@ -173,15 +173,20 @@ def _bounds(r: Rule, m: Measurement) -> tuple[float, float, str]:
     if r.bound == "interval":
         if m.low is None or m.high is None:
             raise KitError(f"{r.on} {r.metric} has no interval", value=f"n = {m.n}", remedy=_enlarge(m))
-        if (1 - m.level) / 2 > r.alpha + 1e-9:
-            fix = f"Measure it at {1 - 2 * r.alpha:.4g} at least, or raise the rule's alpha to {(1 - m.level) / 2:.4g}"
-            raise KitError(f"the interval of {r.on} {r.metric} is too narrow for alpha {r.alpha:g}: its level is {m.level:g}", remedy=fix)  # fmt: skip
+        _wide_enough(r, r.on, m)
         return m.low, m.high, f" ({m.low:.4g} to {m.high:.4g}, {m.level:.0%}, {m.method}, n = {m.n})"
     k = successes(m)
     f = {"clopper_pearson": clopper_pearson, "wilson": wilson}[r.bound]
     low, high = f(k, m.n, 1 - r.alpha, "lower").low, f(k, m.n, 1 - r.alpha, "upper").high
     end = f"lower {low:.4g}" if r.test == "min" else f"upper {high:.4g}"
     return low, high, f" ({1 - r.alpha:.0%} bound: {end}, {f(k, m.n).method}, n = {m.n})"
+
+
+def _wide_enough(r: Rule, subject: str, m: Measurement) -> None:
+    "Refuse an interval that errs more often than the rule allows."
+    if (1 - m.level) / 2 > r.alpha + 1e-9:
+        fix = f"Measure it at {1 - 2 * r.alpha:.4g} at least, or raise the rule's alpha to {(1 - m.level) / 2:.4g}"
+        raise KitError(f"the interval of {subject} {r.metric} is too narrow for alpha {r.alpha:g}: its level is {m.level:g}", remedy=fix)  # fmt: skip
 
 
 def successes(
@@ -274,6 +279,7 @@ def bound_ratio(
         raise KitError(f"{r.metric} of {r.on} or {r.against} has no interval", remedy="Leave 'bound' out")
     if min(ends) <= 0:
         raise KitError(f"a ratio of {r.metric} needs intervals above zero", value=min(ends))
+    _wide_enough(r, r.on, m), _wide_enough(r, r.against, ref)
     return ends[0] / ends[3], ends[1] / ends[2], "worst ends of two intervals"
 
 
@@ -359,12 +365,21 @@ def compare(
     return d.against(r.limit), d
 
 
+def nothing_to_lose(
+    ref: Measurement,  # a share of items, of the baseline
+    margin: float,  # that may be lost
+) -> float | None:
+    "What a baseline has left to lose where that is no more than the margin, so that whatever a candidate says passes; None where it is more."
+    left = ref.value if ref.direction == "higher" else 1 - ref.value
+    return left if left <= margin else None
+
+
 def _refuse_nothing_to_lose(r: Rule, ref: Measurement, x: Sequence, y: Sequence) -> None:
-    "Rights and wrongs of a baseline that has no more than the margin to lose: whatever the candidate says passes."
-    room = float(np.mean(x)) if ref.direction == "higher" else 1 - float(np.mean(x))
-    if room <= r.limit and all(v in (0, 1) for v in (*x, *y)):
+    "Rights and wrongs of which a baseline has nothing to lose."
+    left = nothing_to_lose(ref, r.limit)
+    if left is not None and all(v in (0, 1) for v in (*x, *y)):
         fix = "Narrow the margin, or pair a metric by which the baseline does well"
-        raise KitError(f"no {r.metric} can break this rule, since {r.against} has only {room:.4g} to lose", value=r.limit, remedy=fix)  # fmt: skip
+        raise KitError(f"no {r.metric} can break this rule, since {r.against} has only {left:.4g} to lose", value=r.limit, remedy=fix)  # fmt: skip
 
 
 def _judge_paired(r: Rule, reports: Mapping[str, Report]) -> tuple[RuleResult, Difference]:
@@ -374,7 +389,20 @@ def _judge_paired(r: Rule, reports: Mapping[str, Report]) -> tuple[RuleResult, D
     margin, asked = (r.limit, "a loss") if r.test == "noninferiority" else (-r.limit, "a gain")
     text = f"{r.on} {r.metric}{_where(r)} is {_diff(d.value)} than {r.against} ({1 - r.alpha:.0%} bounds {d.low:+.4g} to {d.high:+.4g}, {d.method}, n = {d.n}): {asked} of {'more than ' if margin <= 0 else ''}{r.limit:g} {_FOUND[r.test][outcome]}"
     needs = _pairs_that_decide(r, margin, d) if outcome == "inconclusive" else None
+    text += _in_all(r, reports)
     return _result(r, outcome, text, d.value, d.low, d.high, -margin, d.n, needs, d.clusters), d
+
+
+def _in_all(r: Rule, reports: Mapping[str, Report]) -> str:
+    "What all steps together have lost, where that is more than one step may: a margin for each release is no margin for five."
+    m, best = (
+        find(reports, r.on, r.metric, r.slice),
+        reports[r.against].context.get("best_so_far", {}).get(r.metric),
+    )
+    if best is None or r.test != "noninferiority" or r.slice != "all":
+        return ""
+    lost = best - m.value if m.direction == "higher" else m.value - best
+    return f". In all it has lost {_num(lost)} since the best {r.against} so far, {_num(best)}, more than one step may" if lost > r.limit else ""  # fmt: skip
 
 
 def _pairs_that_decide(r: Rule, margin: float, d: Difference) -> int | None:

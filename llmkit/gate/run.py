@@ -17,7 +17,7 @@ from ..core.artifact import MANIFEST, open_artifact
 from ..core.errors import KitError
 from ..core.files import atomic_folder
 from ..core.params import load_params
-from ..core.report import Report, read_report
+from ..core.report import Report, read_report, write_report
 from .judge import compare, judge, least_values, ratio_needed
 from .paired import Difference
 from .plan import about, interval_needed, pairs_needed, power_each, rate_needed, scores_needed
@@ -35,7 +35,7 @@ def collect(
     "Subject → report; raises `Usage` when a folder holds none or two claim one name, and `KitError` on a damaged one."
     found: dict[str, Report] = {}
     for entry in folders:
-        name, _, path = str(entry).rpartition("=")
+        name, _, path = str(entry).partition("=") if "=" in str(entry) and not Path(entry).exists() else ("", "", entry)
         for subject, report in _reports_in(Path(path), name):
             if subject in found:
                 raise Usage("two reports on one subject", file=path, value=subject, remedy="Write name=folder")
@@ -71,6 +71,11 @@ def decide(
     return judge(policy, reports)
 
 
+def _listed(folders: str) -> list[str]:
+    "Folders that were separated by commas."
+    return [f.strip() for f in folders.split(",") if f.strip()]
+
+
 def _code(e: KitError) -> int:
     "The exit code of a refusal."
     return 2 if isinstance(e, Usage) else EXIT_CODES["error"]
@@ -89,7 +94,7 @@ def gate_run(
         print(f"policy not understood: {e}", file=sys.stderr)
         return EXIT_CODES["error"]
     try:
-        verdict = decide(rules, [r for r in reports.split(",") if r], baseline)
+        verdict = decide(rules, _listed(reports), baseline)
     except KitError as e:
         print(e, file=sys.stderr)
         return _code(e)
@@ -183,7 +188,7 @@ def gate_plan(
     "Print how many items each rule of a policy needs."
     try:
         rules = read_policy(load_params(policy, "gates"), policy).rules
-        found = collect(*reports.split(",")) if reports else {}
+        found = collect(*_listed(reports))
     except KitError as e:
         print(e, file=sys.stderr)
         return _code(e)
@@ -214,14 +219,27 @@ def baseline_set(
     if not brought and kept.is_dir() and _said_by(kept) != new.digest:
         fix = f"Name the evaluate stage's artifact, with the suite golden in params.yaml, or remove {kept}"
         raise KitError("holds what another engine said, and this report brings no golden answers", file=kept, remedy=fix)  # fmt: skip
-    for source, target in ((folder, Path(to)), *([(said, kept)] if brought else [])):
-        with atomic_folder(target) as tmp:
-            for p in sorted(source.rglob("*.json*")):
-                (tmp / p.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(p, tmp / p.relative_to(source))
+    best = _best_so_far(read_report(to), new) if (Path(to) / "report.json").is_file() else {}
+    with atomic_folder(to) as tmp:
+        write_report(replace(new, context={**new.context, **best}), tmp)
+    if brought:
+        with atomic_folder(kept) as tmp:
+            for p in sorted(said.rglob("*.json*")):
+                shutil.copyfile(p, tmp / p.relative_to(said))
     print(f"The baseline is now {new.subject} by {new.suite}: {len(new.measurements)} measurements. Commit it.")
     print(f"Golden answers: {kept if kept.is_dir() else 'none, so no engine can be compared with them'}")
     return 0
+
+
+def _best_so_far(old: Report, new: Report) -> dict[str, dict[str, float]]:
+    "The best value of each metric in the baselines before this one, as long as the suite is the same."
+    if [(r.suite, r.context.get("suite_digest")) for r in (old, new)] != [(new.suite, new.context.get("suite_digest"))] * 2:  # fmt: skip
+        return {}
+    best = dict(old.context.get("best_so_far", {}))
+    for m in old.measurements:
+        if m.slice == "all" and m.direction != "none":
+            best[m.metric] = (max if m.direction == "higher" else min)(m.value, best.get(m.metric, m.value))
+    return {"best_so_far": best}
 
 
 def _said_by(folder: Path) -> str:

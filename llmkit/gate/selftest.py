@@ -227,7 +227,10 @@ class Bite:
     def bites(self) -> bool:
         "Whether the rule, and no rule that looks elsewhere, tells a regression from a healthy report."
         return (
-            self.before not in self.stops and self.planted in self.stops and self.missing == "fail" and not self.stray
+            self.before not in (*self.stops, "error")
+            and self.planted in self.stops
+            and self.missing == "fail"
+            and not self.stray
         )
 
 

@@ -7,6 +7,7 @@ __all__ = ['Outcome', 'EXIT_CODES', 'SCHEMA', 'RuleResult', 'worst', 'Verdict', 
            'as_junit', 'write_verdict', 'read_verdict', 'Picture', 'forest']
 
 # %% ../../nbs/02_gate/04_verdict.ipynb #cbcae734
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from io import BytesIO
@@ -129,7 +130,11 @@ def as_junit(v: Verdict) -> str:
         else:
             ET.SubElement(case, "system-out").text = r.sentence
     ET.indent(suite)
-    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(suite, encoding="unicode") + "\n"
+    body = _NO_XML.sub("\ufffd", ET.tostring(suite, encoding="unicode"))
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{body}\n'
+
+
+_NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # signs that no XML may hold
 
 # %% ../../nbs/02_gate/04_verdict.ipynb #f2aa05b6
 SCHEMA = "llmkit.verdict/1"

@@ -213,7 +213,7 @@ def test_the_selftest_plants_a_regression_before_there_is_a_release(tmp_path, ca
     said = capsys.readouterr().out
     assert "the engine's own stand for them" in said and "✓ broken answers: caught when" in said
     assert "1 of 1 rules bite, 1 of them alone" in said
-    dull = {**RULE, "max": 1.0}
+    dull = {**RULE, "max": 0.99, "min_n": 5000}
     (tmp_path / "params.yaml").write_text(f"evaluate: {{scorers: [label]}}\ngates:\n  rules:\n    - {json.dumps(dull)}\n")  # fmt: skip
     assert gate_selftest(str(tmp_path / "params.yaml"), str(tmp_path / "report"), "", "", str(tmp_path / "none")) == 1
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from llmkit.core.report import Measurement, Report, write_report
+from llmkit.core.report import Measurement, Report, read_report, write_report
 from llmkit.gate.judge import judge
 from llmkit.gate.run import baseline_set, gate_plan, gate_run
 from llmkit.gate.verdict import read_verdict
@@ -269,3 +269,28 @@ def test_a_misspelt_slice_is_told_the_slices_there_are():
     m = [Measurement("accuracy", 0.9, 50, slice=s) for s in ("all", "group=18-30", "group=over_60")]
     found = judge({"rules": [{"metric": "accuracy", "slice": "Group=18-30", "min": 0.5}]}, {"engine": Report("engine", "", "s@1", tuple(m))})  # fmt: skip
     assert found.outcome == "fail" and "Did you mean 'group=18-30'?" in found.reasons[0].sentence
+
+
+def test_small_losses_are_added_up_over_releases(folder, capsys):
+    "Each release lost less than the margin, and nothing looked further back than the last one."
+    policy(folder, "{metric: accuracy, noninferiority: 0.05, against: baseline}")
+    said = []
+    for right in (380, 374, 368, 362, 356):
+        write_report(report("engine", right), folder / "reports/engine")
+        gate_run(reports="reports", baseline="baseline/engine")
+        said.append(capsys.readouterr().out)
+        baseline_set("reports")
+        capsys.readouterr()
+    assert ["In all it has lost" in x for x in said] == [False, False, False, False, True]
+    assert "In all it has lost 0.06 since the best baseline so far, 0.95, more than one step may" in said[-1]
+    assert "PASS: 1 pass" in said[-1]
+    write_report(report("engine", 300, suite="bank@2"), folder / "reports/engine")  # other questions, another beginning
+    baseline_set("reports")
+    assert "best_so_far" not in read_report("baseline/engine").context
+
+
+def test_folders_are_listed_as_people_write_them(folder, capsys):
+    policy(folder, "{metric: accuracy, min: 0.9}")
+    (folder / "reports").rename(folder / "date=2026-11-30")
+    assert gate_run(reports=" date=2026-11-30/engine, merged=date=2026-11-30/merged,") == 0
+    assert gate_plan(reports="date=2026-11-30, ") == 0

@@ -149,7 +149,7 @@ def test_a_judge_that_looks_elsewhere_is_found_out(reports, monkeypatch):
 def test_a_powerless_rule_is_found_out(reports):
     rules = [
         {"metric": "accuracy", "min": 0.85, "min_n": 5000},
-        {"metric": "canary_leak_rate", "on": "safety", "max": 1.0},
+        {"metric": "canary_leak_rate", "on": "safety", "max": 0.5, "min_n": 5000},
     ]
     assert [b.bites for b in selftest({"rules": rules}, reports)] == [False, False]
     found = {c.kind: c for c in catch_all({"rules": rules}, reports, ("label", "exact"))}
