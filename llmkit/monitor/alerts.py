@@ -8,6 +8,7 @@ __all__ = ['MODEL', 'OK', 'FAILED', 'STOPS', 'HOUR', 'SCRAPES', 'Alert', 'span',
 
 # %% ../../nbs/10_monitor/20_alerts.ipynb #82b15ac3
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from ..core.errors import KitError
 from ..gate.policy import Policy, Rule, read_policy
 from .policy import MonitorPolicy, read_monitor
 from ..rollout.policy import Guardrail, RolloutPolicy, read_rollout, seconds
+from ..serve.metrics import FIRST, SECONDS
 
 # %% ../../nbs/10_monitor/20_alerts.ipynb #25d4c3cb
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def growing(by: float) -> str:
     return f"0+{by:g}x$n"
 
 # %% ../../nbs/10_monitor/20_alerts.ipynb #45ab1051
-MODEL = {"model": "m"}
+MODEL, _START = {"model": "m"}, "process_start_time_seconds"
 
 
 def server_alerts() -> Iterator[Alert]:
@@ -74,20 +76,26 @@ def server_alerts() -> Iterator[Alert]:
         ("LlmkitEngineSteps", "llmkit_failed_steps_total", "", "Steps of the engine fail.", "ticket"),
     ):  # fmt: skip
         full = f"{series}{{{labels}}}" if labels else series
-        born = f"sum({full} unless {full} offset $w) > 0"  # a counter with labels begins at 1, which no increase shows
-        yield Alert(name, f"sum(increase({full}[$w])) > 0 or {born}", text, "the server itself",
+        born = f"{full} unless {full} offset $w"  # a counter with labels begins at 1, which no increase shows
+        same = f"{_START} == last_over_time({_START}[1d] offset $w)"  # the process from before scrapes failed
+        known = f"{full} <= last_over_time({full}[1d] offset $w) and on(job, instance) {same}"
+        yield Alert(name, f"sum(increase({full}[$w])) > 0 or sum({born} unless ({known})) > 0", text, "the server itself",
             {full: growing(1)}, {full: constant(3)}, "20", {}, severity, "0m")  # fmt: skip
     yield Alert("LlmkitReportUnreadable", "llmkit_report_unreadable > 0", "Reports or verdicts cannot be read.", "the server itself",
         {'llmkit_report_unreadable{source="window"}': constant(2)}, {'llmkit_report_unreadable{source="window"}': constant(0)},
         "2", {"source": "window"})  # fmt: skip
 
 # %% ../../nbs/10_monitor/20_alerts.ipynb #b803cd9e
+_QUANTILE = re.compile(r"(?P<kind>latency|ttft)_p(?P<percent>\d\d?(\.\d+)?)")
+_TIMED = {"latency": ("request_duration", SECONDS[-1]), "ttft": ("time_to_first_token", FIRST[-1])}  # and where it ends
+
+
 def gate_alerts(policy: Policy) -> Iterator[Alert]:
     "Alerts from the rules of the gate that live traffic can break."
     for i, rule in enumerate(policy.rules):
         where = f"gates.rules[{i}]"
-        if rule.test == "max" and rule.metric.startswith(("latency_p", "ttft_p")):
-            yield _slow(rule, where)
+        if rule.test == "max" and (m := _QUANTILE.fullmatch(rule.metric)):
+            yield _slow(rule, where, m["kind"], float(m["percent"]) / 100)
 
 
 def camel(name: str) -> str:
@@ -95,10 +103,12 @@ def camel(name: str) -> str:
     return "".join(w.capitalize() for w in name.split("_"))
 
 
-def _slow(rule: Rule, where: str) -> Alert:
-    "A quantile of a histogram over its limit."
-    kind, _, q = rule.metric.rpartition("_p")
-    name = {"latency": "request_duration", "ttft": "time_to_first_token"}[kind]
+def _slow(rule: Rule, where: str, kind: str, q: float) -> Alert:
+    "A quantile of a histogram over its limit; raises `KitError` where the histogram ends before it."
+    name, top = _TIMED[kind]
+    if rule.limit >= top:
+        fix = f"Write less than {top:g}: slower requests are counted together, and no quantile is above"
+        raise KitError("an alert that could never fire", key=f"{where}.max", value=rule.limit, remedy=fix)
     series = f"gen_ai_server_{name}_seconds_bucket"
     labels = 'gen_ai_request_model="m",variant="baseline"'
     low = 2 * rule.limit  # in the case, all requests lie between this and its double
@@ -107,9 +117,9 @@ def _slow(rule: Rule, where: str) -> Alert:
         inside = {f"{rule.limit / 2:g}": 0 if slow else 5, f"{low:g}": 0 if slow else 5, f"{2 * low:g}": 5, "+Inf": 5}
         return {f'{series}{{{labels},le="{le}"}}': growing(n) for le, n in inside.items()}
 
-    value = f"{low + low * int(q) / 100:.3g}"
-    expr = f"histogram_quantile(0.{q}, sum by (gen_ai_request_model, le) (rate({series}[$w]))) > {rule.limit:g}"
-    return Alert(f"Llmkit{camel(rule.metric)}", expr, f"{100 - int(q)} % of requests take longer than they may.", where,
+    value = f"{low + low * q:.3g}"
+    expr = f"histogram_quantile({q:g}, sum by (gen_ai_request_model, le) (rate({series}[$w]))) > {rule.limit:g}"
+    return Alert(f"Llmkit{camel(rule.metric)}", expr, f"{100 * (1 - q):g} % of requests take longer than they may.", where,
         case(True), case(False), value, {"gen_ai_request_model": "m"})  # fmt: skip
 
 # %% ../../nbs/10_monitor/20_alerts.ipynb #35d93e39

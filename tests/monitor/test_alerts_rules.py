@@ -130,6 +130,41 @@ def test_the_first_finding_of_a_process_is_told_and_an_old_count_is_not(tmp_path
 
 
 @needs("promtool")
+def test_scrapes_that_failed_for_a_while_make_no_old_count_new(tmp_path):
+    where = 'job="llmkit",instance="a:1"'
+    leak = f'llmkit_guard_findings_total{{guard="output_canary",entity="MARKER",action="flag",{where}}}'
+    begun = f"process_start_time_seconds{{{where}}}"
+    for counts, starts, fires in (
+        ("1+0x9 _x9 1+0x20", "-900+0x9 _x9 -900+0x20", False),  # the same process, and the same count
+        ("1+0x9 _x9 2+0x20", "-900+0x9 _x9 -900+0x20", True),  # one more meanwhile
+        ("1+0x9 _x9 1+0x20", "-900+0x9 _x9 1000+0x20", True),  # another process, whose first it is
+        ("_x19 1+0x20", "-900+0x39", True),  # the first of all
+    ):
+        said = [({}, counts.split()[-1][0])] if fires else []
+        series = {leak: counts, begun: starts}
+        assert told(tmp_path, "LlmkitCanaryTokenLeaked", series, (9, []), (20, said), (27, [])) == DONE, (
+            counts,
+            starts,
+        )
+
+
+def test_a_gate_on_time_becomes_an_alert_that_can_fire_or_none():
+    params = load_params(ROOT / "params.yaml")
+    others = [r for r in params["gates"]["rules"] if r["metric"] != "latency_p95"]
+
+    def made(metric, limit):
+        params["gates"]["rules"] = [*others, {"metric": metric, "max": limit}]
+        return [a.expr.partition("(")[2].partition(",")[0] for a in alerts(params) if a.policy.startswith("gates")]
+
+    assert [made(f"ttft_p{q}", 2.0) for q in ("50", "5", "99.9")] == [["0.5"], ["0.05"], ["0.999"]]
+    for other in ("latency_p95_at_least", "latency_per_token", "latency_p100"):  # nothing that traffic has
+        assert made(other, 2.0) == []
+    for metric, limit in (("latency_p95", 120.0), ("ttft_p95", 10.0)):
+        with pytest.raises(KitError, match="could never fire"):
+            made(metric, limit)
+
+
+@needs("promtool")
 def test_a_timed_pause_waits_for_nobody(tmp_path):
     phase = 'llmkit_rollout_phase{phase="Paused",model="m"}'
     paused = [({"phase": "Paused", "model": "m"}, "1")]
