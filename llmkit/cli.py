@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from .core.errors import KitError
+from .core.files import FULL
 from .core.params import did_you_mean
 
 # %% ../nbs/13_cli/01_cli.ipynb #e4165e45
@@ -107,6 +108,8 @@ def main(
 ) -> int:
     "Run one command and return its exit code."
     words = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        _streams()
     try:
         code = _run(words)
         sys.stdout.flush()
@@ -115,15 +118,34 @@ def main(
         print(f"llmkit: {e}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+        _forget()
         return 128 + signal.SIGPIPE
     except OSError as e:
-        if e.filename is None:
+        if e.filename is None and e.errno not in FULL:
             raise
-        print(f"llmkit: {e.filename}: {(e.strerror or str(e)).lower()}", file=sys.stderr)
+        if e.filename is None:
+            _forget()
+        where = e.filename or "cannot write to the standard output"
+        print(f"llmkit: {where}: {(e.strerror or str(e)).lower()}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _streams() -> None:
+    "Open what was closed on nothing, or a database would get the number that children write to; escape what a terminal cannot show."
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, "w" if fd else "r", encoding="utf-8"))
+    sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _forget() -> None:
+    "Let what is still buffered for the standard output go nowhere."
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(words: list[str]) -> int:
