@@ -13,7 +13,6 @@ import json
 import os
 import secrets
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,8 +77,8 @@ def atomic_folder(
     path = Path(path)
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        tmp = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-        tmp.chmod(0o755)
+        tmp = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+        tmp.mkdir()  # whose group may write, the umask says, and not mkdtemp
     try:
         with _writing(path, FULL):
             yield tmp
@@ -202,7 +201,7 @@ def take_lock(
     "The file descriptor of a lock, opened for appending, or None when somebody else holds it; raises `KitError`. `os.close` gives it back."
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)  # less the umask
     except OSError as e:
         raise cannot_write(path, e) from e
     try:
@@ -231,8 +230,12 @@ def locked(
 
 
 def held(path: str | Path) -> bool:
-    "Whether somebody holds a lock alone."
-    fd = take_lock(path, shared=True) if Path(path).exists() else None
-    if fd is not None:
-        os.close(fd)
-    return fd is None and Path(path).exists()
+    "Whether somebody holds a lock alone; whoever may read the file can ask. Raises `KitError`."
+    try:
+        with open(path, "rb") as f:
+            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, FileNotFoundError) as e:
+        return isinstance(e, BlockingIOError)
+    except OSError as e:
+        raise cannot_read(path, e) from e
+    return False

@@ -75,7 +75,8 @@ def git_facts(checkout: Path, project: Path) -> dict[str, Any]:
 
     def git(*words: str) -> str | None:
         # in a container the checkout is often another user's; its code runs here anyway
-        trusted = ["git", "-c", "safe.directory=*", "-C", str(checkout)]
+        # and to look must not take the index away from whoever commits meanwhile
+        trusted = ["git", "--no-optional-locks", "-c", "safe.directory=*", "-C", str(checkout)]
         done = subprocess.run([*trusted, *words], capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else None
 

@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import socket
+import sys
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -59,7 +60,7 @@ def now() -> str:
 def open_run(project: str | Path, stage: str, **facts: Any) -> Run:
     "A new run with its lock held and its state `running`; raises `KitError` when it cannot be written."
     folder = Path(project) / RUNS / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{stage}-{secrets.token_hex(2)}"
-    run = Run(folder, lock=take_lock(folder / "lock"))
+    run = Run(folder, lock=take_lock(folder / "lock", wait=True))  # a doctor may be asking whether it is held
     who = {"pid": os.getpid(), "host": socket.gethostname()}
     try:
         run.save(run=run.id, stage=stage, state="running", started=now(), ended=None, exit_code=None, **who, **facts)
@@ -103,8 +104,7 @@ def bury(
     states = ("running", "unreadable") if anywhere else ("running",)
     if run.status.get("state") not in states or not (anywhere or run.status.get("host") == socket.gethostname()):
         return False
-    fd = take_lock(run.folder / "lock")
-    if fd is None:
+    if held(run.folder / "lock") or (fd := take_lock(run.folder / "lock")) is None:
         return False
     try:
         run.status = _status(run.folder)  # the owner may have finished since
@@ -152,7 +152,12 @@ def runs(
 ) -> int:
     "List the runs of a project, or show one with its failing cell and traceback."
     folder = named_project(project)
-    bury_dead(folder)
+    if last < 1:
+        raise KitError("must be 1 or more", key="--last", value=last)
+    try:
+        bury_dead(folder)
+    except KitError as e:  # whoever may only look still sees what there is
+        print(f"llmkit: {e}", file=sys.stderr)
     if id:
         print(describe(find_run(folder, id)))
         return 0

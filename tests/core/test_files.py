@@ -1,6 +1,7 @@
 "What is written is whole, whoever else writes it at the same time."
 
 import os
+import stat
 import threading
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from llmkit.core import files
 from llmkit.core.artifact import ArtifactError, build, open_artifact
 from llmkit.core.errors import KitError
-from llmkit.core.files import atomic_folder, read_json, write_json, write_jsonl
+from llmkit.core.files import atomic_folder, locked, read_json, write_json, write_jsonl
 
 
 def together(*jobs):
@@ -92,3 +93,15 @@ def test_a_file_behind_a_linked_folder_is_part_of_an_artifact(tmp_path):
     (tmp_path / "blobs/weights.bin").write_text("two")
     with pytest.raises(ArtifactError, match="shards/weights.bin differs"):
         open_artifact(tmp_path / "base")
+
+
+@pytest.mark.parametrize("umask, folder, lock", [(0o002, 0o775, 0o664), (0o077, 0o700, 0o600)])
+def test_who_may_write_and_read_is_the_umasks_to_say(tmp_path, umask, folder, lock):
+    "A group works in one folder, or nobody else shall look into it."
+    before = os.umask(umask)
+    try:
+        with atomic_folder(tmp_path / "made"), locked(tmp_path / "lock"):
+            pass
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE((tmp_path / n).stat().st_mode) for n in ("made", "lock")] == [folder, lock]

@@ -1,5 +1,6 @@
 "The runner, by doing the bad thing."
 
+import fcntl
 import json
 import os
 import re
@@ -7,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +24,7 @@ from llmkit.flow.doctor import doctor, run_problems
 from llmkit.flow.plan import plan
 from llmkit.flow.records import md5, verify_records
 from llmkit.flow.runner import git_facts, report, run_stage, stage, surroundings, tags
-from llmkit.flow.runs import RUNS, bury_dead, describe, list_runs, open_run
+from llmkit.flow.runs import RUNS, bury_dead, describe, list_runs, open_run, runs
 from llmkit.gate.verdict import SCHEMA
 
 ROOT = Path(__file__).parents[2]
@@ -439,3 +442,51 @@ def test_the_doctor_can_close_what_a_container_and_a_crash_have_left(project, ca
     alive = open_run(project.path, "x")
     alive.save(host="container-2")
     assert bury_dead(project.path, anywhere=True) == []
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="cannot become another user")
+@pytest.mark.parametrize("alive", [True, False])
+def test_whoever_may_only_read_sees_what_runs(alive, capfd):
+    "A colleague looks at the runs of a service."
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        Path(folder, "params.yaml").write_text("seed: 1\n")
+        run = open_run(folder, "train")
+        if not alive:
+            run.close()
+        if (pid := os.fork()) == 0:
+            os.setuid(65534)
+            os._exit(runs(project=folder))
+        assert os.waitpid(pid, 0)[1] == 0
+        run.close()
+    said = capfd.readouterr()
+    assert f"{run.id}  running" in said.out and ("cannot write" in said.err) == (not alive)
+
+
+def test_a_run_is_guarded_though_somebody_asks_whether_it_is_at_that_moment(project, monkeypatch):
+    "A doctor's question holds the lock for a moment, and a run without a lock would be taken for dead."
+    real, asked = fcntl.flock, []
+
+    def flock(fd, how):
+        if not asked:
+            asked.append(open(f"/proc/self/fd/{fd if type(fd) is int else fd.fileno()}", "rb"))
+            real(asked[0], fcntl.LOCK_SH)
+            threading.Timer(0.3, asked[0].close).start()
+        return real(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    run = open_run(project.path, "x")
+    assert run.lock is not None and not bury_dead(project.path)
+    run.close()
+
+
+def test_looking_at_git_takes_no_lock(project, empty_repo):
+    "Or a commit at that moment would fail, and a kill leave the lock for ever."
+    shutil.copytree(empty_repo, project.path, dirs_exist_ok=True)
+    project.sh("git", "add", "-A")
+    project.sh("git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "all")
+    index = project.path / ".git/index"
+    os.utime(project.path / "params.yaml")  # a look that refreshes the index would write it
+    before = index.stat()
+    assert git_facts(project.path, project.path)["dirty"] is False
+    assert index.stat().st_ino == before.st_ino
