@@ -13,6 +13,7 @@ from ..core.errors import KitError
 from ..core.files import held, read_json
 from ..core.plugins import need
 from ..core.project import named_project
+from ..core.settings import sqlite_file
 from .dag import dag_check
 from .records import check_records, locked, verify_records
 from .runs import bury_dead, list_runs
@@ -41,7 +42,7 @@ def mlflow_problems(
 ) -> list[str]:
     "What MLflow's own database contradicts: runs that it believes to be running, records that it does not know."
     where = tracking_settings(project)
-    if where is None or (where[0].startswith("sqlite:///") and not Path(where[0].removeprefix("sqlite:///")).is_file()):
+    if where is None or ((file := sqlite_file(where[0])) and not file.is_file()):
         return []
     try:
         with answering():
@@ -52,7 +53,8 @@ def mlflow_problems(
 
 def _ours(uri: str, project: str | Path) -> bool:
     "Whether the database is the project's own; on a server, others have runs that are none of ours."
-    return uri.startswith(f"sqlite:///{Path(project).resolve()}/")
+    file = sqlite_file(uri)
+    return file is not None and file.is_relative_to(Path(project).resolve())
 
 
 def _compare(client: Any, name: str, project: Path, ours: bool) -> list[str]:

@@ -19,7 +19,7 @@ from ..core.errors import KitError
 from ..core.files import read_json, write_json, write_text
 from ..core.params import load_params
 from ..core.project import named_project
-from ..core.settings import load_settings
+from ..core.settings import in_project, load_settings
 from .repro import BACKUP, after, alone, before, dvc, put_back
 from .runs import now
 from .tracking import connect
@@ -78,7 +78,7 @@ def trace(
     "Write a request's name to the version that was registered last; gives its receipt."
     said, conf = read_json(Path(project) / RECEIPT), load_settings(Path(project) / "settings.ini")
     if id:
-        uri = re.sub(r"^sqlite:///(?!/)", f"sqlite:///{Path(project).resolve()}/", registry_uri(conf))
+        uri = in_project(registry_uri(conf), project)
         connect(uri).set_model_version_tag(said["name"], str(said["version"]), f"{TAG}retrain", id)
     return said
 

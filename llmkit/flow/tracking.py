@@ -22,7 +22,7 @@ from typing import Any
 from ..core.errors import KitError
 from ..core.files import held, locked, read_json, write_json
 from ..core.plugins import need
-from ..core.settings import Settings, load_settings
+from ..core.settings import Settings, in_project, load_settings
 from .runs import Run, bury, list_runs, prune
 
 # %% ../../nbs/12_flow/06_tracking.ipynb #163c9039
@@ -34,7 +34,7 @@ def tracking_settings(
     for folder in (project, *project.parents):
         if (folder / "settings.ini").is_file():
             found: Settings = load_settings(folder / "settings.ini")
-            uri = re.sub(r"^sqlite:///(?!/)", f"sqlite:///{project}/", found.get("tracking_uri"))
+            uri = in_project(found.get("tracking_uri"), project)
             return (uri, found.get("experiment", "llmkit")) if uri else None
     return None
 

@@ -201,3 +201,18 @@ def test_whoever_talks_to_a_server_that_does_not_answer_holds_up_nobody_else(pro
     assert [r.id for r in tracking.untold(project.path)] == [run.id]
     os.close(talking)
     assert [r.id for r in settle(project.path, wait=1)] == [run.id] and tracking.untold(project.path) == []
+
+
+@pytest.mark.parametrize("name", ["repo_feature%2Fx", "what? #1 ü's", "ba\\1ck{x}"])
+def test_the_runs_of_a_folder_of_any_name_are_in_its_own_database(project, empty_mlflow, name):
+    "Build servers call workspaces so; SQLAlchemy decodes an address, and took it for another project's."
+    project.path = project.path.rename(project.path.with_name(name))
+    project.track(empty_mlflow)
+    run = open_run(project.path, "x", tags={})
+    run.save(state="failed", ended=now(), exit_code=1)
+    run.close()
+    assert [r.id for r in settle(project.path)] == [run.id] and project.mlflow() == ["FAILED"]
+    with sqlite3.connect(project.path / "mlflow.db") as db:
+        db.execute("update runs set status = 'RUNNING'")
+    (problem,) = mlflow_problems(project.path)
+    assert "RUNNING, and nobody runs it" in problem
