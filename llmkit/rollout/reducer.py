@@ -117,7 +117,8 @@ def _command(policy: RolloutPolicy, s: RolloutState, e: Event, ev: Evidence) -> 
         "pause": ("Progressing",), "resume": ("Paused",), "promote": ("Progressing", "Paused"),
         "abort": ("Progressing", "Paused"), "retry": ("Degraded",), "undo": ("Healthy",),
     }[kind]  # fmt: skip
-    if s.phase not in allowed:
+    timed = s.paused_by == "step" and policy.steps[s.step].duration is not None  # it would end by itself
+    if s.phase not in allowed and not (kind == "pause" and timed):
         raise KitError(f"cannot {kind} a rollout that is {s.phase}", key=s.id, value=s.reason, remedy=_REMEDY[s.phase])
     order = digest_json({k: e[k] for k in ("kind", "who", "because", "time") if k in e})
     because = f"{who or 'somebody'}: {e.get('because') or kind}"
