@@ -297,6 +297,10 @@ def _shadow_rule(entry: Any, alpha: float, key: str) -> Rule:
     if rule.metric not in SHADOW_METRICS or rule.on != "shadow" or rule.against not in (None, "baseline"):
         fix = f"Rules on shadow, against baseline or nothing, of {', '.join(SHADOW_METRICS)}"
         raise ParamsError("cannot be judged in the shadow", key=key, value=str(rule), remedy=fix)
+    if rule.min_n > PAIRS:
+        raise ParamsError(
+            f"no more than {PAIRS} pairs are kept", key=f"{key}.min_n", value=rule.min_n, remedy="Ask for fewer"
+        )
     if rule.test in PAIRED and rule.limit >= 1 and not rule.metric.startswith("latency"):
         raise _too_wide(rule.metric, rule.limit, 1, f"{key}.{rule.test}")
     return rule
@@ -319,7 +323,11 @@ def _unsound(p: RolloutPolicy) -> tuple[str, str, str] | None:
                 return f"steps[{i}]", "an analysis without a rule that can pass", f"Add rules to {'shadow' if stage == 'shadow' else 'canary'}"  # fmt: skip
     if last != ("setWeight", "noninferiority") or p.steps[-1].kind in ("shadow", "setWeight"):
         return "steps", "may promote what was not shown to be good", "End with setWeight and an analysis that requires noninferiority"  # fmt: skip
-    short = min(s.min_duration for s in canary)
+    short, quick = min(s.min_duration for s in canary), min(s.max_duration for s in canary if s.require == "noninferiority")  # fmt: skip
+    if any(METRICS[g.metric].labelled and not g.dry_run for g in p.canary) and p.label_lag >= quick:
+        return "label_lag", "no feedback of a stage counts before its analysis is over", "Shorten it, or lengthen max_duration"  # fmt: skip
+    if p.unit == "user" and p.settle >= quick:
+        return "settle", "no user of a stage counts before its analysis is over", "Shorten it, or lengthen max_duration"
     if any(g.metric == "stall_rate" and not g.dry_run for g in p.canary) and not 0 < 3 * p.stall_after <= short:
         return "stall_after", "a third of the shortest analysis of the canary at most: of requests that hang, those of the last `stall_after` are not known yet", "Shorten it, or lengthen min_duration"  # fmt: skip
     if list(p.strata) != sorted(set(p.strata)) or any(x < 1 for x in p.strata):
