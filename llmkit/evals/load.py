@@ -228,13 +228,15 @@ def quantiles_with_failures(
     rows: Sequence[Mapping[str, Any]],  # at least one of them answered
     values: Sequence[float],  # (n,) from `counted`
     at: Sequence[float] = (0.5, 0.95, 0.99),
+    busy: Sequence[int] | None = None,  # (n,) busy period of each request
 ) -> list[Measurement]:
     "Quantiles of all requests; one that falls among the failures gains the ending `_at_least`."
     bad, out = sum(not r["ok"] for r in rows), []
     slowest = max(v for v, r in zip(values, rows, strict=True) if r["ok"])
-    for q, m in zip(at, quantiles(metric, values, f"counted/{metric}", at), strict=True):
+    for q, m in zip(at, quantiles(metric, values, f"counted/{metric}", at, busy), strict=True):
         inside = math.ceil(q * (len(rows) - 1)) >= len(rows) - bad
-        how = f"{m.method}; {bad} failures count as slower than any answer" if bad else m.method
+        how = m.method.replace("clusters", "busy periods")
+        how += f"; {bad} failures count as slower than any answer" if bad else ""
         high = m.high if m.high is not None and m.high <= slowest else None
         if inside:
             m = replace(m, metric=f"{m.metric}_at_least")
@@ -302,10 +304,11 @@ def load_report(
         raise KitError(f"no request was answered; {why}", key=subject, remedy="See the server's log")
     out: list[Measurement] = []
     table = {"id": [r["id"] for r in rows], "failed": [1 - r["ok"] for r in rows]}
+    busy = busy_periods(rows, (context or {}).get("slots", 1))
     for metric in ("latency", "ttft", "inter_token", "longest_gap"):
         table[metric] = counted(metric, rows)
-        out += quantiles_with_failures(metric, rows, table[metric])
-    out += quantiles("queued", [r["queued"] for r in rows], "requests/queued")
+        out += quantiles_with_failures(metric, rows, table[metric], busy=busy)
+    out += quantiles("queued", [r["queued"] for r in rows], "requests/queued", clusters=busy)
     span = max(r["scheduled"] + r["latency"] for r in rows) - min(r["scheduled"] for r in rows)
     how = f"open loop, Poisson arrivals at {per_second:g}/s, latency from the scheduled arrival"
     met, n = [objective.met(r) for r in rows], len(rows)
@@ -314,7 +317,6 @@ def load_report(
     came = max(r["scheduled"] for r in rows) - min(r["scheduled"] for r in rows)
     how = f"{n} arrivals in {came:.3g} s of a Poisson process that was asked for {per_second:g}/s"
     out.append(Measurement("offered_per_second", n / came if came else per_second, n, direction="none", unit="1/s", method=how))  # fmt: skip
-    busy = busy_periods(rows, (context or {}).get("slots", 1))
     out.append(busy_rate("objective_rate", met, busy, "requests/met"))
     out.append(rate("error_rate", table["failed"], "requests/failed", direction="lower"))
     requests = {k: [r[k] for r in rows] for k in rows[0]} | {"met": met, "failed": table["failed"], "busy": busy}

@@ -96,12 +96,13 @@ def quantiles(
     values: Sequence[float],  # seconds
     samples: str,
     at: Sequence[float] = (0.5, 0.95, 0.99),
+    clusters: Sequence | None = None,  # (n,) label of each value's cluster
 ) -> list[Measurement]:
     "Quantiles with distribution-free intervals."
-    out = []
+    out, number = [], "" if clusters is None else f", {len(set(clusters))} clusters"
     for q in at:
-        value, low, high = quantile_interval(values, q)
-        method = "order statistics" + ("" if high is not None else "; too few samples for an upper end")
+        value, low, high = quantile_interval(values, q, clusters=clusters)
+        method = f"order statistics{number}" + ("" if high is not None else "; too few samples for an upper end")
         out.append(
             Measurement(
                 f"{metric}_p{q * 100:g}",

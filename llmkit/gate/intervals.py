@@ -304,12 +304,19 @@ def quantile_interval(
     values: Sequence[float],  # (n,) such as latencies
     q: float,  # 0.95 for the 95th percentile
     level: float = 0.95,  # confidence, two-sided, at least
+    clusters: Sequence | None = None,  # (n,) label of each value's cluster
 ) -> tuple[float, float | None, float | None]:
     "A quantile with distribution-free ends, each None where the sample is too small for it."
     x, n, a = np.sort(np.asarray(values, float)), len(values), tail(level)
     if n < 1 or not 0 < q < 1:
         raise KitError("needs values and a quantile between 0 and 1", value=(n, q))
-    below = bdtr(np.arange(n), n, q)  # P(at most k values lie below the quantile), k = 0 … n-1
-    lo = int(np.searchsorted(below, a, side="right")) - 1  # x[lo] exceeds it with probability ≤ a
-    hi = int(np.searchsorted(below, 1 - a))  # P(hi values or fewer below) ≥ 1 - a
+    sizes = np.bincount(cluster_numbers(n, clusters))
+    if len(sizes) == n:
+        below = bdtr(np.arange(n), n, q)  # P(at most k values lie below the quantile), k = 0 … n-1
+        lo = int(np.searchsorted(below, a, side="right")) - 1  # x[lo] exceeds it with probability ≤ a
+        hi = int(np.searchsorted(below, 1 - a))  # P(hi values or fewer below) ≥ 1 - a
+    else:
+        units = effective(sizes)
+        far = min(1.0, float(stdtrit(freedom(units), 1 - a)) * np.sqrt(q * (1 - q) / units))
+        lo, hi = int(np.ceil(n * (q - far))) - 1, int(np.floor(n * (q + far)))
     return float(np.quantile(x, q)), float(x[lo]) if lo >= 0 else None, float(x[hi]) if hi < n else None

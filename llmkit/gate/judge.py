@@ -163,6 +163,8 @@ def _enlarge(m: Measurement) -> str:
     need = least_values(m)
     if need == 1:
         return "Choose another bound, or enlarge the sample"
+    if m.n >= need:
+        return f"Leave 'bound' out, or measure longer or at a calmer rate: its values hang together ({m.method})"
     return f"Leave 'bound' out, or measure {need} values or more: fewer do not bound it at a level of {m.level:g}. Where prompts are asked in rounds, that is {need} different prompts"
 
 

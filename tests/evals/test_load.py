@@ -27,7 +27,7 @@ from llmkit.evals.load import (
     load_run,
 )
 from llmkit.evals.suite import make_suite
-from llmkit.gate.intervals import wilson
+from llmkit.gate.intervals import quantile_interval, wilson
 from llmkit.gate.judge import judge
 from llmkit.runtime.dummy import DummyEngine
 from llmkit.runtime.engine import load_engine
@@ -284,13 +284,15 @@ def test_the_lower_end_of_the_share_in_time_lies_above_the_truth_as_seldom_as_it
 
     limit = np.quantile([r["latency"] for r in queue(60_000)[warm:]], truth)
     share = np.mean([r["latency"] <= limit + 1e-9 for r in queue(60_000)[warm:]])
-    too_high, wilsons = 0, 0
+    too_high, wilsons, too_low = 0, 0, 0
     for _ in range(200):
         rows = queue(208)[8:]
+        _, _, end = quantile_interval([r["latency"] for r in rows], truth, clusters=busy_periods(rows, slots))
+        too_low += end is not None and end < limit - 1e-9
         met = [int(r["latency"] <= limit + 1e-9) for r in rows]
         m = busy_rate("objective_rate", met, busy_periods(rows, slots), "requests/met")
         too_high, wilsons = too_high + (m.low > share), wilsons + (wilson(sum(met), 200).low > share)
-    assert too_high <= 0.10 * 200  # few and unequal periods: up to 1 in 12 at a stated 1 in 40
+    assert max(too_high, too_low) <= 0.10 * 200  # few and unequal periods: up to 1 in 12 at a stated 1 in 40
     assert wilsons > 0.15 * 200 or load < 0.8
 
 
