@@ -164,7 +164,7 @@ def _route(
     app: Any, method: str, path: str, summary: str, handler: Callable, schema: Any = None, kind: str = ""
 ) -> None:
     "Add a route with its description."
-    codes = {400: "refused", 401: "no valid key", 403: "not allowed", 404: "not found", 413: "too large"}
+    codes = {400: "refused", 401: "no valid key", 403: "not allowed", 404: "not found", 413: "too large", 415: "packed"}
     codes |= {429: "over a limit", 500: "failed", 502: "upstream failed", 503: "busy", 504: "took too long"}
     shape = {"application/json": {"schema": ERROR}}
     responses = {
@@ -212,9 +212,10 @@ def _inference_routes(app: Any, gateway: Gateway, state: Mapping[str, Any], max_
 
     def compute(work: Callable, key_only: bool = False):
         async def handle(request):
-            gateway.authenticate(request.headers.get("authorization"))
+            key = gateway.authenticate(request.headers.get("authorization"))
             if key_only:
                 return work(gateway)
+            await gateway.admit(key)
             return await read_request(request, max_body, read=lambda body: work(gateway, read_body(body)))
 
         return handle
@@ -256,7 +257,7 @@ def _other_routes(app: Any, gateway: Gateway, state: Mapping[str, Any], max_body
     responses = need("starlette.responses", "serve")
 
     async def feedback(request):
-        gateway.authenticate(request.headers.get("authorization"))
+        await gateway.admit(gateway.authenticate(request.headers.get("authorization")))
         got = checked(await read_request(request, max_body), FEEDBACK)
         if gateway.events is None:
             raise ApiError(404, "This server keeps no events", code="not_supported")

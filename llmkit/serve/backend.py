@@ -135,7 +135,7 @@ class EngineBackend:
 
     def _too_long(self, tokens: str, param: str) -> ApiError:
         "What a prompt of so many tokens is told."
-        told = f"The prompt has {tokens} tokens and the context holds {self.context}, answer included"
+        told = f"The prompt has {tokens} tokens, and this model's maximum context length is {self.context}, answer included"
         return ApiError(400, told, param=param, code="context_length_exceeded")
 
     def _fits(self, ids: Sequence[int], param: str) -> None:

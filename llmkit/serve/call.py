@@ -45,14 +45,19 @@ SHARED = {
     "stream": _maybe("boolean"),
     # nothing is padded here, so that there is no obfuscation to leave out
     "stream_options": _maybe(
-        "object", properties=dict.fromkeys(("include_usage", "include_obfuscation"), _maybe("boolean"))
+        "object",
+        properties=dict.fromkeys(("include_usage", "include_obfuscation", "continuous_usage_stats"), _maybe("boolean")),
     ),
     "user": _maybe("string", maxLength=512),
     # the answer is the same with them
     "metadata": _maybe(
         "object", properties={"group": _maybe("string", maxLength=64)}, additionalProperties=True
     ),  # its `group` goes into the log, for fairness; the rest is ignored
-    **dict.fromkeys(("service_tier", "safety_identifier", "prompt_cache_key"), _maybe("string", maxLength=512)),
+    **dict.fromkeys(
+        ("service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+        _maybe("string", maxLength=512),
+    ),
+    "prompt_cache_options": _maybe("object"),
     # would change the answer
     **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_p", "length_penalty"), _only(0)),
     "repetition_penalty": _only(1),
@@ -80,7 +85,7 @@ COMPLETION = {
 # %% ../../nbs/08_serve/01b_call.ipynb #ef92d0d4
 _PART = {
     "type": "object",
-    "properties": {"type": {"enum": ["text"]}, "text": {"type": "string"}},
+    "properties": {"type": {"enum": ["text"]}, "text": {"type": "string"}, "prompt_cache_breakpoint": _maybe("object")},
     "required": ["type", "text"],
 }
 MESSAGE = {
@@ -101,10 +106,12 @@ CHAT = {
     "top_logprobs": _maybe("integer", minimum=0, maximum=20),
     "response_format": _only({"type": "text"}),
     "parallel_tool_calls": _maybe("boolean"),
-    "tool_choice": _only("none"),
+    **dict.fromkeys(("tool_choice", "function_call"), _only("none")),
     **dict.fromkeys(("tools", "functions"), _only([])),
     **dict.fromkeys(("modalities",), _only(["text"])),
-    **dict.fromkeys(("reasoning_effort", "audio", "prediction", "verbosity"), _only()),
+    **dict.fromkeys(
+        ("reasoning_effort", "audio", "prediction", "verbosity", "web_search_options", "moderation"), _only()
+    ),
 }
 SCHEMAS = {
     "completion": {"type": "object", "properties": COMPLETION, "required": ["model", "prompt"]},
@@ -140,6 +147,7 @@ class Call:
     echo: bool = False
     stream: bool = False
     include_usage: bool = False
+    usage_each: bool = False  # and so far, in each chunk of the stream: vLLM's `continuous_usage_stats`
     user: str | None = None
     group: str = ""  # of the person, as the client says in `metadata`: for the log, never for the answer
 
@@ -162,6 +170,7 @@ def parse(
     lp = got.get("logprobs") if kind == "completion" else (got.get("top_logprobs", 0) if got.get("logprobs") else None)
     if kind == "chat" and "top_logprobs" in got and not got.get("logprobs"):
         raise ApiError(400, "'top_logprobs' needs 'logprobs': true", param="top_logprobs", code="invalid_value")
+    options = got.get("stream_options") or {}
     call = Call(
         kind,
         got["model"],
@@ -178,7 +187,8 @@ def parse(
         ignore_eos=got.get("ignore_eos", False),
         logprobs=_whole(lp),
         **{k: got.get(k, False) for k in ("echo", "stream")},
-        include_usage=bool((got.get("stream_options") or {}).get("include_usage")),
+        include_usage=bool(options.get("include_usage")),
+        usage_each=bool(options.get("continuous_usage_stats")),
         user=got.get("user"),
         group=(got.get("metadata") or {}).get("group") or "",
     )
@@ -191,6 +201,9 @@ def _agree(call: Call) -> Call:
         raise ApiError(400, "'max_tokens' may be 0 only with 'echo'", param="max_tokens", code="invalid_value")
     if call.include_usage and not call.stream:
         raise ApiError(400, "'stream_options' needs 'stream': true", param="stream_options", code="invalid_value")
+    if call.usage_each and not call.include_usage:
+        told = "'continuous_usage_stats' needs 'include_usage': true"
+        raise ApiError(400, told, param="stream_options", code="invalid_value")
     return call
 
 

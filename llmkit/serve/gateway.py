@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -162,6 +163,15 @@ class Gateway:
         with hurried():
             return self.keys.check(header, scope)
 
+    async def admit(self, key: Key) -> None:
+        "Count a request that asks the model for nothing; raises `ApiError` 429."
+        if self.limits is not None:
+            try:
+                await patiently(self.limits.reserve, key.account, 0, 0)
+            except RateLimited as e:
+                self.metrics.rejected.labels(e.kind).inc()
+                raise
+
 # %% ../../nbs/08_serve/11_gateway.ipynb #dcb17f4b
 _LABEL = re.compile(r"\s*([\w-]{1,40}):")
 
@@ -214,6 +224,7 @@ class Exchange:
         self.told = False  # that it runs for long
         self.found: Found = Counter()
         self.confidence = Confidence()
+        self.sampled: Mapping[str, Any] = {}  # what the sampler found
         self.guards: dict[int, OutputGuard] = {}
         self.event: dict[str, Any] | None = None
         self.parent = ""  # the caller's `traceparent`
@@ -286,13 +297,16 @@ class Exchange:
         seen = {"joules": g.joules(), "meter": g.meter[0]} if whole else {}
         seen |= {"group": self.call.group} if self.call is not None and self.call.group else {}
         seen |= self.confidence.event(text) if whole else {}
-        if whole and g.sampler is not None:
-            try:
-                with hurried():
-                    seen |= g.sampler.look(self.reply.id, self.call, text)
-            except (OSError, sqlite3.Error):  # as with the log: seen, and no answer is lost
-                g.metrics.event_failures.inc()
-        return seen
+        return seen | self.sampled
+
+    def sample(self) -> Mapping[str, Any]:
+        "What the sampler finds in the answer, which is whole."
+        try:
+            with hurried():
+                return self.gateway.sampler.look(self.reply.id, self.call, self.reply.texts.get(0, ""))
+        except (OSError, sqlite3.Error):  # as with the log: seen, and no answer is lost
+            self.gateway.metrics.event_failures.inc()
+            return {}
 
     def _tell(self, status: str) -> None:
         "To the log, the metrics and the router."
@@ -317,6 +331,8 @@ class Exchange:
             self.gateway.metrics.rejected.labels(e.kind).inc()
         if isinstance(e, Blocked):
             self.found.update(e.found)
+        with suppress(AttributeError):  # an error that takes none
+            e.request_id = self.id  # for the response, so that whoever got it finds the event
         known = isinstance(e, ApiError)
         status, code = (e.status, e.code) if known else (500, "internal_error")
         self.end("error" if status >= 500 else "rejected", status, code)
@@ -401,6 +417,7 @@ async def _start_on(self: Gateway, x: Exchange, name: str) -> None:
         x.release = backend.release
         x.work = await _aside(x.call, backend.prepare, x.call)
         x.reply = Reply(x.call, x.call.model, fingerprint(backend.identity), self.clock)
+        x.reply.usage.prompt = x.work.prompt_tokens if x.work.ids else 0  # counted, or estimated and not told
         if self.limits is not None and x.held is None:
             x.held = await patiently(self.limits.reserve, x.key.account, x.work.prompt_tokens, x.work.most)
         try:
@@ -430,6 +447,8 @@ async def pieces(self: Exchange) -> AsyncIterator[Piece]:
                 break
             self.waits = self.gateway.timer()
         self.reply.usage = self.answer.usage
+        if self.gateway.sampler is not None:
+            self.sampled = await _aside(self.call, self.sample)
     except (asyncio.CancelledError, GeneratorExit):
         self.end("cancelled", 499, "client_disconnected")
         raise

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'CONNECTIONS', 'PATIENCE', 'error_response', 'told', 'refuse_pages', 'is_loopback', 'careful',
-           'room_for_connections', 'require_port', 'guarded_protocol', 'listening', 'read_request', 'unless_gone',
-           'answer', 'event_stream']
+           'room_for_connections', 'require_port', 'guarded_protocol', 'address', 'headed', 'listening', 'read_request',
+           'unless_gone', 'answer', 'event_stream']
 
 # %% ../../nbs/08_serve/12_http.ipynb #cd346676
 import asyncio
@@ -13,6 +13,7 @@ import logging
 import math
 import resource
 import socket
+import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from ipaddress import ip_address
 from typing import Any
@@ -30,17 +31,24 @@ from .wire import ApiError, read_body
 log = logging.getLogger("llmkit.serve")
 
 
-def error_response(e: ApiError) -> Any:
+def error_response(
+    e: ApiError,
+    request: str = "",  # its id, under which the log has it; empty: it has none
+) -> Any:
     "An error as a response."
-    return need("starlette.responses", "serve").JSONResponse(e.body(), e.status, headers=e.headers)
+    headers = {**e.headers, "x-request-id": request} if request else e.headers
+    return need("starlette.responses", "serve").JSONResponse(e.body(), e.status, headers=headers)
 
 
 def told(e: Exception) -> ApiError:
-    "What the caller is told; of a failure of the server the log learns where it happened, and nothing else."
+    "What the caller is told; of a failure of the server the log learns where it happened, and of one of files or databases also how."
     e = unlocked(e)
     cause = e.__cause__ if isinstance(e, ApiError) else e
     if cause is not None and getattr(e, "status", 500) == 500:
-        log.error("%s at %s", type(cause).__name__, place_of(cause))
+        why = (
+            f": {cause}" if isinstance(cause, (OSError, sqlite3.Error)) else ""
+        )  # of the machine, not of what was said
+        log.error("%s at %s%s", type(cause).__name__, place_of(cause), why)
     internal = "The server failed on this request"
     return e if isinstance(e, ApiError) else ApiError(500, internal, type="server_error", code="internal_error")
 
@@ -82,7 +90,7 @@ def careful(handler: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaitab
             got = await handler(request)
             return got if isinstance(got, responses.Response) else responses.JSONResponse(got)
         except Exception as e:
-            return error_response(told(e))
+            return error_response(told(e), getattr(e, "request_id", ""))
 
     return handle
 
@@ -148,6 +156,24 @@ def guarded_protocol(
     return Guarded
 
 
+def address(
+    host: str,
+    port: int,
+    path: str = "/",
+) -> str:
+    "Where people find a server, to click on; an IPv6 address stands in brackets."
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}{path}"
+
+
+def headed(app: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+    "An ASGI application that answers `HEAD` as it does `GET`; uvicorn leaves the body out."
+
+    async def ask(scope, receive, send):
+        await app({**scope, "method": "GET"} if scope.get("method") == "HEAD" else scope, receive, send)
+
+    return ask
+
+
 def listening(
     app: Any,  # an ASGI application
     host: str,
@@ -158,7 +184,7 @@ def listening(
     require_port(host, port)
     quiet = {"log_level": "warning", "access_log": False, "server_header": False, "ws": "none"}
     guard = {"http": guarded_protocol(room_for_connections()), "timeout_keep_alive": math.ceil(PATIENCE)}
-    return need("uvicorn", "serve").Config(app, host, port, **quiet, **guard, **options)
+    return need("uvicorn", "serve").Config(headed(app), host, port, **quiet, **guard, **options)
 
 # %% ../../nbs/08_serve/12_http.ipynb #a23afc5a
 PATIENCE = 30.0  # seconds that a body may take
@@ -170,8 +196,11 @@ async def read_request(
     patience: float = PATIENCE,  # seconds until the body must be there
     read: Callable[[bytes], Any] = read_body,  # gives what the body says
 ) -> Any:
-    "What a body says, read in a thread when it is large; raises `ApiError`: 413 before more than `limit` bytes are in memory, 408 when it takes too long."
+    "What a body says, read in a thread when it is large; raises `ApiError`: 413 before more than `limit` bytes are in memory, 408 when it takes too long, 415 for one that is packed."
     too_large = ApiError(413, f"The body may have {limit} bytes", code="request_too_large")
+    if (packed := request.headers.get("content-encoding", "identity").strip().lower()) != "identity":
+        told = f"The body is packed ({packed[:64]}), and only plain ones are read: send it without Content-Encoding"
+        raise ApiError(415, told, code="unsupported_encoding")
     said = request.headers.get("content-length", "")
     if said.isdigit() and int(said) > limit:
         raise too_large
@@ -266,7 +295,7 @@ async def event_stream(x: Exchange, first: Piece | None, pieces: AsyncIterator[P
 
 
 def _event(x: Exchange, p: Piece) -> list[bytes]:
-    "The event for a piece; none when nothing can be seen in it."
+    "The events for a piece; none when nothing can be seen in it."
     new = p.text or p.finish or p.logprobs or p.index not in x.reply.texts
     x.reply.add(p)
-    return [sse(x.reply.chunk(p))] if new else []
+    return [sse(c) for c in x.reply.chunks(p)] if new else []

@@ -247,22 +247,31 @@ class Reply:
             return None
         return chat_logprobs(tokens) if self.call.kind == "chat" else completion_logprobs(tokens, starts)
 
-    def chunk(self, p: Piece) -> dict[str, Any]:
-        "A piece as a chunk of a stream; add it before."
-        end, new = {"index": p.index, "finish_reason": p.finish}, len(p.logprobs)
-        end["logprobs"] = self._logprobs(p.logprobs, self.starts[p.index][-new:]) if new else None
-        more = {"usage": None} if self.call.include_usage else {}
-        if self.call.kind == "completion":
-            return {**self.head, "object": "text_completion", "choices": [{**end, "text": p.text}], **more}
-        first = {} if p.index in self.opened else {"role": "assistant"}
-        self.opened.add(p.index)
-        delta = {**first, **({"content": p.text} if p.text or first else {})}
-        return {**self.head, "object": "chat.completion.chunk", "choices": [{**end, "delta": delta}], **more}
+    def chunks(self, p: Piece) -> list[dict[str, Any]]:
+        "A piece as chunks of a stream; add it before. A chat's choice is opened by its role alone."
+        chat, new = self.call.kind == "chat", len(p.logprobs)
+        lps = self._logprobs(p.logprobs, self.starts[p.index][-new:]) if new else None
+        said = {"delta": {"content": p.text} if p.text else {}} if chat else {"text": p.text}
+        out = [{"finish_reason": p.finish, "logprobs": lps, **said}]
+        if chat and p.index not in self.opened:
+            self.opened.add(p.index)
+            role = {"role": "assistant", "content": "", "refusal": None}
+            out.insert(0, {"finish_reason": None, "logprobs": None, "delta": role})
+        return [{**self._chunk({"index": p.index, **c}), **self._so_far()} for c in out]
+
+    def _so_far(self) -> dict[str, Any]:
+        "The usage in a chunk, for a call that asks for it; null until the end, or until the prompt is counted."
+        each = self.call.usage_each and self.usage.prompt
+        return {"usage": self.usage.body() if each else None} if self.call.include_usage else {}
+
+    def _chunk(self, *choices: dict[str, Any]) -> dict[str, Any]:
+        "A chunk of a stream."
+        kind = "chat.completion.chunk" if self.call.kind == "chat" else "text_completion"
+        return {**self.head, "object": kind, "choices": list(choices)}
 
     def last(self) -> dict[str, Any]:
         "The chunk without choices that tells the usage."
-        kind = "chat.completion.chunk" if self.call.kind == "chat" else "text_completion"
-        return {**self.head, "object": kind, "choices": [], "usage": self.usage.body()}
+        return {**self._chunk(), "usage": self.usage.body()}
 
 # %% ../../nbs/08_serve/02_reply.ipynb #54e0e2cf
 _BREAKS = {

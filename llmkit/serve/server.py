@@ -38,7 +38,7 @@ from .app import make_app
 from .backend import Backend, EngineBackend
 from .events import Events, events_file
 from .gateway import Gateway
-from .http import is_loopback, listening, require_port
+from .http import address, is_loopback, listening, require_port
 from .keys import Keys, keys_file
 from .limits import Limits, Price
 from .measured import LIVE, Measured
@@ -210,7 +210,7 @@ def run(
                 name = self.servers[0].sockets[0].getsockname()
                 gc.collect()
                 gc.freeze()  # what is here will stay
-                started(f"{gateway.model} on http://{f'[{host}]' if ':' in host else host}:{name[1]}/v1")
+                started(f"{gateway.model} on {address(host, name[1], '/v1')}")
 
         async def on_tick(self, counter):
             return await super().on_tick(counter) or state["fault"] is not None

@@ -204,7 +204,7 @@ def _members(schema: Mapping) -> Check | None:
 
 
 def _fields(schema: Mapping) -> Check | None:
-    "The first fault in the members of an object: one that is missing, one that is not known, one that is wrong."
+    "The first fault in the members of an object: one that is wrong, one that is missing, one that is not known."
     if "properties" not in schema:
         return None
     known, required = {k: checker(v) for k, v in schema["properties"].items()}, schema.get("required", ())
@@ -214,11 +214,16 @@ def _fields(schema: Mapping) -> Check | None:
         if not isinstance(value, dict):
             return None
         dot = f"{path}." if path else ""
+        there = [(k, v) for k, v in value.items() if k in known and not (v is None and k in required)]
+        if wrong := next((f for k, v in there if (f := known[k](v, dot + k))), None):
+            return (
+                wrong  # first, since what must be there and what may be often hangs on it: a role, the type of a part
+            )
         lost = [k for k in required if value.get(k) is None]
-        odd = [k for k in value if k not in known and not open_]
+        odd = [k for k, v in value.items() if k not in known and v is not None and not open_]  # null is absent
         if lost or odd:
             why = "is required" if lost else f"is not a parameter here. {did_you_mean(odd[0], known)}"
             return dot + (lost or odd)[0][:64], why
-        return next((f for k, v in value.items() if k in known and (f := known[k](v, dot + k))), None)
+        return None
 
     return check
