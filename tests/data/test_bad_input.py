@@ -523,3 +523,59 @@ def with_splits(rows, dataset):
     "Rows with the split that each has in a dataset."
     where = {r["id"]: s for s in ("train", "validation", "test") for r in read_jsonl(dataset / f"{s}.jsonl")}
     return [(r, where[r["id"]]) for r in rows]
+
+
+CHAT = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Where is my card?"}, {"from": "gpt", "value": "On its way."}]  # fmt: skip
+
+
+def test_a_chat_as_sharegpt_writes_it_is_read_and_an_unknown_speaker_is_named(make):
+    rows = [{"conversations": [*CHAT[:1], {"from": "human", "value": f"Question {i}?"}, CHAT[2]]} for i in range(30)]
+    rows += [{"conversations": [*CHAT, {"from": "observation", "value": "sunny"}]}]
+    data = make(rows, shape=Shape({"messages": "conversations"}))
+    said = next(read_jsonl(data / "train.jsonl"))["messages"]
+    assert [m["role"] for m in said] == ["system", "user", "assistant"] and said[0]["content"] == "Be brief."
+    [bad] = read_jsonl(data / "quarantine.jsonl")
+    assert "messages[3].role: unknown role (got 'observation')" in bad["reason"]
+
+
+def test_an_answer_of_no_weight_is_not_learnt(make):
+    rows = good_rows() + [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": w}], "label": "x"} for w in (0, 1)]  # fmt: skip
+    [bad] = read_jsonl(make(rows) / "quarantine.jsonl")
+    assert "messages[-1].weight: nothing is to be learnt from the last answer (got 0)" in bad["reason"]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_array_is_told_from_json_lines(make, indent):
+    with pytest.raises(KitError, match="rows.jsonl: is one JSON array, and not JSON Lines.*jq"):
+        make(json.dumps(good_rows(), indent=indent).encode())
+
+
+@pytest.mark.parametrize("between", [";", "\t"])
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_a_table_says_in_its_header_what_stands_between_cells(make, between, ends):
+    lines = [between.join(("text", "category"))]
+    lines += [between.join((f'"{r["prompt"]}, or{between}{ends}so"', r["label"])) for r in good_rows()]
+    data = make(("\ufeff" + ends.join(lines) + ends).encode(), "csv", TABLE)
+    assert read_json(data / "profile.json")["rows"]["out"] == 40
+    assert f", or{between}{ends}so" in next(read_jsonl(data / "train.jsonl"))["messages"][0]["content"]
+
+
+def test_latin1_is_what_windows_writes(make):
+    text = "“Where” is my 5 € refund – please?"
+    lines = [f"{text} {i},{r['label']}" for i, r in enumerate(good_rows())]
+    data = make("\n".join(["text,category", *lines]).encode("cp1252"), "csv", TABLE, encoding="latin-1")
+    assert next(read_jsonl(data / "train.jsonl"))["messages"][0]["content"].startswith(text)
+
+
+@pytest.mark.parametrize("names", [("train.jsonl", "test.jsonl"), ("data/train-00000-of-1.jsonl", "data/validation-00000-of-1.jsonl"), ("split=train/0.jsonl", "split=test/0.jsonl")])  # fmt: skip
+def test_files_named_after_splits_are_not_divided_anew(make, tmp_path, names):
+    "Somebody's test in the training would be found by nobody."
+    rows = [json.dumps(r) for r in good_rows()]
+    for name, part in zip(names, (rows[:30], rows[30:]), strict=True):
+        (tmp_path / "rows" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "rows" / name).write_text("\n".join(part))
+    with pytest.raises(KitError, match=r"rows: splits: the files are called after splits.*splits: \{test.csv: test\}"):
+        make(tmp_path / "rows")
+    data = make(tmp_path / "rows", splits={names[1]: "test"})
+    assert read_json(data / "profile.json")["splits"]["test"] >= 10
+    make(tmp_path / "rows", splits={names[1]: None})
