@@ -961,6 +961,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'llmkit.flow.plan': { 'llmkit.flow.plan.Plan': ('12_flow/plan.html#plan', 'llmkit/flow/plan.py'),
                                   'llmkit.flow.plan.Plan.checkpoints': ('12_flow/plan.html#plan.checkpoints', 'llmkit/flow/plan.py'),
                                   'llmkit.flow.plan.Plan.digest': ('12_flow/plan.html#plan.digest', 'llmkit/flow/plan.py'),
+                                  'llmkit.flow.plan._cache_dir': ('12_flow/plan.html#_cache_dir', 'llmkit/flow/plan.py'),
                                   'llmkit.flow.plan.cache_folder': ('12_flow/plan.html#cache_folder', 'llmkit/flow/plan.py'),
                                   'llmkit.flow.plan.check_cache': ('12_flow/plan.html#check_cache', 'llmkit/flow/plan.py'),
                                   'llmkit.flow.plan.check_kit': ('12_flow/plan.html#check_kit', 'llmkit/flow/plan.py'),

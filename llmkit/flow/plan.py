@@ -7,7 +7,6 @@ __all__ = ['check_kit', 'cache_folder', 'check_cache', 'Plan', 'plan', 'needs', 
 
 # %% ../../nbs/12_flow/08_plan.ipynb #38f925b5
 import os
-from configparser import ConfigParser
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import llmkit
 from ..core.digests import digest_json, short
 from ..core.errors import KitError
+from ..core.files import read_text
 from ..core.params import load_params
 from .closure import closure, closure_digest
 from .dag import check_entry, named
@@ -42,9 +42,18 @@ def cache_folder(
     dvc = next((p / ".dvc" for p in (inside, *inside.parents) if (p / ".dvc/config").is_file()), None)
     if dvc is None:
         return None
-    config = ConfigParser(interpolation=None)
-    config.read([dvc / "config", dvc / "config.local"], encoding="utf-8")
-    return (dvc / config.get("cache", "dir", fallback="cache")).resolve()
+    said = [x for x in (_cache_dir(dvc / "config"), _cache_dir(dvc / "config.local")) if x]
+    return (dvc / (said or ["cache"])[-1]).resolve()
+
+
+def _cache_dir(file: Path) -> str | None:
+    "Where a configuration file of DVC has the cache, read as DVC reads it: quotes and comments are no part of a path; raises `KitError`."
+    from configobj import ConfigObj, ConfigObjError
+
+    try:
+        return ConfigObj(read_text(file).splitlines()).get("cache", {}).get("dir") if file.is_file() else None
+    except ConfigObjError as e:
+        raise KitError(f"not a configuration of DVC: {e}", file=file, remedy="Mend that line") from e
 
 
 def check_cache(

@@ -20,7 +20,7 @@ from llmkit.core.errors import KitError
 from llmkit.flow import repro as flow
 from llmkit.flow.dag import dag_write
 from llmkit.flow.notebook import NotebookError
-from llmkit.flow.plan import plan
+from llmkit.flow.plan import cache_folder, check_cache, plan
 from llmkit.flow.records import check_records, sync_records, verify_records
 from llmkit.flow.repro import stop_below
 from llmkit.flow.runs import list_runs
@@ -307,3 +307,20 @@ def test_another_seed_repeats_a_stage_that_has_no_parameter_for_it(pipeline):
     pipeline.params("seed: 8\none: {lr: 1e-4}\nregister: {}\n")
     pipeline.sh("dvc", "repro", "one")
     assert pipeline.read("artifacts/one/out.json") != first
+
+
+@pytest.mark.parametrize("said", ["{}  # ours, and not a part of the name", '"{}"', "'{}'"])
+def test_the_cache_is_where_dvc_finds_it(tmp_path, said):
+    "Its configuration may hold quotes, as DVC writes them around a comma, and comments."
+    folder = tmp_path / "store"
+    (tmp_path / "p/.dvc").mkdir(parents=True)
+    (tmp_path / "p/.dvc/config").write_text(f"[cache]\n    dir = {said.format(folder)}\n")
+    assert cache_folder(tmp_path / "p") == folder
+
+
+def test_a_configuration_that_was_merged_by_halves_is_named(tmp_path):
+    (tmp_path / ".dvc").mkdir()
+    both = "[core]\n<<<<<<< HEAD\n    analytics = false\n=======\n    analytics = true\n>>>>>>> other\n"
+    (tmp_path / ".dvc/config").write_text(both)
+    with pytest.raises(KitError, match=r"\.dvc/config: not a configuration of DVC: .*line 2"):
+        check_cache(tmp_path)
