@@ -30,7 +30,7 @@ from .arms import Arm
 from .policy import METRICS, Guardrail, RolloutPolicy
 from .reports import arm_report, shadow_reports
 from .state import Evidence, RolloutState
-from .window import ENDLESS, Window
+from .window import AT_THE_END, ENDLESS, Window
 
 # %% ../../nbs/09_rollout/06_analysis.ipynb #adaaf271
 def compare(
@@ -100,8 +100,11 @@ def _judge(g: Guardrail, variant: str, w: Window, now: float, harm: float) -> Ru
     limit = g.max_ratio if ratio else g.margin if g.role == "success" else -g.margin
     ends = [x if math.isfinite(x) else None for x in (gap.low, gap.high)]
     text, test = _sentence(g, variant, gap, outcome), "max_ratio" if ratio else "noninferiority"
-    if g.metric.startswith("latency") and (still := Counter(v for v, *_ in w.running.values())):
+    still = Counter(v for v, *_ in w.running.values())
+    if still and g.metric.startswith("latency"):
         text += f". {still[variant]} requests of {variant} and {still['baseline']} of baseline still run: as slow as they have been so far, to show harm, and endless, to pass"
+    elif still and g.metric in AT_THE_END:
+        text += f". {still[variant]} requests of {variant} and {still['baseline']} of baseline still run: what they have not done yet speaks for {variant} to show harm, and against it to pass"
     if g.dry_run:
         outcome, text = "skipped", f"{text}. Dry run: it would be {outcome}, and has no say"
     elif outcome != "pass" and g.because:
@@ -128,12 +131,12 @@ def _sentence(g: Guardrail, variant: str, gap: Gap, outcome: str) -> str:
     return f"{said}: a loss of {g.margin:g} {asked[outcome]}"
 
 # %% ../../nbs/09_rollout/06_analysis.ipynb #1593b96c
-def _hard_stops(policy: RolloutPolicy, w: Window, variants: list[str], alpha: float) -> list[RuleResult]:
+def _hard_stops(policy: RolloutPolicy, w: Window, variants: list[str], now: float, alpha: float) -> list[RuleResult]:
     "Guardrails whose absolute limit is exceeded, at `alpha` each."
     out = []
     for g in policy.canary:
         for v in variants if g.hard_stop and not g.dry_run else ():
-            k, n = w.arms[v].rates.get(g.metric, (0, 0)) if v in w.arms else (0, 0)
+            k, n = w.so_far(v, now).rates.get(g.metric, (0, 0))
             if n >= g.hard_stop.min_n and (low := rate_sequence(k, n, alpha).low) > g.hard_stop.max:
                 text = f"{v} {g.metric} is {k / n:.4g} ({k} of {n}), at least {low:.4g} at every look: the hard stop at {g.hard_stop.max:g} acts at once"
                 out.append(RuleResult(f"{v} {g.metric}: hard stop {g.hard_stop.max:g}", "fail", text, g.metric, v, test="max", value=k / n, low=low, limit=g.hard_stop.max, n=n))  # fmt: skip
@@ -155,14 +158,20 @@ def _freshness(policy: RolloutPolicy, w: Window, shares: dict[str, float], now: 
     if stale:
         others = len(w.without[stale[0]])
         text = f"no request of {', '.join(stale)} for {age[stale[0]]:.0f} s, while {others} users of others have some: "
-        chance = all((1 - shares[v]) ** len(w.without[v]) >= policy.validity.srm_alpha for v in stale)
+        chance = all((1 - shares[v]) ** len(w.without[v]) >= _rare(policy, w, v) / len(arms) for v in stale)
         text += "that may be chance" if chance else "the telemetry is stale"
         if w.counts["early"]:
             text += f". {_early(w)}"
-        if len(w.units) < 10:
-            text += f". Only {len(w.units)} unit(s) were seen, and a unit never changes sides: send `user` or an x-session-id"
+        if (n := len(w.units) + len(w.coming)) < 10:
+            text += f". Only {n} unit(s) were seen, and a unit never changes sides: send `user` or an x-session-id"
         return RuleResult(rule, "inconclusive" if chance else "error", text, "telemetry", "traffic")
     return RuleResult(rule, "pass", f"every arm was heard of in the last {max(0.0, *age.values()):.0f} s", "telemetry", "traffic")  # fmt: skip
+
+
+def _rare(policy: RolloutPolicy, w: Window, variant: str) -> float:
+    "The chance that is left for one more silence to be taken for a fault: of all together it is `srm_alpha`."
+    n = w.silences.get(variant, 0)
+    return policy.validity.srm_alpha / ((n + 1) * (n + 2))
 
 
 def _early(w: Window) -> str:
@@ -203,7 +212,7 @@ def _analyse_canary(policy: RolloutPolicy, s: RolloutState, w: Window, now: floa
     stages, rails = sum(step.kind == "setWeight" for step in policy.steps), [g for g in policy.canary if not g.dry_run]
     tests = len(rails) + sum(g.hard_stop is not None for g in rails)
     harm = policy.alpha / (max(1, tests) * stages * len(variants))
-    if stops := _hard_stops(policy, w, variants, harm):
+    if stops := _hard_stops(policy, w, variants, now, harm):
         return Evidence(Verdict("fail", tuple(stops), policy.digest), samples=samples, silent=False)
     fresh, split = _freshness(policy, w, {v: x / 100 for v, x in s.weights.items()}, now), _split(policy, w, s.weights)
     if bad := [r for r in (fresh, split) if r.outcome == "error"]:
@@ -233,7 +242,7 @@ _COMPARED = ("agreement", "exact_match_rate", "label_agreement")  # of two answe
 def _analyse_shadow(policy: RolloutPolicy, s: RolloutState, w: Window, now: float) -> Evidence:
     "The evidence of a stage in which copies are answered; nothing between two looks."
     n, step = len(w.pairs), policy.steps[s.step]
-    fresh = _freshness(policy, w, {"baseline": 1.0, "shadow": 1.0}, now)
+    fresh = _freshness(policy, w, {"baseline": 1.0, "shadow": s.mirror / 100}, now)
     silent = fresh.outcome != "pass" or not n
     if fresh.outcome == "error":
         return Evidence(Verdict("error", (fresh,), policy.digest), samples=n, silent=silent)

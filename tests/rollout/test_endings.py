@@ -279,7 +279,7 @@ def test_a_wrong_split_is_an_error_and_pauses(tmp_path):
 def test_a_silent_arm_is_stale_and_an_error(tmp_path):
     w = World(tmp_path)
     w.traffic(500)
-    users = [u for u in (f"v{i}" for i in range(60)) if w.c.assign(u) == "baseline"]
+    users = [u for u in (f"v{i}" for i in range(120)) if w.c.assign(u) == "baseline"]
     for i, u in enumerate(users * 20):  # few of them, so that the split of the users is not yet doubted
         w.request(unit=u)
         if i % 20 == 0:
