@@ -3596,6 +3596,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'llmkit/serve/stream_redis.py'),
                                            'llmkit.serve.stream_redis.RedisSource.take': ( '08_serve/stream_redis.html#redissource.take',
                                                                                            'llmkit/serve/stream_redis.py'),
+                                           'llmkit.serve.stream_redis._keeps_all': ( '08_serve/stream_redis.html#_keeps_all',
+                                                                                     'llmkit/serve/stream_redis.py'),
                                            'llmkit.serve.stream_redis.close': ( '08_serve/stream_redis.html#close',
                                                                                 'llmkit/serve/stream_redis.py'),
                                            'llmkit.serve.stream_redis.connect': ( '08_serve/stream_redis.html#connect',

@@ -51,7 +51,8 @@ def read_event(
     if not isinstance(got.get("data"), dict):
         raise KitError("has to be the body of a request", key="data", value=got.get("data"))
     head = {k: v for k, v in got.items() if k != "data"}
-    return Question(f"{got['source']}#{got['id']}", TYPES[got["type"]], got["data"], head)
+    id = got["id"].replace("%", "%25").replace("#", "%23")  # so that the last # parts it from any source
+    return Question(f"{got['source']}#{id}", TYPES[got["type"]], got["data"], head)
 
 # %% ../../nbs/08_serve/21_envelope.ipynb #3c66388e
 def _made(id: str, model: str, type: str, data: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:

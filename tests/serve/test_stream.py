@@ -202,6 +202,23 @@ def test_redis_that_is_full_is_waited_for(redis_server, consumer):
     assert len(ids) == n and set(ids) == expected(range(n)) and not r.ids("a.dead")
 
 
+@pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
+def test_redis_that_would_throw_questions_or_notes_away_is_refused(redis_server, consumer, policy):
+    r = redis_server
+    for i in range(2):
+        r.client.xadd("q", {"event": event(i)})
+    r.client.config_set("maxmemory-policy", policy)
+    r.client.config_set("maxmemory", "100mb")
+    p = consumer(r.at("q"), r.at("a"), "--once")
+    assert p.wait(PATIENCE) == 2
+    told = p.stderr.read()
+    assert policy in told and "noeviction" in told and "Traceback" not in told
+    assert r.client.xlen("q") == 2 and not r.client.exists("a")
+    r.client.config_set("maxmemory", 0)  # it is never full
+    p = consumer(r.at("q"), r.at("a"), "--once")
+    assert p.wait(PATIENCE) == 0 and r.client.xlen("a") == 2
+
+
 def test_redis_that_stays_full_makes_no_dead_letters(redis_server, consumer):
     r, n, short = redis_server, 24, {**os.environ, "WAIT": "1"}
     for i in range(n):
