@@ -1336,6 +1336,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'llmkit.model.base.read_corpus': ('04_model/base.html#read_corpus', 'llmkit/model/base.py'),
                                    'llmkit.model.base.tiny_shape': ('04_model/base.html#tiny_shape', 'llmkit/model/base.py')},
             'llmkit.model.batches': { 'llmkit.model.batches.Example': ('04_model/batches.html#example', 'llmkit/model/batches.py'),
+                                      'llmkit.model.batches._encode': ('04_model/batches.html#_encode', 'llmkit/model/batches.py'),
                                       'llmkit.model.batches._first_fit': ('04_model/batches.html#_first_fit', 'llmkit/model/batches.py'),
                                       'llmkit.model.batches.collate': ('04_model/batches.html#collate', 'llmkit/model/batches.py'),
                                       'llmkit.model.batches.drop_words': ('04_model/batches.html#drop_words', 'llmkit/model/batches.py'),

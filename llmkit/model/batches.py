@@ -33,7 +33,7 @@ def encode_rows(
     name: str = "train",  # how the rows are called in an error
 ) -> tuple[list[Example], list[int]]:  # the examples, and the indices of the rows that they come from
     "Encode records; raises `KitError` when there is none, or when too many are too long."
-    found = [Example(*map(tuple, encode_example(tok, r["messages"]))) for r in rows]
+    found = [_encode(tok, r, f"{name}.jsonl") for r in rows]
     kept = [i for i, e in enumerate(found) if len(e.ids) <= max_tokens]
     share = 1 - len(kept) / len(found) if found else 0.0
     if share > max_overlong:
@@ -44,6 +44,16 @@ def encode_rows(
     if not kept:
         raise KitError("no examples", file=f"{name}.jsonl", remedy="Check the prepare stage and its split")
     return [found[i] for i in kept], kept
+
+
+def _encode(tok: Tokenizer, row: Mapping, file: str) -> Example:
+    "A record as the model sees it; raises `KitError` that names it."
+    try:
+        return Example(*map(tuple, encode_example(tok, row["messages"])))
+    except KitError as e:
+        fix = f"Where it is this record alone, take it out. {e.remedy or ''}".strip()
+        told = f"cannot be learnt with this base: {e.problem}"
+        raise KitError(told, file=file, key=row.get("id"), value=e.value, remedy=fix) from e
 
 # %% ../../nbs/04_model/04b_batches.ipynb #ec63ceb7
 def drop_words(

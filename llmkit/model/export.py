@@ -115,7 +115,7 @@ def run_builder(
                 builder.create_model(*args, **checked)
     except Exception as e:
         why = " ".join(f"{type(e).__name__}: {e}".split())[:300]
-        fix = "Choose another precision or block size, or another base"
+        fix = "Choose another method, precision or block size, or another base"
         raise KitError(f"quantize: the ONNX builder failed: {why}", file=model, value=precision, remedy=fix) from e
     shutil.rmtree(out / "cache", ignore_errors=True)
 

@@ -105,11 +105,13 @@ MISBUILT = {  # architecture → what the builder makes otherwise than transform
     "OlmoForCausalLM": "its layer normalization",
     "SmolLM3ForCausalLM": "its layers without positions",
 }
-ROTARY = (
-    "default",
-    "dynamic",
-    "llama3",
-)  # what the builder keeps of a Llama's; the dynamic kind begins past the context
+_LLAMA = ("default", "dynamic", "llama3")  # the dynamic kind begins past the context
+ROTARY = {  # architecture → the kinds of rotary positions that the builder keeps; of any other, the last three
+    "LlamaForCausalLM": _LLAMA,
+    "NemotronForCausalLM": _LLAMA,
+    "GptOssForCausalLM": ("default", "yarn"),
+    "": ("default", "linear", "longrope"),
+}
 
 
 def misbuilt(
@@ -117,9 +119,13 @@ def misbuilt(
     config: Mapping[str, Any],  # `config.json`
 ) -> str:  # empty when nothing is
     "What the ONNX builder makes otherwise than transformers, so that its graph would say something else."
-    kind = (config.get("rope_parameters") or config.get("rope_scaling") or {}).get("rope_type", "default")
-    if architecture in ("LlamaForCausalLM", "NemotronForCausalLM") and kind not in ROTARY:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind, heads = rope.get("rope_type", "default"), config.get("num_attention_heads")
+    if kind not in ROTARY.get(architecture, ROTARY[""]):
         return f"its rotary positions of type {kind}"
+    width = config.get("head_dim") or (config.get("hidden_size", 0) // heads if heads else 0)
+    if rope and width % 16:
+        return f"heads of {width} numbers with rotary positions, for which its kernel wants a multiple of 16"
     return MISBUILT.get(architecture, "")
 
 

@@ -110,10 +110,10 @@ def attach(
     if rank < 1:
         raise KitError("the rank must be at least 1", key="rank", value=rank)
     check_targets(model, targets, save_modules)
-    peft, torch = need("peft"), need("torch")
+    peft, torch, tied = need("peft"), need("torch"), _tied(model)
     where = {"target_modules": linear_names(model) if targets == "all-linear" else list(targets)}
     if save_modules:
-        where |= {"modules_to_save": list(save_modules), "ensure_weight_tying": _tied(model)}
+        where |= {"modules_to_save": list(save_modules), "ensure_weight_tying": tied}
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -133,6 +133,9 @@ def attach(
         fix = "Name others under finetune.targets; the model has " + ", ".join(linear_names(model))
         told = f"stage finetune: PEFT cannot adapt a layer: {' '.join(str(e).split())}"
         raise KitError(told, key="targets", value=targets, remedy=fix) from e
+    if tied and not _tied(tuned):  # as GPT-2's wte
+        told = "input and output embeddings share their weights, and PEFT would train the one without the other"
+        raise KitError(told, key="save_modules", value=", ".join(save_modules), remedy="Leave the embeddings out")
     for p in tuned.parameters():
         p.data = p.data.float() if p.requires_grad else p.data
     return tuned

@@ -102,6 +102,12 @@ def test_gradients_without_what_nobody_reads(name):
         assert torch.allclose(got[n], p.grad, atol=1e-4, rtol=1e-3), n
 
 
+def test_an_embedding_that_would_no_longer_be_the_head_is_refused():
+    "The merge would find two matrices in the place of one, after the training."
+    with pytest.raises(KitError, match="save_modules: input and output embeddings share their weights.*Leave"):
+        attach(model_of("gpt2"), rank=2, alpha=2, save_modules=["wte"])
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_delta_round_trip(name, tmp_path):
     tuned = attach(model_of(name), rank=2, alpha=4, seed=1)

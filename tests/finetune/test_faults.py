@@ -91,3 +91,22 @@ def test_every_way_of_training_gives_the_same_bytes_twice_and_merges(base, datas
     merge(tmp_path / "model", base.path, one.path, limits={"logit_error_max": 1e-3, "top1_agreement": 0.99})
     plain = finetune(base, dataset, tmp_path / "plain", replace(recipe, epochs=1))
     assert one.files["adapter_model.safetensors"] != plain.files["adapter_model.safetensors"]
+
+
+def test_a_record_that_the_template_spoils_is_named(base):
+    "As thoughts in an answer, before which Qwen 3 asks with an empty block of thoughts."
+    from llmkit.model.batches import encode_rows
+    from llmkit.model.tokenizer import Tokenizer
+
+    tok = Tokenizer.load(base.path)
+    thinks = "{% if '</think>' in m.content %}{{ m.content }}{% else %}<think></think>{{ m.content }}{% endif %}"
+    tok.template = "{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>" + thinks
+    tok.template += (
+        "<|end|>{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    rows = [{"id": f"r{i}", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]} for i, said in enumerate(("b", "<think>c</think>b"))]  # fmt: skip
+    assert tok.opening == "<think></think>" and encode_rows(tok, rows[:1], 99, 0.0)[1] == [0]
+    with pytest.raises(
+        KitError, match=r"train.jsonl: r1: cannot be learnt with this base: the chat template.*take it out"
+    ):
+        encode_rows(tok, rows, 99, 0.0)

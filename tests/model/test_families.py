@@ -146,14 +146,26 @@ def test_a_long_phi3_says_the_same_alone_in_company_and_in_the_slots_of_a_server
             torch.generate([list(range(16))], how)
 
 
-@pytest.mark.parametrize("kind", ["linear", "yarn"])
-def test_a_llama_whose_positions_the_builder_would_drop_is_told_at_once_and_not_exported(tmp_path, kind):
+@pytest.mark.parametrize(
+    "family, kind",
+    [("Llama", "linear"), ("Llama", "yarn"), ("Qwen2", "yarn"), ("Mistral", "yarn"), ("Qwen2", "dynamic")],
+)
+def test_positions_that_the_builder_would_drop_are_told_at_once_and_not_exported(tmp_path, family, kind):
+    "Of a Qwen 2 with YaRN it makes logits that are off by six standard deviations, or ends in a division by zero."
     rope = {"rope_type": kind, "rope_theta": 500.0, "factor": 4.0}
-    random_model(tmp_path / "from", "Llama", rope_parameters=rope)
+    random_model(tmp_path / "from", family, rope_parameters=rope)
     base = make_base(tmp_path / "base", source="folder", model=str(tmp_path / "from"))
-    said = f"the ONNX builder does not keep its rotary positions of type {kind} (LlamaForCausalLM)"
+    said = f"the ONNX builder does not keep its rotary positions of type {kind} ({family}ForCausalLM)"
     assert base.meta["road"] == f"stage quantize: {said}"
     with pytest.raises(KitError, match=f"cannot be exported to ONNX: the builder does not keep .* {kind}"):
+        export(base.path, tmp_path, "fp32")
+
+
+def test_heads_that_the_kernel_refuses_are_told_at_once_and_not_exported(tmp_path):
+    random_model(tmp_path / "from", "Llama", head_dim=24)
+    base = make_base(tmp_path / "base", source="folder", model=str(tmp_path / "from"))
+    assert "heads of 24 numbers with rotary positions, for which its kernel wants a multiple of 16" in base.meta["road"]
+    with pytest.raises(KitError, match="cannot be exported to ONNX: .* heads of 24 numbers"):
         export(base.path, tmp_path, "fp32")
 
 
