@@ -13,6 +13,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ..core.errors import KitError
 from ..core.files import write_json, write_text
@@ -92,7 +93,8 @@ def hold(
     gx = load_gx()
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = {"globally": False, "metric_calculations": False}
-    source = context.data_sources.add_sqlite("prepared", connection_string=f"sqlite:///{Path(database).resolve()}")
+    place = quote(str(Path(database).resolve()))  # a space or a question mark in a folder's name is none of the address
+    source = context.data_sources.add_sqlite("prepared", connection_string=f"sqlite:///{place}")
     batch = source.add_table_asset("records", table_name="records").add_batch_definition_whole_table("all").get_batch()
     result = batch.validate(gx.ExpectationSuite("records", expectations=suite))
     source.get_engine().dispose()

@@ -347,3 +347,9 @@ def test_memory_is_flat(tmp_path):
         for n in (1000, 4000)
     ]
     assert peak[1] - peak[0] < 25, peak
+
+
+@pytest.mark.parametrize("name", ["Jane Doe", "a%20b", "q?x", "$x", "h#y é"])
+def test_a_project_may_lie_in_any_folder(tmp_path, name):
+    made = prepare(Source("bank", n=200, seed=1), tmp_path / name / "dataset", Rules(SHARES, seed=1))
+    assert made.digest == prepare(Source("bank", n=200, seed=1), tmp_path / "plain", Rules(SHARES, seed=1)).digest
