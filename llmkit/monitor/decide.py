@@ -48,6 +48,7 @@ KEPT = (
     "surprisal",
     "label",
     "claim",
+    "unit",
 )  # of a window's rows, for the next ones
 
 
@@ -244,7 +245,7 @@ def decide(
     after |= {"groups": {g: asdict(x) for g, x in groups.items()}, "flags": [*flags, drifted][-p.n :] if enough else list(flags)}  # fmt: skip
     after["scale"] = asdict(scale)
     after |= _sampled(stream, usable)
-    after["recent"] = [*stream.get("recent", []), [{k: r[k] for k in KEPT} for r in w.rows]][-(p.together - 1) :] if enough and p.together else stream.get("recent", [])  # fmt: skip
+    after["recent"] = [*stream.get("recent", []), [{k: r.get(k) for k in KEPT} for r in w.rows]][-(p.together - 1) :] if enough and p.together else stream.get("recent", [])  # fmt: skip
     after["reference"] = stream["reference"] if w.number else [dict(r) for r in w.rows]
     actions = follow(p, w.release, w.number, seen.end, seen.alarms, stream.get("alarms", []), verdict, past)
     return seen, reports, after, actions

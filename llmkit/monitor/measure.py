@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from scipy.special import expit, logit
-from scipy.stats import fisher_exact, hypergeom, mannwhitneyu, norm, ttest_ind
+from scipy.stats import fisher_exact, hypergeom, mannwhitneyu, norm, t, ttest_ind
 
 from ..core.report import Measurement, Report
 from ..evals.calibration import debiased_ece
@@ -24,7 +24,7 @@ from ..evals.claims import UNSUPPORTED
 from ..evals.prevalence import corrected_rate, exact_rate
 from ..gate.change import Detector, Waiting, calibration_bets, detector, feed, gap_bets
 from ..gate.intervals import wilson
-from .drift import Feature, binned, psi, psi_null, text_features
+from .drift import Feature, design_effect, placed, psi, psi_null, text_features, users
 from .policy import MonitorPolicy
 from .window import Window
 
@@ -45,17 +45,31 @@ def spread(
     new: Sequence[float],  # of the window
     least: float,  # smallest index that is worth a look, beyond that of no change
     level: float,  # of the window
+    who: np.ndarray | None = None,  # from `users`; None: everybody once
 ) -> Feature:
     "Numbers, by the deciles of both together."
-    return _index(name, *binned(old, new), least, level, "PSI, deciles of both together; simulated null")
+    return _index(name, *placed(old, new), least, level, "PSI, deciles of both together; simulated null", who)
 
 
-def _index(name: str, old: Sequence[int], new: Sequence[int], least: float, level: float, how: str) -> Feature:
-    "An index with the threshold for these counts."
-    null, value = psi_null(old, new, math.ceil(2 * TESTS / level)), psi(old, new)
+def _index(name: str, old: Sequence[int], new: Sequence[int], least: float, level: float, how: str, who) -> Feature:
+    "An index with the threshold for these bins of requests."
+    names, at = np.unique([*old, *new], return_inverse=True)
+    if len(names) < 2:
+        return Feature(name, 0.0, 1.0, how, least)
+    one, d = np.eye(len(names))[at], 1.0
+    parts = one[: len(old)], one[len(old) :]
+    counts = [x.sum(0) for x in parts]
+    if who is not None:
+        d = design_effect(*parts, who)
+    null, value = psi_null(*counts, math.ceil(2 * TESTS / level), design=d), psi(*counts)
     p = (1 + (null >= value - 1e-12).sum()) / (len(null) + 1)
     certain = float(np.quantile(null, 1 - level / TESTS))
-    return Feature(name, value, float(p), how, max(certain, float(null.mean()) + least))
+    return Feature(name, value, float(p), how + _by_user(d), max(certain, float(null.mean()) + least))
+
+
+def _by_user(design: float) -> str:
+    "What a method says of users who ask more than once."
+    return f"; users ask more than once: {design:.3g} requests tell as much as one" if design > 1 else ""
 
 
 def kinds(
@@ -65,15 +79,12 @@ def kinds(
     least: float,  # smallest index that is worth a look, beyond that of no change
     level: float,  # of the window
     most: int = 20,  # names that are counted each; the others together
+    who: np.ndarray | None = None,  # from `users`; None: everybody once
 ) -> Feature:
     "Names, the commonest ones each and the others together."
-    top = [k for k, _ in Counter([*old, *new]).most_common(most)]
-    count = lambda x: [*(Counter(x)[k] for k in top), sum(v not in top for v in x)]
-    a, b = (np.array(count(x)) for x in (old, new))
-    how = f"PSI, the {most} commonest; simulated null"
-    if (a + b > 0).sum() < 2:
-        return Feature(name, 0.0, 1.0, how, least)
-    return _index(name, a[a + b > 0], b[a + b > 0], least, level, how)
+    top = {k: i for i, (k, _) in enumerate(Counter([*old, *new]).most_common(most))}
+    a, b = ([top.get(v, most) for v in x] for x in (old, new))
+    return _index(name, a, b, least, level, f"PSI, the {most} commonest; simulated null", who)
 
 
 def share(
@@ -82,11 +93,16 @@ def share(
     new: Sequence[bool],  # of the window
     rise: float,  # smallest rise of the share that is worth a look
     level: float,  # of the window
+    who: np.ndarray | None = None,  # from `users`; None: everybody once
 ) -> Feature:
     "A share that must not rise."
-    a, b, before = sum(map(bool, old)), sum(map(bool, new)), float(np.mean([bool(x) for x in old]))
-    p = fisher_exact([[b, len(new) - b], [a, len(old) - a]], "greater").pvalue
-    return Feature(name, b / len(new), float(p), f"before: {before:.3f} of {len(old)}; Fisher's exact test for more", max(before + rise, _certain(a, len(old), len(new), level / TESTS)))  # fmt: skip
+    old, new = (np.array(x, bool) for x in (old, new))
+    before, now, d = old.mean(), new.mean(), 1.0 if who is None else design_effect(old, new, who)
+    n, m = (max(1, round(len(x) / d)) for x in (old, new))
+    a, b = round(before * n), round(now * m)
+    p = fisher_exact([[b, m - b], [a, n - a]], "greater").pvalue
+    how = f"before: {before:.3f} of {len(old)}; Fisher's exact test for more{_by_user(d)}"
+    return Feature(name, float(now), float(p), how, max(float(before) + rise, _certain(a, n, m, level / TESTS)))
 
 
 def _certain(a: int, n: int, m: int, level: float) -> float:
@@ -104,12 +120,15 @@ def cost(
     new: Sequence[float],  # of the window
     ratio: float,  # smallest rise that is worth a look, as a multiple
     level: float,  # of the window
+    who: np.ndarray | None = None,  # from `users`; None: everybody once
 ) -> Feature:
     "A mean that must not rise."
-    before = float(np.mean(old))
-    p = ttest_ind(new, old, equal_var=False, alternative="greater").pvalue if np.ptp([*old, *new]) > 0 else 1.0
-    certain = before - norm.ppf(level / TESTS) * math.sqrt(np.var(old, ddof=1) / len(old) + np.var(new, ddof=1) / len(new))  # fmt: skip
-    return Feature(name, float(np.mean(new)), float(p), f"before: {before:.4g}; Welch's test for more", max(certain, before * ratio))  # fmt: skip
+    before, d = float(np.mean(old)), 1.0 if who is None else design_effect(np.array(old), np.array(new), who)
+    welch = ttest_ind(new, old, equal_var=False) if np.ptp([*old, *new]) > 0 else None
+    p = t.sf(welch.statistic / math.sqrt(d), welch.df) if welch else 1.0
+    error = math.sqrt(d * (np.var(old, ddof=1) / len(old) + np.var(new, ddof=1) / len(new)))
+    certain, how = before - norm.ppf(level / TESTS) * error, f"before: {before:.4g}; Welch's test for more{_by_user(d)}"
+    return Feature(name, float(np.mean(new)), float(p), how, max(certain, before * ratio))
 
 # %% ../../nbs/10_monitor/06_measure.ipynb #9bf49743
 NUMBERS = {"tokens": ("prompt_tokens", "completion_tokens"), "surprisal": ("surprisal",), "confidence": ("confidence",)}
@@ -129,25 +148,26 @@ def features(
     out: dict[str, list[Feature]] = {"data": [], "cost": [], "hallucination": []}
     has = lambda key: len(values(old, key)) > 1 and len(values(new, key)) > 1
     pair = lambda key: (values(old, key), values(new, key))
+    asked = lambda fits: users(*([r.get("unit") for r in x if fits(r)] for x in (old, new)))
+    of = lambda key: asked(lambda r: r["status"] == "ok" and r[key] is not None)
     for method, keys in NUMBERS.items():
-        found = [spread(f"{key}_psi", *pair(key), p.psi, level) for key in keys if method in p.methods and has(key)]
+        found = [spread(f"{key}_psi", *pair(key), p.psi, level, of(key)) for key in keys if method in p.methods and has(key)]  # fmt: skip
         out["data"] += found
     if "labels" in p.methods and any(values(x, "label") for x in (old, new)):
         said = [[r["label"] or "no label" for r in x if r["status"] == "ok"] for x in (old, new)]
-        out["data"] += [kinds("label_psi", *said, p.psi, level)] if min(map(len, said)) > 1 else []
+        out["data"] += [kinds("label_psi", *said, p.psi, level, who=of("status"))] if min(map(len, said)) > 1 else []
     if "refusals" in p.methods and has("refused"):
-        out["data"].append(share("refusal_rate", *pair("refused"), p.rise, level))
+        out["data"].append(share("refusal_rate", *pair("refused"), p.rise, level, of("refused")))
     if "errors" in p.methods:
-        out["data"].append(
-            share("error_rate", *([r["status"] == "error" for r in x] for x in (old, new)), p.rise, level)
-        )
+        failed = ([r["status"] == "error" for r in x] for x in (old, new))
+        out["data"].append(share("error_rate", *failed, p.rise, level, asked(lambda r: True)))
     if min(map(len, texts)) >= 20:
         changed = text_features(*texts, permutations=need)
         least = {"domain_auc": p.auc, "unseen_words": None}
         out["data"] += [f if least.get(f.name, p.psi) is None else replace(f, least=least.get(f.name, p.psi)) for f in changed]  # fmt: skip
-    out["cost"] = [cost(f"{k}_per_request", *pair(k), p.ratio, level) for k in SPENT if has(k)]  # fmt: skip
+    out["cost"] = [cost(f"{k}_per_request", *pair(k), p.ratio, level, of(k)) for k in SPENT if has(k)]  # fmt: skip
     if has("claim"):
-        out["hallucination"] = [share("hallucination_rate", *pair("claim"), p.claim_rise, level)]
+        out["hallucination"] = [share("hallucination_rate", *pair("claim"), p.claim_rise, level, of("claim"))]
     return out
 
 

@@ -17,7 +17,7 @@ from .policy import MonitorPolicy
 from ..serve.events import Events
 
 # %% ../../nbs/10_monitor/04_window.ipynb #bc7e5adc
-KEYS = ("id", "time", "status", "refused", "prompt_tokens", "completion_tokens", "cost", "joules", "confidence", "surprisal", "label", "group", "claim")  # fmt: skip
+KEYS = ("id", "time", "status", "refused", "prompt_tokens", "completion_tokens", "cost", "joules", "confidence", "surprisal", "label", "group", "claim", "unit")  # fmt: skip
 
 
 @dataclass(frozen=True)
