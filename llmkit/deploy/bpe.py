@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from heapq import heapify, heappop, heappush
 from typing import Any
 
 from ..core.errors import KitError
@@ -47,6 +48,16 @@ def _newer(category: str) -> set[int]:
     return {ord(c) for word, _ in split.pre_tokenize_str(unknown) for c in word}
 
 
+def _cut(split: re.Pattern, text: str) -> list[str]:
+    "The matches in a text and what lies between them."
+    out, at = [], 0
+    for m in split.finditer(text):
+        out += [text[at : m.start()], m[0]]
+        at = m.end()
+    return [w for w in (*out, text[at:]) if w]
+
+
+@lru_cache
 def python_pattern(
     pattern: str,  # as in `tokenizer.json`
 ) -> str:
@@ -62,10 +73,25 @@ def python_pattern(
         else:
             out.append(ranges if inside else f"[{'^' if token == chr(92) + 'S' else ''}{ranges}]")
     try:
-        re.compile("".join(out))
+        mine = re.compile("".join(out))
     except re.error as e:
         raise KitError(f"a pattern that Python does not understand: {e}", key="pre_tokenizer", value=pattern) from e
+    _want_same(mine, pattern)
     return "".join(out)
+
+
+def _want_same(mine: re.Pattern, pattern: str) -> None:
+    "Refuse a pattern that cuts characters of all scripts beside some others in another way than the real tokenizers: `\\w`, `$` and `&&` mean something else to Python."
+    from llmkit.core.plugins import need
+
+    tokenizers = need("tokenizers")
+    real = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    every = [chr(c) for c in (*range(0x3000), *range(0x3000, 0x40000, 16)) if not 0xD800 <= c < 0xE000]
+    for beside in ("", " ", "\n a1'", "aa\n"):
+        texts = (beside.join([*every[i : i + 40], ""]) for i in range(0, len(every), 40))
+        if any(_cut(mine, text) != [w for w, _ in real.pre_tokenize_str(text)] for text in texts):
+            fix = "Only byte-level BPE runs on the edge, as GPT-2, Llama 3 and Qwen have it"
+            raise KitError("a pattern that means something else in Python", key="pre_tokenizer", value=pattern, remedy=fix)  # fmt: skip
 
 # %% ../../nbs/11_deploy/02_bpe.ipynb #93b42f0e
 def plain_spec(
@@ -166,14 +192,21 @@ class PlainTokenizer:
         "The ids of a word."
         if self.whole_words and word in self.vocab:
             return (self.vocab[word],)
-        parts = list(word)
-        while len(parts) > 1:
-            pairs = list(zip(parts, parts[1:], strict=False))
-            best = min(pairs, key=lambda p: self.ranks.get(p, len(self.ranks)))
-            if best not in self.ranks:
-                break
-            parts = _join(parts, best)
-        return tuple(self.vocab[p] for p in parts)
+        parts, n = list(word), len(word)
+        after, before = list(range(1, n + 1)), list(range(-1, n - 1))
+        ready = [(self.ranks[p], i) for i, p in enumerate(zip(word, word[1:], strict=False)) if p in self.ranks]
+        heapify(ready)
+        while ready:
+            rank, i = heappop(ready)
+            if (j := after[i]) == n or self.ranks.get((parts[i], parts[j])) != rank:
+                continue  # one of the two was joined with another
+            parts[i], parts[j], after[i] = parts[i] + parts[j], "", after[j]
+            if after[i] < n:
+                before[after[i]] = i
+            for k in (before[i], i):
+                if k >= 0 and after[k] < n and (p := (parts[k], parts[after[k]])) in self.ranks:
+                    heappush(ready, (self.ranks[p], k))
+        return tuple(self.vocab[p] for p in parts if p)
 
     def decode(self, ids: Iterable[int]) -> str:
         "The text of some ids, special ones left out."
@@ -183,22 +216,3 @@ class PlainTokenizer:
             known = all(c in self.bytes for c in token)
             out += bytes(self.bytes[c] for c in token) if known else token.encode()
         return out.decode("utf-8", "replace")
-
-
-def _cut(split: re.Pattern, text: str) -> list[str]:
-    "The matches in a text and what lies between them."
-    out, at = [], 0
-    for m in split.finditer(text):
-        out += [text[at : m.start()], m[0]]
-        at = m.end()
-    return [w for w in (*out, text[at:]) if w]
-
-
-def _join(parts: list[str], pair: tuple[str, str]) -> list[str]:
-    "Join a pair wherever it stands, from left to right."
-    out, i = [], 0
-    while i < len(parts):
-        both = tuple(parts[i : i + 2]) == pair
-        out.append("".join(pair) if both else parts[i])
-        i += 1 + both
-    return out

@@ -217,7 +217,7 @@ def ask(
     question: str,  # for the model
     *,
     base: str = "",  # for a delta: what it was made for; empty: the one that it names
-    system: str | None = None,  # the system message; a bundle and a delta know their own
+    system: str | None = None,  # the system message; a bundle and a delta know their own; "-": none
     set: str = "",  # options of the engine, as YAML: "{device: cuda}"
     max_tokens: int = 64,  # of the answer
     wait: float = 120.0,  # seconds that a server may take until it is ready
@@ -226,7 +226,7 @@ def ask(
     if is_address(path):
         await_ready(path, wait)
     chat = [{"role": "user", "content": question}]
-    if told := system if system is not None else system_of(path):
+    if (told := system_of(path) if system is None else system) not in ("", "-"):
         chat.insert(0, {"role": "system", "content": told})
     engine = open_any(path, base or None, read_options(set))
     try:

@@ -1,12 +1,15 @@
 "The tokenizer in plain Python against the one in Rust, for the dialects of real models and for texts of all kinds."
 
 import json
+import random
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmkit.deploy.bpe import GPT2, PlainTokenizer, plain_spec
+from llmkit.core.errors import KitError
+from llmkit.deploy.bpe import GPT2, PlainTokenizer, plain_spec, python_pattern
 
 tokenizers = pytest.importorskip("tokenizers")
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -81,3 +84,26 @@ def test_scripts_that_came_to_unicode_after_this_python(name):
     new = "\U00010d50\U00010d51 \U00016d43\U00016d44 \U00011392 \U0001e5d0\U0001e5d1 \U000105c0 \U0001e4d0 \U0002ebf0\U0002ebf1 \u1c89\u1c8a \ua7cb \U00011f50\U00010d40"
     for text in (new, new.replace(" ", ""), f"my{new[0]} card{new[3:]}"):
         assert mine.encode(text) == real.encode(text).ids
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"\w+|[^\w\s]+|\s+", r"\b\p{L}+|.", r"\d+|\D+", r"\p{L}+$|.|\n", r"^\p{L}|\p{L}+|.|\n", r"(?i:[a-z]+)|.",
+        r"(?i:\p{Lu}+)|.", r"[[:alpha:]]+|.", r"[a-z&&[^aeiou]]+|.", r"[a-z[0-9]]+|.", r"(?m).+|\n",
+    ],
+)  # fmt: skip
+def test_a_pattern_that_means_something_else_to_python_is_refused(pattern):
+    with pytest.raises(KitError, match="Python"):
+        python_pattern(pattern)
+
+
+def test_a_very_long_word_takes_no_minutes():
+    "A key or an image in base64 that somebody pasted: 50,000 signs without a space."
+    real = family("gpt2 as a split")
+    mine = PlainTokenizer(plain_spec(json.loads(real.to_str()), ["<|end|>"], [0]))
+    rng = random.Random(0)
+    for word in ("".join(rng.choice("carddeclinedshop") for _ in range(50_000)), "aab" * 5000):
+        start = time.process_time()
+        assert mine.encode(word) == real.encode(word).ids
+        assert time.process_time() - start < 5

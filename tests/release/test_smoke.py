@@ -42,10 +42,10 @@ def test_what_was_trained_behind_a_system_message_knows_it(packaged, capsys):
     asked = "question about my card"
     for place in (PLACES["delta"], PLACES["bundle"]):
         answers = []
-        for more in ({}, {"system": told}, {"system": ""}):
+        for more in ({}, {"system": told}, {"system": ""}, {"system": "-"}):
             assert ask(place, asked, max_tokens=8, **more) == 0
             answers.append(capsys.readouterr().out)
-        assert answers[0] == answers[1] != answers[2]
+        assert answers[0] == answers[1] != answers[2] == answers[3]
 
 
 def test_a_plain_folder_without_manifest_is_a_base(project, capsys):
