@@ -1083,6 +1083,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'llmkit.flow.tracking.connect': ('12_flow/tracking.html#connect', 'llmkit/flow/tracking.py'),
                                       'llmkit.flow.tracking.flat': ('12_flow/tracking.html#flat', 'llmkit/flow/tracking.py'),
                                       'llmkit.flow.tracking.load': ('12_flow/tracking.html#load', 'llmkit/flow/tracking.py'),
+                                      'llmkit.flow.tracking.making': ('12_flow/tracking.html#making', 'llmkit/flow/tracking.py'),
                                       'llmkit.flow.tracking.read_mlflow': ('12_flow/tracking.html#read_mlflow', 'llmkit/flow/tracking.py'),
                                       'llmkit.flow.tracking.settle': ('12_flow/tracking.html#settle', 'llmkit/flow/tracking.py'),
                                       'llmkit.flow.tracking.sync': ('12_flow/tracking.html#sync', 'llmkit/flow/tracking.py'),

@@ -53,7 +53,9 @@ def _cache_dir(file: Path) -> str | None:
     try:
         return ConfigObj(read_text(file).splitlines()).get("cache", {}).get("dir") if file.is_file() else None
     except ConfigObjError as e:
-        raise KitError(f"not a configuration of DVC: {e}", file=file, remedy="Mend that line") from e
+        raise KitError(
+            f"not a configuration of DVC: {' '.join(str(e).split())}", file=file, remedy="Mend that line"
+        ) from e
 
 
 def check_cache(

@@ -216,3 +216,19 @@ def test_the_runs_of_a_folder_of_any_name_are_in_its_own_database(project, empty
         db.execute("update runs set status = 'RUNNING'")
     (problem,) = mlflow_problems(project.path)
     assert "RUNNING, and nobody runs it" in problem
+
+
+def test_a_database_is_made_by_one_at_a_time(project, empty_mlflow, monkeypatch):
+    "The registration, or a watcher of another clone, has the same lock: two that make one database destroy each other's tables."
+    project.track(empty_mlflow)
+    seen, real = [], connect
+    lock = project.path / "mlflow.db.lock"
+    monkeypatch.setattr(tracking, "connect", lambda uri: (seen.append(held(lock)), real(uri))[1])
+    run = open_run(project.path, "x", tags={})
+    run.save(state="failed", ended=now(), exit_code=1)
+    run.close()
+    assert settle(project.path) and seen == [True] and project.mlflow() == ["FAILED"]
+    from llmkit.release import registry
+
+    with registry._alone(tracking.tracking_settings(project.path)[0]):
+        assert held(lock)
