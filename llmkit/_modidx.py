@@ -2538,6 +2538,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'llmkit.rollout.store.Store._asked': ( '09_rollout/store.html#store._asked',
                                                                              'llmkit/rollout/store.py'),
                                       'llmkit.rollout.store.Store._db': ('09_rollout/store.html#store._db', 'llmkit/rollout/store.py'),
+                                      'llmkit.rollout.store.Store._patiently': ( '09_rollout/store.html#store._patiently',
+                                                                                 'llmkit/rollout/store.py'),
                                       'llmkit.rollout.store.Store._transaction': ( '09_rollout/store.html#store._transaction',
                                                                                    'llmkit/rollout/store.py'),
                                       'llmkit.rollout.store.Store.alone': ('09_rollout/store.html#store.alone', 'llmkit/rollout/store.py'),

@@ -25,7 +25,7 @@ from .event import OF_VARIANTS
 from .scrape import Scrape
 from .shadow import Mirror
 from .state import RolloutState
-from .store import Store
+from .store import Store, Unreadable
 from ..serve.backend import Backend
 from ..serve.call import Call, parse
 from ..serve.gateway import Gateway
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 HOLD = 600.0  # seconds after the end of a rollout for which both releases stay loaded, so that an undo takes effect at once
 LOAD = 900.0  # seconds that a release may take to load and to test itself
 SLOW, PIECE = 60.0, 0.25  # seconds of loading after which it is told, and between two looks meanwhile
-LAST = 5.0  # seconds that the registry gets at the end
+LAST = 5.0  # seconds that the registry gets at the end, and whoever holds the log
 FIRST, LONGEST = 10.0, 600.0  # seconds until a champion that could not be loaded is tried again: at first, and at most
 
 
@@ -439,11 +439,17 @@ async def beside(self: Live):
     self._loop, self.gateway.router = asyncio.get_running_loop(), self
     try:
         async with thread_beside(self._follow, self._stop, "rollouts"):
-            yield self
+            try:
+                yield self
+            finally:
+                self.store.patience = LAST
     finally:
         await asyncio.to_thread(self._end_shadow)
         if self.controller is not None:
-            await asyncio.to_thread(self.controller.step)
+            try:
+                await asyncio.to_thread(self.controller.step)
+            except Unreadable as e:
+                self._note("end", f"what was seen last is not in the log: {e}")
         await asyncio.to_thread(self.keeper.wait, LAST)
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -753,6 +754,21 @@ def test_a_server_stops_at_once_while_a_release_hangs_before_it_serves(town, stu
     assert time.monotonic() - began < 5 and town.phase("r1") == "Progressing"
     go.set()
     until(lambda: closed == [0.0], "the end of what came too late")
+
+
+def test_a_server_stops_soon_though_another_process_holds_the_log(town, caplog):
+    with town.server() as (url, live):
+        town.begin("r1", "sha256:good", QUICK | {"steps": [{"setWeight": 50}, {"analysis": ENDLESS}]})
+        until(lambda: live.controller, "the rollout")
+        other = sqlite3.connect(town.folder / "rollouts.db", isolation_level=None, check_same_thread=False)
+        other.execute("begin immediate")
+        with town.customers(url):
+            until(lambda: live.controller._queue, "a request that cannot be written down")
+        began = time.monotonic()
+    assert time.monotonic() - began < 40 and "what was seen last is not in the log" in caplog.text
+    other.execute("rollback")
+    with town.server() as (url, live):
+        until(lambda: live.controller and live.state.phase == "Progressing", "the rollout, by the next server")
 
 
 def test_an_abort_is_felt_within_a_second_and_costs_no_request(town):

@@ -139,9 +139,9 @@ def test_nobody_is_called_silent_after_the_clock_was_set_back_and_nothing_passes
 
 
 def test_a_user_who_asks_a_hundred_times_is_one_who_might_have_been_the_canary_s(tmp_path):
-    "Forty regulars, one after the other, with a talk of half an hour each: the canary is silent for hours."
+    "Sixty regulars, one after the other, with a talk of half an hour each: the canary is silent for hours."
     w = World(tmp_path)
-    users = [u for u in map(str, range(80)) if w.c.assign(u) == "baseline"][:40]
+    users = [u for u in map(str, range(120)) if w.c.assign(u) == "baseline"][:60]
     w.traffic(25)
     for u in users[:12]:
         for _ in range(100):
