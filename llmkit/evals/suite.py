@@ -70,9 +70,9 @@ def item(
     if not asked or last["role"] != "assistant" or not last["content"]:
         raise KitError("a test record ends with the assistant's answer", key=where)
     text = last["content"]
-    label, group = record.get("label") or predicted_label(text), record.get("group") or ""
+    label, group = (str("" if (v := record.get(k)) is None else v).strip() for k in ("label", "group"))
     choices, cluster = tuple(record.get("choices") or ()), str(record.get("cluster") or "")
-    return Item(str(record["id"]), tuple(asked), text, label, group, choices, cluster)
+    return Item(str(record["id"]), tuple(asked), text, label or predicted_label(text), group, choices, cluster)
 
 # %% ../../nbs/06_evals/01_suite.ipynb #8b868cee
 def refuse_doubles(
@@ -164,7 +164,15 @@ def task_suite(
     said = {k: conform(section[k], kind, f"evaluate.{k}", file) for k, kind in _ASKED.items() if k in section}
     how = {"suite": "task", "version": 1, "max_tokens": 32, "scorers": SCORERS, **said}
     how["scorers"] = tuple(how["scorers"])
-    return make_suite(how.pop("suite"), how.pop("version"), records, **how)
+    return _own_labels(make_suite(how.pop("suite"), how.pop("version"), records, **how))
+
+
+def _own_labels(suite: Suite) -> Suite:
+    "The suite; raises `KitError` where labels are scored and a record's own answer, read as a model's is, does not give its label."
+    if "label" in suite.scorers and (odd := next((i for i in suite.items if predicted_label(i.answer) != i.label), None)):  # fmt: skip
+        fix = f"Its answer reads as {predicted_label(odd.answer)!r}: begin it with the label and a colon (a label holds none), or leave the scorer label out"
+        raise KitError("even the record's own answer would be wrong", key=f"record {odd.id}.label", value=odd.label, remedy=fix)  # fmt: skip
+    return suite
 
 # %% ../../nbs/06_evals/01_suite.ipynb #44fbeafc
 _FILE = {"name": str, "records": str, "stop": list[str], "refusal": str, **_BOTH}
@@ -188,7 +196,7 @@ def load_suite(
         fix = f"Name some of {', '.join(KNOWN_SCORERS)}"
         raise KitError("a suite without scorers measures nothing", file=path, key="scorers", remedy=fix)
     try:
-        suite = make_suite(records=read_jsonl(source), **lists, **given)
+        suite = _own_labels(make_suite(records=read_jsonl(source), **lists, **given))
         if "refusal" in suite.scorers:
             known_label(suite.refusal, (i.label for i in suite.items), "refusal", path)
         return suite
