@@ -94,9 +94,9 @@ def read_lines(
 
 
 def _read_line(number: int, raw: bytes) -> Line:
-    "One line as it stands in the file; one that is no UTF-8 is at fault, and stops no other."
+    "One line as it stands in the file, the first one perhaps behind the mark of its encoding; one that is no UTF-8 is at fault, and stops no other."
     try:
-        return read_line(number, raw.decode("utf-8"))
+        return read_line(number, raw.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError as e:
         return Line(number, fault=f"not UTF-8: {e.reason} at byte {e.start} of the line")
 

@@ -220,7 +220,7 @@ def _read(self: FolderSource, name: str, n: int) -> list[Delivery]:
             elif attempts:
                 self.again.appendleft((self.clock(), (name, start, f.at)))
             else:
-                out.append(((name, start, f.at), _text(raw)))
+                out.append(((name, start, f.at), _text(raw, start)))
         if f.head is None:
             self._same(name, lines)
     out = [self._given(*x) for x in out]
@@ -228,9 +228,9 @@ def _read(self: FolderSource, name: str, n: int) -> list[Delivery]:
     return out
 
 
-def _text(raw: bytes) -> str:
-    "A line without its end."
-    return raw.decode("utf-8", "replace").rstrip("\r\n")
+def _text(raw: bytes, start: int) -> str:
+    "A line without its end, and at the start of a file without the mark of its encoding."
+    return raw.decode("utf-8" if start else "utf-8-sig", "replace").rstrip("\r\n")
 
 
 def _pass(self: FolderSource, name: str, end: int) -> None:
@@ -250,7 +250,7 @@ def _given(self: FolderSource, at: tuple[str, int, int], raw: str | None = None)
     if raw is None:
         with open(self.folder / name, "rb") as lines:
             lines.seek(start)
-            raw = _text(lines.read(end - start))
+            raw = _text(lines.read(end - start), start)
     with self.store.write() as db:
         db.execute("INSERT INTO lines VALUES (?, ?, 1, 0) ON CONFLICT DO UPDATE SET attempts = attempts + 1", at[:2])
         row = db.execute("SELECT attempts FROM lines WHERE name = ? AND start = ?", at[:2]).fetchone()

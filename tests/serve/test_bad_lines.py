@@ -69,6 +69,13 @@ def test_a_stream_does_not_fill_its_own_queue():
     assert not dead and len(answers) == 21
 
 
+def test_the_mark_that_windows_writes_before_a_text_costs_no_first_line():
+    answers, errors = run_batch("\ufeff" + request(1), request(2))
+    assert not errors and sorted(a["custom_id"] for a in answers) == ["q1", "q2"]
+    answers, dead = run_stream("\ufeff" + event(1), event(2), "\ufeff" + event(3))
+    assert [a["id"] for a in answers] == ["/t#1", "/t#2"] and "BOM" in dead[0]["data"]["reason"]
+
+
 def test_a_batch_goes_on_after_a_bad_line():
     nan, lone = request(3, temperature=float("nan")), request(4, user="\ud800")
     answers, errors = run_batch(request(1), DEEP, '{"custom_id":"\\ud800"}', nan, lone, request(2))
