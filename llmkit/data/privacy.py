@@ -23,8 +23,8 @@ from .records import TEXTS, RowError
 def luhn(number: str) -> bool:
     "Whether a payment card number's check digit fits (ISO/IEC 7812-1)."
     digits = [int(c) for c in number if c.isdigit()]
-    if not 13 <= len(digits) <= 19 or len(set(digits)) == 1:
-        return False
+    if not 13 <= len(digits) <= 19 or len(set(digits)) == 1 or (digits[0] == 1 and len(digits) != 15):
+        return False  # a one begins airlines' cards of 15 digits, and ids made of times
     doubled = [sum(divmod(2 * d, 10)) for d in digits[-2::-2]]
     return (sum(digits[::-2]) + sum(doubled)) % 10 == 0
 
@@ -80,11 +80,12 @@ ENTITIES: dict[str, tuple[str, Callable[[str], bool] | None]] = {
     "CREDIT_CARD": (r"(?<!\d)(?<!\d-)(?:\d(?:[ -]?\d){12,18}|\d{4}(?:\.\d{4}){3})(?!\d)(?!-\d)", luhn),
     "US_SSN": (r"(?<![\d-])(?!000|666|9\d\d)\d{3}([- ])(?!00)\d\d\1(?!0000)\d{4}(?![\d-])", None),
     "IP_ADDRESS": (
-        r"(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}(?=:\d|(?![\w:]|\.\d))|[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7}(?![\w:]))",
+        r"(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}(?=:\d|(?![\w:]|\.\d))|[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7}(?:(?<=:)\d{1,3}(?:\.\d{1,3}){3})?(?![\w:]|\.\d{1,3}\.\d))",
         ip,
     ),
     "PHONE_NUMBER": (
-        r"(?<![\w+])(?:(?:\+|00)[1-9](?:[ ./()-]{0,2}\d){7,14}|(?:\(?\d{3}\)?[ .-]|\(\d{3}\))\d{3}[.-]\d{4}"
+        r"(?<![\w+])(?:(?:\+|00)[1-9](?:[ ./()-]{0,2}\d){7,14}|(?:1[ .-])?(?:\(?\d{3}\)?[ .-]|\(\d{3}\))\d{3}[.-]\d{4}"
+        r"|0[1-9](?: ?[/-] ?| )\d{4}[ -]?\d{4}|\(\d\d\) ?\d{4,5}-\d{4}|8 ?\(?[2-9]\d\d\)? \d{3}-\d\d-\d\d|1[3-9]\d[ -]\d{4}[ -]\d{4}"
         r"|\(?[2-9]\d\d\)? [2-9]\d\d \d{4}|(?:0[1-9]\d{1,3}|\(0[1-9]\d{0,3}\))(?:(?: ?[/-] ?| )\d{2,8}){1,4}"
         r"|0[1-9](?:[ .-]\d\d){4}|(?<!ISBN )(?<!ISBN: )0[1-9]\d{8,10}|[6-9]\d{4} \d{5})(?!\d)",
         lambda t: 8 <= sum(c.isdigit() for c in t) <= 17 and not HOURS.fullmatch(t),
@@ -144,15 +145,22 @@ def _find(text: str, perhaps: re.Pattern, patterns: Callable[[], tuple[Pattern, 
     return [f._replace(start=places[f.start], end=places[f.end - 1] + 1) for f in found] if places else found
 
 # %% ../../nbs/03_data/04_privacy.ipynb #5320913b
+_SECRET = (
+    r"(?:password|passwd|pwd|passphrase|(?:client[_-]?)?secret|api[_-]?key|access[_-]?key|(?:auth|access)[_-]?token)"
+)
 LATER = {
     "GitHub fine-grained token": r"\bgithub_pat_[A-Za-z0-9_]{60,}",
     "Hugging Face token": r"\bhf_[A-Za-z0-9]{30,}",
     "OpenAI project key": r"\bsk-(?:proj|svcacct|admin)-[A-Za-z0-9_-]{40,}",
     "Anthropic key": r"\bsk-ant-[A-Za-z0-9_-]{40,}",
     "Google API key": r"\bAIza[A-Za-z0-9_-]{35}\b",
-    "Assigned secret": r"(?i)(?<![a-z0-9])(?:password|passwd|pwd|passphrase|secret|api[_-]?key|access[_-]?key|auth[_-]?token)=(?![<{$*\[])[^\s&;,]{6,}",
+    "Service token": r"\b(?:(?:npm_|gsk_|r8_|ntn_|xai-|pplx-|lin_api_|NRAK-|AGE-SECRET-KEY-1)[A-Za-z0-9]{20,}|(?:xapp-\d-|GOCSPX-|dckr_pat_"
+    r"|do[opr]_v1_|shp(?:at|ca|pa|ss)_|glsa_|hv[bs]\.|figd_|sntry[su]_|HRKU-|PMAK-|lsv2_(?:pt|sk)_|ATATT3)[\w.=-]{20,}|dapi[0-9a-f]{32})",
+    "Authorization header": r"(?i)\bauthorization\\?[\"']?[:=] ?\\?[\"']?(?:bearer|basic|token) (?=[^\s\d]{0,200}\d)[\w.~+/=-]{16,}",
+    "Assigned secret": rf"(?i)(?<![a-z0-9]){_SECRET}(?:=(?![<{{$*\[])[^\s&;,]{{6,}}"
+    r"|(?:\\?[\"'])? ?[:=]>? ?\\?[\"'](?=[^\s\d\"']{0,200}\d)[^\s\"'\\<{$]{8,}|(?<=key): (?=[^\s\d]{0,200}\d)[\w-]{20,})",
 }
-LONG = re.compile(r"\S{16}|BEGIN |://|\w=\S{6}")
+LONG = re.compile(r"\S{16}|BEGIN |://|\w=\S{6}|[:=]>? ?\\?[\"']\S{8}")
 RUNS = {  # how a pattern begins → what is passed over where it fails
     r"eyJ[A-Za-z0-9-_=]+\.": r"eyJ[A-Za-z0-9-_=]*",
     r"\/\/.+\/:_authToken=": r"//.*",

@@ -16,6 +16,7 @@ HOSTILE = (
     "://", "eyJ", "//", "sk-", "://a:", "eyJa.", "//a/:_authToken=", "//a/:_authToken=npm", "sk-T3BlbkFJ", "aws key '", "xoxb-1-",
     "glagent-", '":"', "key  =", "-1", "a", "A", "1", "[", " ", "\n", "hooks", "https://a:", "github_pat_", "pypi-AgEIcHlwaS5vcmc",
     "-----BEGIN PRIVATE " + "KEY-----\nMIIEpAIBAAKCAQEA\n", "-----BEGIN PRIVATE " + "KEY-----" + "\\n" * 40, "-", "END ", "BEGIN ", "END A PRIVATE ", "BEGIN " + "A " * 20,
+    "authorization: bearer ", "npm_", "hvs.", 'password: "', "api_key='", "key: ", 'secret\\": \\"',
     "PuTTY-User-Key-File-3: ssh-rsa\nEncryption: ", "BEGIN PRIVATE " + "KEY" + " \n" * 500,
 )  # fmt: skip
 
@@ -200,6 +201,11 @@ def test_a_number_is_found_whatever_stands_behind_it(after):
         "06 ",
         "0123/",
         "(0",
+        "03-1234-",
+        "(11) 9",
+        "138 1234 ",
+        "8 (495) ",
+        "::1.",
         "+4 ",
         "é.",
         "1" * 19 + " ",
@@ -210,3 +216,46 @@ def test_hostile_digits_take_seconds(unit):
     began = time.process_time()
     find_pii(text)
     assert time.process_time() - began < 3
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        "03-1234-5678", "06-12345678", "02 9876 5432", "(11) 91234-5678", "8 (495) 123-45-67", "138 1234 5678", "1-800-555-0199",
+        "::ffff:192.0.2.128", "4111.1111.1111.1111",
+    ],
+)  # fmt: skip
+def test_numbers_of_other_lands_go_whole(number):
+    assert re.fullmatch(r"It is <[A-Z_]+>, ok\?", masked(f"It is {number}, ok?"))
+
+
+def test_ids_made_of_times_are_no_cards():
+    rng = random.Random(0)
+    for size in (13, 16, 18, 19):  # milliseconds, microseconds, those of social networks, nanoseconds
+        ids = ["1" + "".join(rng.choices("0123456789", k=size - 1)) for _ in range(300)]
+        assert not [i for i in ids if find_pii(i)]
+
+
+TOKEN = "aB3" * 16
+NEWER = {
+    "Service token": ["npm" + "_" + TOKEN[:36], "xa" + "pp-1-A1-2-" + TOKEN, "GOC" + "SPX-" + TOKEN[:28], "hv" + "s." + TOKEN, "gs" + "k_" + TOKEN, "dap" + "i" + "0f" * 16],
+    "Authorization header": ["Authorization: Bearer " + TOKEN, '{"authorization": "Basic ' + TOKEN + '"}', "-H 'Authorization: token " + TOKEN],
+    "Assigned secret": ['{"api_key": "' + TOKEN + '"}', "pass" + "word = 'hunter2hunter2'", '{\\"client_secret\\": \\"' + TOKEN + '\\"}', "X-API-Key: " + TOKEN],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("entity, text", [(e, t) for e, texts in NEWER.items() for t in texts])
+def test_keys_of_newer_services_and_in_quotes_are_found(entity, text):
+    assert entity in {f.entity for f in find_secrets(f"please use {text} for this")}
+    assert TOKEN[:20] not in masked(text) and "hunter2" not in masked(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"pass' + 'word": "string"}', '"api_key": "<your key 1>"', "Authorization: Bearer YOUR_ACCESS_TOKEN", "npm_config_registry_url_default",
+        "the password: at least 8 characters", "secret: '${API_SECRET_1}'", "Authorization: Bearer <token-1234567890>",
+    ],
+)  # fmt: skip
+def test_words_about_keys_stay(text):
+    assert masked(text) == text
