@@ -48,6 +48,7 @@ import sys
 from pathlib import Path
 
 sys.dont_write_bytecode = True  # the folder stays as it was made
+sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter gets its number
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from llmkit.deploy.edge_run import main  # noqa: E402
 

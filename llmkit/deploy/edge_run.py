@@ -52,7 +52,11 @@ class EdgeModel:
         so = ort.SessionOptions()
         so.log_severity_level, so.intra_op_num_threads = 3, threads
         graph = str(self.folder / "model/decode.onnx")
-        self.session = ort.InferenceSession(graph, so, providers=["CPUExecutionProvider"])
+        try:
+            self.session = ort.InferenceSession(graph, so, providers=["CPUExecutionProvider"])
+        except Exception as e:  # ONNX Runtime has a kind of error for each fault
+            fix = "Copy the folder again; `python run.py --check` says what differs"
+            raise KitError(f"cannot be loaded: {' '.join(str(e).split())}", file=graph, remedy=fix) from e
 
     def answer(
         self,
@@ -137,7 +141,7 @@ def main(
             return 0
         if a.lines:
             for row in answer_lines(model, sys.stdin.buffer, a.max_tokens):
-                print(json.dumps(row, ensure_ascii=False), flush=True)
+                print(json.dumps(row), flush=True)  # ASCII: whatever the terminal takes
             return 0
         if not a.question:
             p.error("a question, --lines or --check")

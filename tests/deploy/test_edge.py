@@ -2,6 +2,7 @@
 
 import filecmp
 import json
+import os
 import re
 import subprocess
 import venv
@@ -64,8 +65,11 @@ def test_it_answers_where_only_onnx_runtime_is_installed(release, bare_python, t
     assert [s["tokens"] for s in said] == [w.tokens for w in want], done.stderr
     assert [s["text"] for s in said] == [w.text for w in want]
     # by hand, checked, and with nothing loaded but what it says
-    one = run(bare_python, place / "run.py", rows[0]["messages"][1]["content"])
+    home = tmp_path / "home"
+    quiet = {k: v for k, v in os.environ.items() if not k.startswith("ORT_")} | {"HOME": str(home)}
+    one = run(bare_python, place / "run.py", rows[0]["messages"][1]["content"], env=quiet)
     assert one.stdout == want[0].text + "\n" and one.returncode == 0
+    assert not home.exists()  # ONNX Runtime notes who runs it, and tells its makers, unless it is told not to
     assert run(bare_python, place / "run.py", "--check").stdout == "whole, and it answers as it should\n"
     assert set(run(bare_python, place / "run.py", "--loaded").stdout.split()) == {"numpy", "onnxruntime"}
     # the program is the kit's, byte by byte
@@ -73,12 +77,21 @@ def test_it_answers_where_only_onnx_runtime_is_installed(release, bare_python, t
 
     home = Path(llmkit.__file__).parent
     assert filecmp.cmpfiles(home, place / "llmkit", modules_of(), shallow=False)[0] == modules_of()
+    # a terminal that knows few letters loses no answer
+    odd = b'{"id": "\\ud800", "question": "a"}\n{"id": "\xe2\x82\xac", "question": "b"}\n'
+    done = subprocess.run([str(bare_python), str(place / "run.py"), "--lines"], input=odd, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "latin-1"})  # fmt: skip
+    assert [json.loads(x)["id"] for x in done.stdout.splitlines()] == ["\ud800", "€"], done.stderr
     # a changed byte is found
     with open(place / "model/weights.bin", "rb+") as f:
         f.seek(5000)
         f.write(b"\xff\x00\xff")
     broken = run(bare_python, place / "run.py", "--check")
     assert broken.returncode == 2 and "weights.bin differs" in broken.stderr
+    # a copy that was cut off is told in one line
+    os.truncate(place / "model/weights.bin", 1000)
+    cut = run(bare_python, place / "run.py", "card")
+    assert cut.returncode == 2 and len(cut.stderr.splitlines()) == 1 and "decode.onnx: cannot be loaded" in cut.stderr
+    (place / "model/weights.bin").write_bytes(Path("bundle/engine/weights.bin").read_bytes())
     # a question that does not fit is refused in one line
     long = run(bare_python, place / "run.py", "card " * 400)
     assert long.returncode == 2 and len(long.stderr.splitlines()) == 1 and "tokens" in long.stderr
