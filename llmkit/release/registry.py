@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from ..core.artifact import open_artifact
 from ..core.digests import digest_json, short
@@ -92,7 +92,8 @@ class Version:
 
 def database(uri: str) -> Path | None:
     "The file of an SQLite registry, absolute; None for any other."
-    return Path(uri.removeprefix("sqlite:///")).resolve() if uri.startswith("sqlite:///") else None
+    file = unquote(uri.removeprefix("sqlite:///").partition("?")[0])  # as SQLAlchemy reads it
+    return Path(file).resolve() if uri.startswith("sqlite:///") else None
 
 
 RETRAIN_ID = "LLMKIT_RETRAIN_ID"  # environment variable that every process of a training has
@@ -112,7 +113,7 @@ def _client(uri: str) -> Any:
     need("mlflow", "release")
     for name in ("mlflow.store.db.utils", "alembic.runtime.migration"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    uri = f"sqlite:///{file}" if (file := database(uri)) else uri
+    uri = f"sqlite:///{str(file).replace('%', '%25').replace('?', '%3F')}" if (file := database(uri)) else uri
     client = need("mlflow.tracking", "release").MlflowClient(tracking_uri=uri, registry_uri=uri)
     move = client.set_registered_model_alias
 

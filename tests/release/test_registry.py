@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 from release_road import run_card, run_gate, run_package
@@ -306,3 +307,11 @@ def test_an_empty_lock_and_a_foreign_manifest_stop_nothing(carded):
     os.makedirs("artifacts/theirs")
     open("artifacts/theirs/manifest.json", "w").write("[]")
     assert len(read_lineage("artifacts").nodes) == 10
+
+
+@pytest.mark.parametrize("name", ["a%20b", "repo%2Fx", "what?", "ü '"])
+def test_a_registry_in_a_folder_of_any_name_is_that_file(tmp_path, monkeypatch, name):
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    assert versions("sqlite:///mlflow.db", "m") == []
+    assert [p.name for p in tmp_path.rglob("*.db")] == ["mlflow.db"] and Path("mlflow.db").is_file()
