@@ -117,7 +117,7 @@ def damage(art: Artifact) -> list[str]:
     linked = [
         n for n in odd if any(f.startswith(f"{n}/") for f in art.files)
     ]  # folders that were linked when it was sealed
-    found = (p for at in linked for p in files_below(art.path / at, ()))
+    found = (p for at in linked for p in files_below(art.path / at))
     now = {p.relative_to(art.path).as_posix() for p in (*art.path.rglob("*"), *found) if p.is_file()}
     lost = [f"{n} is missing" for n in art.files if n not in now]
     bad = [f"{n} differs" for n, d in art.files.items() if n in now and digest_file(art / n) != d]

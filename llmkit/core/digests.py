@@ -59,11 +59,14 @@ def digest_files(
 ) -> dict[str, str]:
     "The digest of every file below a folder, keyed by its relative POSIX path, sorted."
     folder = Path(folder)
-    names = sorted(p.relative_to(folder).as_posix() for p in files_below(folder, ()))
+    names = sorted(p.relative_to(folder).as_posix() for p in files_below(folder))
     return {n: digest_file(folder / n) for n in names if n not in skip}
 
 
-def files_below(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+def files_below(
+    folder: Path,
+    above: tuple[Path, ...] = (),  # folders that lead to it, resolved
+) -> Iterator[Path]:
     "The files below a folder; `rglob` passes linked folders by. A link to a folder above it ends there."
     here = folder.resolve()
     for p in folder.iterdir() if folder.is_dir() and here not in above else ():
