@@ -1009,6 +1009,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'llmkit.flow.repro.check_data': ('12_flow/repro.html#check_data', 'llmkit/flow/repro.py'),
                                    'llmkit.flow.repro.dvc': ('12_flow/repro.html#dvc', 'llmkit/flow/repro.py'),
                                    'llmkit.flow.repro.guard': ('12_flow/repro.html#guard', 'llmkit/flow/repro.py'),
+                                   'llmkit.flow.repro.overtaken': ('12_flow/repro.html#overtaken', 'llmkit/flow/repro.py'),
                                    'llmkit.flow.repro.put_back': ('12_flow/repro.html#put_back', 'llmkit/flow/repro.py'),
                                    'llmkit.flow.repro.repro': ('12_flow/repro.html#repro', 'llmkit/flow/repro.py'),
                                    'llmkit.flow.repro.stop_below': ('12_flow/repro.html#stop_below', 'llmkit/flow/repro.py'),

@@ -1,5 +1,6 @@
 "Two stages under the real DVC: what repeats, what comes from the cache, and what a stale pipeline does."
 
+import json
 import os
 import re
 import shutil
@@ -324,3 +325,22 @@ def test_a_configuration_that_was_merged_by_halves_is_named(tmp_path):
     (tmp_path / ".dvc/config").write_text(both)
     with pytest.raises(KitError, match=r"\.dvc/config: not a configuration of DVC: .*line 2"):
         check_cache(tmp_path)
+
+
+def test_a_verdict_on_what_was_made_before_is_not_shown_as_one_on_this(tmp_path):
+    "As after `llmkit repro prepare` on other data: DVC leaves the verdict of the run before."
+    (tmp_path / "artifacts/gate/verdict").mkdir(parents=True)
+    (tmp_path / "artifacts/gate/verdict/verdict.json").write_text('{"outcome": "pass"}')
+
+    def lock(made):
+        "Three stages, of which the second has read `old`."
+        rows = {"prepare": ([], ["data", made]), "evaluate": (["data", "old"], ["report", "r"]), "gate": (["report", "r"], ["verdict", "v"])}  # fmt: skip
+        entry = lambda pair: [{"path": pair[0], "md5": pair[1]}] if pair else []
+        stages = {n: {"cmd": n, "deps": entry(d), "outs": entry(o)} for n, (d, o) in rows.items()}
+        (tmp_path / "dvc.lock").write_text(json.dumps({"schema": "2.0", "stages": stages}))
+
+    lock("old")
+    assert flow.overtaken(tmp_path) == set() and "\nverdict  pass (" in "\n" + flow.where_to_look(tmp_path)
+    lock("new")
+    assert flow.overtaken(tmp_path) == {"evaluate", "gate"}
+    assert "verdict  pass, on what was made before: `llmkit repro` decides anew (" in flow.where_to_look(tmp_path)
