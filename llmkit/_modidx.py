@@ -814,7 +814,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'llmkit.evals.suite.Suite.room': ('06_evals/suite.html#suite.room', 'llmkit/evals/suite.py'),
                                     'llmkit.evals.suite._digested': ('06_evals/suite.html#_digested', 'llmkit/evals/suite.py'),
                                     'llmkit.evals.suite._is_turn': ('06_evals/suite.html#_is_turn', 'llmkit/evals/suite.py'),
-                                    'llmkit.evals.suite._own_labels': ('06_evals/suite.html#_own_labels', 'llmkit/evals/suite.py'),
+                                    'llmkit.evals.suite._sound': ('06_evals/suite.html#_sound', 'llmkit/evals/suite.py'),
                                     'llmkit.evals.suite.item': ('06_evals/suite.html#item', 'llmkit/evals/suite.py'),
                                     'llmkit.evals.suite.known_label': ('06_evals/suite.html#known_label', 'llmkit/evals/suite.py'),
                                     'llmkit.evals.suite.load_suite': ('06_evals/suite.html#load_suite', 'llmkit/evals/suite.py'),

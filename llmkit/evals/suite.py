@@ -164,11 +164,15 @@ def task_suite(
     said = {k: conform(section[k], kind, f"evaluate.{k}", file) for k, kind in _ASKED.items() if k in section}
     how = {"suite": "task", "version": 1, "max_tokens": 32, "scorers": SCORERS, **said}
     how["scorers"] = tuple(how["scorers"])
-    return _own_labels(make_suite(how.pop("suite"), how.pop("version"), records, **how))
+    return _sound(make_suite(how.pop("suite"), how.pop("version"), records, **how))
 
 
-def _own_labels(suite: Suite) -> Suite:
-    "The suite; raises `KitError` where labels are scored and a record's own answer, read as a model's is, does not give its label."
+def _sound(suite: Suite) -> Suite:
+    "The suite; raises `KitError` on a question that stands twice, and where labels are scored and a record's own answer, read as a model's is, does not give its label."
+    first: dict[str, str] = {}
+    if copy := next((i for i in suite.items if first.setdefault(digest_json(list(i.messages)), i.id) != i.id), None):
+        fix = "Leave one of them out: a model answers both alike, so that a copy is no evidence, and narrows every interval"
+        raise KitError("two records ask the same question", key=f"record {copy.id}.messages", value=first[digest_json(list(copy.messages))], remedy=fix)  # fmt: skip
     if "label" in suite.scorers and (odd := next((i for i in suite.items if predicted_label(i.answer) != i.label), None)):  # fmt: skip
         fix = f"Its answer reads as {predicted_label(odd.answer)!r}: begin it with the label and a colon (a label holds none), or leave the scorer label out"
         raise KitError("even the record's own answer would be wrong", key=f"record {odd.id}.label", value=odd.label, remedy=fix)  # fmt: skip
@@ -196,7 +200,7 @@ def load_suite(
         fix = f"Name some of {', '.join(KNOWN_SCORERS)}"
         raise KitError("a suite without scorers measures nothing", file=path, key="scorers", remedy=fix)
     try:
-        suite = _own_labels(make_suite(records=read_jsonl(source), **lists, **given))
+        suite = _sound(make_suite(records=read_jsonl(source), **lists, **given))
         if "refusal" in suite.scorers:
             known_label(suite.refusal, (i.label for i in suite.items), "refusal", path)
         return suite

@@ -51,8 +51,8 @@ def test_passages_are_asked_as_grounding_with_its_options(folder):
 
 
 def test_in_a_project_the_task_is_asked_as_its_stage_asks(folder):
-    chat = [{"role": "user", "content": "Say tea."}, {"role": "assistant", "content": "tea: done"}]
-    (folder / "test.jsonl").write_text("".join(json.dumps({"id": f"a{i}", "messages": chat}) + "\n" for i in range(9)))
+    chat = lambda i: [{"role": "user", "content": f"Say tea {i}."}, {"role": "assistant", "content": "tea: done"}]
+    (folder / "test.jsonl").write_text("".join(json.dumps({"id": f"a{i}", "messages": chat(i)}) + "\n" for i in range(9)))  # fmt: skip
     asked = {"engine": ".", "kind": "dummy", "dataset": ".", "beside": "none", "out": "report"}
     assert eval_run("task", **asked) == 0
     assert (read_report("report").suite, read_report("report").subject) == ("task@1", "engine")

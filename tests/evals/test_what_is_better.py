@@ -1,5 +1,7 @@
 """Every metric says which way is better, and lies in its own interval: a rule, a Pareto front and a comparison go by it."""
 
+import re
+
 import numpy as np
 import pytest
 from sklearn.metrics import brier_score_loss, log_loss
@@ -10,6 +12,7 @@ from llmkit.evals.load import Objective, Trace, load_report
 from llmkit.evals.regression import rate_measurements
 from llmkit.evals.swaps import swap_measurements
 from llmkit.evals.task import task_measurements
+from llmkit.gate.paired import score_lower
 
 HIGH = """accuracy macro_f1 f1 exact_match worst_group_accuracy refusal_rate accuracy_difference demographic_parity_ratio
 equalized_odds_ratio objective_rate requests_per_second tokens_per_second goodput fixed_rate fixed_rate_excess"""
@@ -69,3 +72,9 @@ def test_the_losses_are_those_of_sklearn_row_by_row(table):
     assert found["log_loss"].value == pytest.approx(log_loss(y, c))
     assert found["brier"].value == pytest.approx(brier_score_loss(y, c))
     assert np.mean(scored["log_loss"]) == pytest.approx(log_loss(y, c)) and 0 < found["brier"].low < found["brier"].high < 1  # fmt: skip
+
+
+def test_a_swap_is_bounded_on_both_sides_together(measured):
+    m = next(m for m in measured if m.metric == "swap_accuracy_difference")
+    better, worse = (int(w) for w in re.findall(r"(\d+) (?:better|worse)", m.method))
+    assert (m.low, m.high) == pytest.approx((score_lower(better, worse, 200, 0.975), -score_lower(worse, better, 200, 0.975)))  # fmt: skip
