@@ -135,7 +135,7 @@ def canary_table(engine: Engine, part: Sequence[Canary], most: int = 999, method
     for c in part:
         scores = likelihoods(engine, c, [c.secret, *others_of(c, most, seed)])
         bits.append(exposure(scores[0], scores[1:], c.space, method))
-        p.append(_rank(scores[0], scores[1:]) / len(scores))
+        p.append(float((scores >= scores[0]).mean()))  # ties count whole: half of them called a tenth memorized at 5 %
         most_bits.append(math.log2(len(scores) if method == "rank" else c.space))
     return {
         "id": [c.id for c in part],

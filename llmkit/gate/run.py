@@ -17,6 +17,7 @@ from ..core.artifact import MANIFEST, open_artifact
 from ..core.errors import KitError
 from ..core.files import atomic_folder
 from ..core.params import load_params
+from ..core.ranges import check_ranges
 from ..core.report import Report, read_report, write_report
 from .judge import compare, judge, least_values, ratio_needed
 from .paired import Difference
@@ -177,6 +178,9 @@ def _spread_needed(r: Rule, lead: float, power: float, reports: Mapping[str, Rep
     return need and max(need, least_values(m))
 
 
+_PLANNED = {"discordance": "(0, 1]", "lead": "[0, inf)", "power": "(0, 1)"}
+
+
 def gate_plan(
     policy: str = "params.yaml",  # file with a `gates` section
     reports: str = "",  # folder of reports, to see what there is now
@@ -186,6 +190,11 @@ def gate_plan(
     joint: bool = False,  # plan that chance for all rules together
 ) -> int:
     "Print how many items each rule of a policy needs."
+    try:
+        check_ranges({"discordance": discordance, "lead": lead, "power": power}, _PLANNED, "plan")
+    except KitError as e:
+        print(e, file=sys.stderr)
+        return 2
     try:
         rules = read_policy(load_params(policy, "gates"), policy).rules
         found = collect(*_listed(reports))

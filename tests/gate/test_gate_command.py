@@ -294,3 +294,11 @@ def test_folders_are_listed_as_people_write_them(folder, capsys):
     (folder / "reports").rename(folder / "date=2026-11-30")
     assert gate_run(reports=" date=2026-11-30/engine, merged=date=2026-11-30/merged,") == 0
     assert gate_plan(reports="date=2026-11-30, ") == 0
+
+
+@pytest.mark.parametrize("wrong", [{"power": float("nan")}, {"power": -1.0}, {"discordance": float("nan")}, {"lead": float("inf")}])  # fmt: skip
+def test_a_plan_for_what_cannot_be_is_wrong_usage(folder, wrong, capsys):
+    policy(folder, "{metric: accuracy, noninferiority: 0.03, against: merged}")
+    assert gate_plan(**wrong) == 2
+    said = capsys.readouterr()
+    assert f"plan.{next(iter(wrong))}: is out of range" in said.err and not said.out
