@@ -388,6 +388,19 @@ def test_a_folder_on_a_full_disk_makes_no_dead_letters(tmp_path, consumer):
     assert sorted(ids) == sorted(expected(range(n))) and not (tmp_path / "out/dead.ndjson").exists()
 
 
+def test_redis_events_that_are_trimmed_before_their_next_try_are_told_of(redis_server, consumer):
+    r = redis_server
+    for i in range(5):
+        r.client.xadd("q", {"event": event(i)})
+    r.client.xgroup_create("q", "llmkit", id="0")
+    r.client.xreadgroup("llmkit", "the dead", {"q": ">"}, 4)
+    r.client.xtrim("q", maxlen=3, approximate=False)
+    p = consumer(r.at("q"), r.at("a"), "--once", "--patience", 0.5)
+    out, err = p.communicate(timeout=PATIENCE)
+    assert p.returncode == 0 and set(r.ids("a")) == expected([2, 3, 4])
+    assert sum(int(line.split("it ")[1].split()[0]) for line in err.splitlines() if "was trimmed" in line) == 2, err
+
+
 def test_redis_an_event_that_is_no_utf8_becomes_a_dead_letter(redis_server, consumer):
     r = redis_server
     for raw in (b"caf\xe9", event(1).encode()):
