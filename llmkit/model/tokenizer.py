@@ -173,8 +173,12 @@ class Tokenizer:
         return cls(backend, find_template(folder), special_tokens(folder), _end_tokens(folder), now)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        "The ids of a text; `special` adds what the tokenizer puts around every text, such as a first token."
-        return self.backend.encode(text, add_special_tokens=special).ids
+        "The ids of a text; `special` adds what the tokenizer puts around every text, such as a first token. Raises `KitError`."
+        try:
+            return self.backend.encode(text, add_special_tokens=special).ids
+        except TypeError as e:  # half a character: a surrogate without the other one
+            fix = "Read the text as what it is, such as UTF-8"
+            raise KitError("is no text of Unicode", key="text", value=ascii(text)[:60], remedy=fix) from e
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         "The text of some ids."

@@ -277,3 +277,12 @@ def test_importing_it_needs_no_heavy_library():
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a \udce9 b", "<|end|>\udfff"])
+def test_half_a_character_is_refused_in_words(folder, text):
+    tok = Tokenizer.load(folder)
+    tok.template = TEMPLATES["chatml"]
+    for encode in (tok.encode, lambda t: tok.chat([{"role": "user", "content": t}])):
+        with pytest.raises(KitError, match="text: is no text of Unicode .got .*UTF-8"):
+            encode(text)
