@@ -344,7 +344,7 @@ def step(
     "One update of the weights; raises `KitError` when the loss is not finite or diverges."
     torch, r, (rank, size), began = need("torch"), self.recipe, world(), time.perf_counter()
     torch.manual_seed(int(np.random.SeedSequence([r.seed, self.state.step, rank]).generate_state(1)[0]))
-    sums = torch.zeros(3, dtype=torch.float64, device=self.model.device)  # loss, targets, tokens
+    sums = torch.zeros(4, dtype=torch.float64, device=self.model.device)  # loss, targets, tokens, weights
     for rows in batches:
         share = [[self.example(i, epoch) for i in row] for row in rows[rank::size]]
         if share:
@@ -352,7 +352,9 @@ def step(
             how = (r.label_smoothing, r.batching == "pack", r.precision == "bf16", r.prompt_loss_weight)
             loss, _ = answer_loss(self.model, batch, *how)
             loss.backward()
-            sums += sums.new_tensor([loss.item(), len(batch["targets"]), batch["attention_mask"].sum()])
+            targets, asked = len(batch["targets"]), int(batch["asked"].sum())
+            weights = targets + r.prompt_loss_weight * asked
+            sums += sums.new_tensor([loss.item(), targets, batch["attention_mask"].sum(), weights])
     grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.params]
     add_up(grads)
     add_up([sums])
@@ -360,7 +362,7 @@ def step(
         p.grad = g.div_(sums[1].item())
     norm = torch.nn.utils.clip_grad_norm_(self.params, r.clip or math.inf)
     lr = learning_rate(self.state.step, steps, r.lr, r.warmup)
-    watch(self.state, (sums[0] / sums[1]).item(), lr, norm.item())
+    watch(self.state, (sums[0] / sums[3]).item(), lr, norm.item())
     self.optimizer.step(lr / r.lr)
     self.state.tokens += int(sums[2])
     if self.average:

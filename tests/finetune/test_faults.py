@@ -110,3 +110,17 @@ def test_a_record_that_the_template_spoils_is_named(base):
         KitError, match=r"train.jsonl: r1: cannot be learnt with this base: the chat template.*take it out"
     ):
         encode_rows(tok, rows, 99, 0.0)
+
+
+def test_the_recorded_loss_is_a_mean_by_weight(base, dataset, recipe, tmp_path):
+    "A sum over questions and answers, divided by the answers alone, began at 30 nats for 320 tokens."
+    import math
+
+    from llmkit.core.files import read_json
+
+    first = []
+    for weight in (0.0, 0.5, 1.0):
+        how = replace(recipe, epochs=1, prompt_loss_weight=weight, label_smoothing=0.0)
+        delta = finetune(base, dataset, tmp_path / f"{weight}", how)
+        first.append(read_json(delta / "history.json")["train"]["loss"][0])
+    assert all(math.log(320) - 1 < x < math.log(320) + 1 for x in first), first
