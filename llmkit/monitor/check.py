@@ -135,6 +135,11 @@ def monitor_traffic(
     out: str = "",  # folder for the report
 ) -> int:
     "Say whether the last hours of traffic look like the days before; exit code 0 they do, 1 they do not, 3 too few."
+    for key, value in (("hours", hours), ("before", before), ("limit", limit)):
+        if not 0 < value < math.inf:
+            raise KitError("must be positive", key=key, value=value)
+    if not 0 < alpha < 1:
+        raise KitError("lies between 0 and 1", key="alpha", value=alpha)
     store, now = Events(events_file(load_settings(settings))).store, time.time()
     sql = """SELECT body FROM events WHERE kind = 'request' AND time >= ? AND time < ?
       AND json_extract(body, '$.status') != 'rejected' ORDER BY time DESC LIMIT ?"""

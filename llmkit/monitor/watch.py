@@ -7,6 +7,7 @@ __all__ = ['FAULT', 'Monitor', 'open_monitor', 'run_window', 'publish', 'settle'
            'monitor_status', 'monitor_close']
 
 # %% ../../nbs/10_monitor/09_watch.ipynb #afb433fd
+import math
 import sqlite3
 import time
 from collections.abc import Callable, Mapping
@@ -226,6 +227,8 @@ def monitor_watch(
     settings: str = "settings.ini",  # where the databases are
 ) -> int:
     "Decide windows as they become due; exit code is that of the last. Before a server's first start it waits."
+    if not 0 < every < math.inf:
+        raise KitError("must be positive", key="every", value=every)
     if not (log := events_file(load_settings(settings))).is_file():
         read_monitor(load_params(policy, "monitor"), policy)  # a policy that cannot be read is told now
         print(f"waiting for {log}: llmkit serve writes it", flush=True)

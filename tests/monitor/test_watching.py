@@ -681,3 +681,16 @@ def test_the_hours_of_traffic_are_taken_from_the_log_by_their_time(tmp_path, mon
     assert check.monitor_traffic(hours=1.0, before=0.5, settings=str(t.settings)) == 0 and not read
     assert "n = 3" in (said := capsys.readouterr().out), said
     assert check.monitor_traffic(hours=0.001, settings=str(t.settings)) == 3
+
+
+def test_numbers_that_are_none_are_refused():
+    from llmkit.monitor.check import monitor_traffic
+    from llmkit.monitor.watch import monitor_watch
+
+    odd = float("nan")
+    for call, key, value in (
+        (monitor_watch, "every", odd), (monitor_watch, "every", -1.0), (monitor_traffic, "hours", odd), (monitor_traffic, "before", -1.0),
+        (monitor_traffic, "limit", 0), (monitor_traffic, "alpha", odd),
+    ):  # fmt: skip
+        with pytest.raises(KitError, match=key):
+            call(**{key: value}, settings="nowhere.ini")
