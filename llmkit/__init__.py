@@ -1,4 +1,3 @@
-import os
-
 __version__ = "0.1.0"
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime tells its makers of each process unless this is set
+# ONNX Runtime reports each process to its makers unless this is set. An expression alone makes no stage depend on this file.
+__import__("os").environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
