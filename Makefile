@@ -53,7 +53,8 @@ smoke: env ## a model answers fixture prompts in under 30 s (MODEL=a base, delta
 
 BANKING77 ?= examples/banking77/data
 banking77: env ## the same pipeline on real questions, beside a yardstick (BANKING77=the folder with its train.csv and test.csv)
-	[ -e examples/banking77/data ] || ln -s "$(abspath $(BANKING77))" examples/banking77/data
+	[ -f "$(BANKING77)/train.csv" ] || { echo "banking77: needs BANKING77=the folder with train.csv and test.csv" >&2; exit 2; }
+	[ -f examples/banking77/data/train.csv ] || ln -sfn "$(abspath $(BANKING77))" examples/banking77/data
 	cd examples/banking77 && llmkit repro
 	python examples/banking77/yardstick.py
 
