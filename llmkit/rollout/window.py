@@ -24,7 +24,7 @@ from .policy import METRICS, PAIRS, RolloutPolicy
 
 # %% ../../nbs/09_rollout/05_window.ipynb #7f4ff2e5
 UNITS, LABELS = 20_000, 50_000  # most units and open labels that are remembered
-QUIET = 100_000  # most units that are counted while an arm is silent: of so many, a share of 0.02 % would have some
+QUIET = 70_000  # most units that are counted while an arm is silent: of so many, a share of 0.02 % would have some
 
 
 class Window:
