@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from ..core.errors import KitError
 from ..core.plugins import need
 from .board import Reader, render
-from ..serve.http import careful, is_loopback, listening
+from ..serve.http import address, careful, is_loopback, listening
 from ..serve.keys import Keys, database_path
 from ..serve.server import keys_said, open_keys
 from ..serve.wire import ApiError
@@ -123,9 +123,7 @@ def dash(
             await super().startup(sockets)
             if self.started:
                 at = self.servers[0].sockets[0].getsockname()[1]
-                print(
-                    f"dash on http://{f'[{host}]' if ':' in host else host}:{at}/ (keys {keys_said(asked)})", flush=True
-                )
+                print(f"dash on {address(host, at)} (keys {keys_said(asked)})", flush=True)
 
     server = Server(listening(app, host, port))
     server.run()

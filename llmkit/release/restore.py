@@ -15,7 +15,7 @@ from ..core.digests import short
 from ..core.errors import KitError
 from ..core.files import atomic_folder, locked, read_json
 from ..core.plugins import need
-from .registry import Version, _md5
+from .registry import Version, file_md5
 
 # %% ../../nbs/07_release/12_restore.ipynb #af3c0d87
 BUNDLES = ".llmkit/bundles"  # where restored ones are kept
@@ -41,7 +41,7 @@ def checkout(
         if not path.is_file():
             fix = "Check out the commit of that release, and `dvc pull`"
             raise KitError("is not in DVC's cache", key=address, value=oid, remedy=fix)
-        if _md5(path) != oid.removesuffix(".dir"):
+        if file_md5(path) != oid.removesuffix(".dir"):
             raise KitError("DVC's cache is damaged", file=path, key=address, remedy="Remove that file, and `dvc pull`")
         return path
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from ..core.errors import KitError
 from ..core.files import locked
 from ..release.ledger import append as append_ledger
-from ..release.registry import _alone, _client, versions
+from ..release.registry import find_versions, locked_registry, registry_client
 from .assign import SLOTS, assign, slot
 from .event import readable
 from .reducer import Event
@@ -58,13 +58,14 @@ class MlflowRegistry:
     def move(self, effect: Effect) -> None:
         "Move an alias and write it down; raises `KitError` when the release is not registered."
         e = effect
-        with _alone(self.uri):
-            found = versions(self.uri, e.model, e.release)
+        with locked_registry(self.uri):
+            client = registry_client(self.uri)
+            found = find_versions(client, e.model, e.release)
             if not found:
                 fix = "Register it: `llmkit register`; or take its promotion back: `llmkit rollout undo`"
                 raise Unregistered("this release is not in the registry", key=e.model, value=e.release, remedy=fix)
             if e.alias not in found[0].aliases:
-                _client(self.uri).set_registered_model_alias(e.model, e.alias, str(found[0].version))
+                client.set_registered_model_alias(e.model, e.alias, str(found[0].version))
             append_ledger(self.ledger, e.model, e.alias, e.release, e.evidence, e.action, e.who or "policy")
 
 # %% ../../nbs/09_rollout/09_controller.ipynb #a0dc2934

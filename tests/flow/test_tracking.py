@@ -230,5 +230,5 @@ def test_a_database_is_made_by_one_at_a_time(project, empty_mlflow, monkeypatch)
     assert settle(project.path) and seen == [True] and project.mlflow() == ["FAILED"]
     from llmkit.release import registry
 
-    with registry._alone(tracking.tracking_settings(project.path)[0]):
+    with registry.locked_registry(tracking.tracking_settings(project.path)[0]):
         assert held(lock)

@@ -277,12 +277,12 @@ def tag(key, value):
 
 
 def test_a_registry_and_a_ledger_that_disagree_are_told(carded, capsys):
-    from llmkit.release.registry import _client
+    from llmkit.release.registry import registry_client
 
     run_register()
     assert list_releases() == 0
     whole, db = open("ledger.jsonl", "rb").read(), open("mlflow.db", "rb").read()
-    _client("sqlite:///mlflow.db").set_registered_model_alias("bank-support", "champion", "1")  # by hand
+    registry_client("sqlite:///mlflow.db").set_registered_model_alias("bank-support", "champion", "1")  # by hand
     assert list_releases() == 1 and "version 1 is champion, and by the ledger nobody is" in capsys.readouterr().out
     open("mlflow.db", "wb").write(db)
     open("ledger.jsonl", "wb").close()  # an older one

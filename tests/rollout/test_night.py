@@ -13,7 +13,7 @@ from test_live import QUICK, Town
 from test_outside import aliases, project, serve  # noqa: F401  a fixture
 
 from llmkit.core.errors import KitError
-from llmkit.release.registry import _client, register, versions
+from llmkit.release.registry import register, registry_client, versions
 from llmkit.release.release import Release
 from llmkit.rollout import commands, store
 from llmkit.rollout.controller import Controller, MlflowRegistry
@@ -172,7 +172,7 @@ def test_a_version_that_was_deleted_meanwhile_stops_no_undo_and_no_other_rollout
     commands.rollout_start("bank-support", canary=one.release, first=True)
     commands.rollout_start("bank-support", canary=two.release, id="a")
     serve(Controller(commands.open_store(), "a", MlflowRegistry(uri)))
-    _client(uri).delete_model_version("bank-support", "2" if gone == "canary" else "1")
+    registry_client(uri).delete_model_version("bank-support", "2" if gone == "canary" else "1")
     if gone == "baseline":  # there is no way back, and the promotion holds
         assert commands.rollout_promote(full=True) == 0 and aliases(uri) == {"champion": 2, "challenger": 3}
         assert commands.rollout_start("bank-support", canary=three.release, id="b") == 0

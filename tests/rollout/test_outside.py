@@ -162,7 +162,7 @@ def test_a_promotion_is_undone_while_the_registry_is_away(project, monkeypatch):
         raise OSError("nobody answers")
 
     with monkeypatch.context() as m:
-        m.setattr("llmkit.rollout.controller._client", away)
+        m.setattr("llmkit.rollout.controller.registry_client", away)
         assert commands.rollout_promote(full=True) == 4 and aliases(uri)["champion"] == 1
         m.setattr("llmkit.rollout.commands.versions", away)
         assert commands.rollout_undo() == 4
@@ -185,7 +185,7 @@ def test_no_rollout_begins_before_what_another_one_promised_is_done(project, mon
         raise OSError("nobody answers")
 
     with monkeypatch.context() as m:
-        m.setattr("llmkit.rollout.controller._client", away)
+        m.setattr("llmkit.rollout.controller.registry_client", away)
         assert commands.rollout_promote(full=True) == 4
         for order in (
             lambda: commands.rollout_start("bank-support", canary=three.release, id="c"),
@@ -292,11 +292,11 @@ def test_a_move_that_was_done_is_done_again_without_a_trace(project):
 
 def test_the_registry_forgot_the_ledger_in_a_crash(project):
     "MLflow was told, and the process died before the ledger was: the next try writes it down."
-    from llmkit.release.registry import _client
+    from llmkit.release.registry import registry_client
 
     uri = "sqlite:///mlflow.db"
     release = versions(uri, "bank-support")[1].release
-    _client(uri).set_registered_model_alias("bank-support", "champion", "2")
+    registry_client(uri).set_registered_model_alias("bank-support", "champion", "2")
     MlflowRegistry(uri).move(Effect("champion", release, "promote", "sha256:v", "bank-support"))
     assert [(e.action, e.who) for e in read_ledger("ledger.jsonl")][-1] == ("promote", "policy")
 
