@@ -17,8 +17,9 @@ from ..core.settings import sqlite_file
 from .dag import dag_check
 from .records import check_records, locked, verify_records
 from .runs import bury_dead, list_runs
-from .tracking import STATES, answering, connect, read_mlflow, settle, tracking_settings
+from .tracking import STATES, connect, read_mlflow, settle, tracking_settings
 from ..monitor.state import UNDER_WAY, Memory, database, unsettled
+from ..release.registry import answering
 
 # %% ../../nbs/12_flow/13_doctor.ipynb #80a34aee
 def run_problems(

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['TAG', 'RETRAIN_ID', 'dvc_md5', 'file_md5', 'dvc_reference', 'source_uri', 'Version', 'outside_training',
-           'registry_client', 'versions', 'locked_registry', 'find_versions', 'register', 'public_uri', 'receipt',
-           'registry_uri', 'register_release', 'list_releases', 'disagreements']
+           'registry_client', 'answering', 'versions', 'locked_registry', 'find_versions', 'register', 'public_uri',
+           'receipt', 'registry_uri', 'register_release', 'list_releases', 'disagreements']
 
 # %% ../../nbs/07_release/11_registry.ipynb #8cd18eb3
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -128,15 +129,31 @@ def _version(v: Any, aliases: Mapping[str, Any]) -> Version:
     return Version(v.name, int(v.version), v.source, mine, ours, v.run_id)
 
 
+@contextmanager
+def answering() -> Iterator[None]:
+    "Turn whatever a client of MLflow raises, be it of HTTP or of a database, into a `KitError` in one line."
+    try:
+        yield
+    except KitError:
+        raise
+    except Exception as e:
+        said = re.sub(r"//[^/@\s]+@", "//", " ".join(str(e).split()))[:300]
+        fix = "Do what it says, or start the server; then run `llmkit doctor --repair`. A new SQLite file that was left half made holds nothing: move it away"
+        raise KitError(f"MLflow does not answer: {said}", key="tracking_uri", remedy=fix) from e
+
+
 def versions(
     uri: str,  # the registry
     model: str,  # the registered name
     release: str = "",  # only versions of the release with this digest
 ) -> list[Version]:
-    "The registered versions of a model, oldest first; an unknown model has none."
+    "The registered versions of a model, oldest first; an unknown model has none. Raises `KitError`."
     file = sqlite_file(uri)
     made = file is None or (file.is_file() and not held(f"{file.resolve()}.lock"))
-    with nullcontext() if made else locked_registry(uri):  # whoever looks at a new database makes its tables
+    with (
+        answering(),
+        nullcontext() if made else locked_registry(uri),
+    ):  # whoever looks at a new database makes its tables
         return find_versions(registry_client(uri), model, release)
 
 
@@ -195,7 +212,7 @@ def register(
     "Give a release its version and alias; whatever is there already stays as it is; raises `KitError` for a champion in a training."
     if alias == "champion":
         outside_training("the alias champion")
-    with locked_registry(uri):
+    with answering(), locked_registry(uri):
         return _register(registry_client(uri), release, source, alias, ledger, _tags(release, facts), run_id)
 
 

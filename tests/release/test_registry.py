@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -315,3 +316,13 @@ def test_a_registry_in_a_folder_of_any_name_is_that_file(tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path / name)
     assert versions("sqlite:///mlflow.db", "m") == []
     assert [p.name for p in tmp_path.rglob("*.db")] == ["mlflow.db"] and Path("mlflow.db").is_file()
+
+
+def test_a_database_that_was_left_half_made_is_an_error_in_words(tmp_path):
+    "A process that was killed while it made the tables; each later command ended in MLflow's traceback."
+    with closing(sqlite3.connect(tmp_path / "half.db")) as db:
+        db.execute("create table alembic_version (version_num text)")
+        db.execute("insert into alembic_version values ('451aebb31d03')")
+        db.commit()
+    with pytest.raises(KitError, match=r"MLflow does not answer: .*half made holds nothing: move it away"):
+        versions(f"sqlite:///{tmp_path}/half.db", "m")
