@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from scipy.stats import fisher_exact
 
 from ..core.errors import KitError
@@ -21,7 +22,18 @@ from ..core.report import Report, write_report
 from ..core.settings import load_settings
 from ..gate.judge import judge
 from ..gate.verdict import Verdict, as_text
-from .drift import PSI, Feature, binned, drift_report, psi_test, text_features
+from llmkit.monitor.drift import (  # fmt: skip
+    PSI,
+    Feature,
+    design_effect,
+    drift_report,
+    effective_counts,
+    placed,
+    psi_test,
+    text_features,
+    told_of_users,
+    users,
+)
 from ..serve.events import Events, events_file
 
 # %% ../../nbs/10_monitor/02_check.ipynb #016baea0
@@ -62,20 +74,27 @@ def event_features(
     window: Sequence[Mapping[str, Any]],
     seed: int = 0,
 ) -> list[Feature]:
-    "What events alone tell."
-    out = []
-    for key in ("prompt_tokens", "completion_tokens"):
-        rows = [[e[key] for e in part if e["status"] == "ok"] for part in (reference, window)]
-        if all(rows):
-            value, p = psi_test(*binned(*rows), seed=seed)
-            out.append(Feature(f"{key}_psi", value, p, "deciles of both together; simulated null", PSI))
+    "What events alone tell; requests of one user tell less than those of many."
+    out, answered = [], [[e for e in part if e["status"] == "ok"] for part in (reference, window)]
+    for key in ("prompt_tokens", "completion_tokens") if all(answered) else ():
+        bins = placed(*([e[key] for e in part] for part in answered))
+        old, new = (np.eye(max(x.max() for x in bins) + 1)[x] for x in bins)
+        d = design_effect(old, new, _users(answered))
+        value, p = psi_test(old.sum(0), new.sum(0), seed=seed, design=d)
+        out.append(Feature(f"{key}_psi", value, p, f"deciles of both together; simulated null{told_of_users(d)}", PSI))
     for name, bad in (("refusal_rate", lambda e: bool(e["refused"])), ("error_rate", lambda e: e["status"] == "error")):
-        k = [sum(map(bad, part)) for part in (reference, window)]
-        table = [[k[1], len(window) - k[1]], [k[0], len(reference) - k[0]]]
-        how = f"before: {k[0] / len(reference):.3f} of {len(reference)}; Fisher's exact test for more"
-        more = k[0] / len(reference) + RISE
-        out.append(Feature(name, k[1] / len(window), float(fisher_exact(table, "greater").pvalue), how, more))
+        old, new = ([bad(e) for e in part] for part in (reference, window))
+        a, n, b, m, d = effective_counts(old, new, _users((reference, window)))
+        p = float(fisher_exact([[b, m - b], [a, n - a]], "greater").pvalue)
+        before = sum(old) / len(old)
+        how = f"before: {before:.3f} of {len(old)}; Fisher's exact test for more{told_of_users(d)}"
+        out.append(Feature(name, sum(new) / len(new), p, how, before + RISE))
     return out
+
+
+def _users(parts: Sequence[Sequence[Mapping[str, Any]]]) -> np.ndarray:
+    "The number of each request's user, of both sides."
+    return users(*([e.get("unit") for e in part] for part in parts))
 
 # %% ../../nbs/10_monitor/02_check.ipynb #4e0b83e7
 def drift_verdict(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MANY', 'AUC', 'PSI', 'UNSEEN', 'psi', 'psi_test', 'psi_null', 'placed', 'binned', 'users', 'design_effect',
-           'domain_auc', 'script', 'unseen', 'Feature', 'text_features', 'drift_report', 'drifted', 'false_alarms',
-           'plan_alpha', 'alarm']
+           'effective_counts', 'told_of_users', 'domain_auc', 'script', 'unseen', 'Feature', 'text_features',
+           'drift_report', 'drifted', 'false_alarms', 'plan_alpha', 'alarm']
 
 # %% ../../nbs/10_monitor/01_drift.ipynb #2bfa2a48
 import re
@@ -115,6 +115,23 @@ def design_effect(
     np.add.at(by_user, who, adds)
     alone = (adds**2).sum()
     return max(1.0, float((by_user**2).sum() / alone)) if alone > 0 else 1.0
+
+
+def effective_counts(
+    reference: Sequence[bool],  # what befell each request
+    window: Sequence[bool],
+    who: np.ndarray | None = None,  # from `users`; None: everybody once
+) -> tuple[int, int, int, int, float]:
+    "Of how many it befell how many, in the reference and in the window, as if each were of a user of its own; and the design effect."
+    old, new = (np.array(x, bool) for x in (reference, window))
+    d = 1.0 if who is None else design_effect(old, new, who)
+    n, m = (max(1, round(len(x) / d)) for x in (old, new))
+    return round(float(old.mean()) * n), n, round(float(new.mean()) * m), m, d
+
+
+def told_of_users(design: float) -> str:
+    "What a method says of users who ask more than once."
+    return f"; users ask more than once: {design:.3g} requests tell as much as one" if design > 1 else ""
 
 # %% ../../nbs/10_monitor/01_drift.ipynb #269201fd
 def domain_auc(

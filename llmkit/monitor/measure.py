@@ -24,7 +24,17 @@ from ..evals.claims import UNSUPPORTED
 from ..evals.prevalence import corrected_rate, exact_rate
 from ..gate.change import Detector, Waiting, calibration_bets, detector, feed, gap_bets
 from ..gate.intervals import wilson
-from .drift import Feature, design_effect, placed, psi, psi_null, text_features, users
+from llmkit.monitor.drift import (
+    Feature,
+    design_effect,
+    effective_counts,
+    placed,
+    psi,
+    psi_null,
+    text_features,
+    told_of_users,
+    users,
+)
 from .policy import MonitorPolicy
 from .window import Window
 
@@ -64,12 +74,7 @@ def _index(name: str, old: Sequence[int], new: Sequence[int], least: float, leve
     null, value = psi_null(*counts, math.ceil(2 * TESTS / level), design=d), psi(*counts)
     p = (1 + (null >= value - 1e-12).sum()) / (len(null) + 1)
     certain = float(np.quantile(null, 1 - level / TESTS))
-    return Feature(name, value, float(p), how + _by_user(d), max(certain, float(null.mean()) + least))
-
-
-def _by_user(design: float) -> str:
-    "What a method says of users who ask more than once."
-    return f"; users ask more than once: {design:.3g} requests tell as much as one" if design > 1 else ""
+    return Feature(name, value, float(p), how + told_of_users(d), max(certain, float(null.mean()) + least))
 
 
 def kinds(
@@ -96,13 +101,11 @@ def share(
     who: np.ndarray | None = None,  # from `users`; None: everybody once
 ) -> Feature:
     "A share that must not rise."
-    old, new = (np.array(x, bool) for x in (old, new))
-    before, now, d = old.mean(), new.mean(), 1.0 if who is None else design_effect(old, new, who)
-    n, m = (max(1, round(len(x) / d)) for x in (old, new))
-    a, b = round(before * n), round(now * m)
+    before, now = float(np.mean(old)), float(np.mean(new))
+    a, n, b, m, d = effective_counts(old, new, who)
     p = fisher_exact([[b, m - b], [a, n - a]], "greater").pvalue
-    how = f"before: {before:.3f} of {len(old)}; Fisher's exact test for more{_by_user(d)}"
-    return Feature(name, float(now), float(p), how, max(float(before) + rise, _certain(a, n, m, level / TESTS)))
+    how = f"before: {before:.3f} of {len(old)}; Fisher's exact test for more{told_of_users(d)}"
+    return Feature(name, now, float(p), how, max(before + rise, _certain(a, n, m, level / TESTS)))
 
 
 def _certain(a: int, n: int, m: int, level: float) -> float:
@@ -127,7 +130,10 @@ def cost(
     welch = ttest_ind(new, old, equal_var=False) if np.ptp([*old, *new]) > 0 else None
     p = t.sf(welch.statistic / math.sqrt(d), welch.df) if welch else 1.0
     error = math.sqrt(d * (np.var(old, ddof=1) / len(old) + np.var(new, ddof=1) / len(new)))
-    certain, how = before - norm.ppf(level / TESTS) * error, f"before: {before:.4g}; Welch's test for more{_by_user(d)}"
+    certain, how = (
+        before - norm.ppf(level / TESTS) * error,
+        f"before: {before:.4g}; Welch's test for more{told_of_users(d)}",
+    )
     return Feature(name, float(np.mean(new)), float(p), how, max(certain, before * ratio))
 
 # %% ../../nbs/10_monitor/06_measure.ipynb #9bf49743

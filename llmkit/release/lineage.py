@@ -24,6 +24,7 @@ class Node:
     kind: str  # "dataset", "delta", "engine", …
     places: tuple[str, ...]  # folders that hold it, relative to the root, sorted
     parents: Mapping[str, str] = field(default_factory=dict)  # role → digest
+    release: str = ""  # the digest by which registry and ledger know it, if it is a release
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,11 @@ class Lineage:
 
     def find(self, what: str) -> Node:
         "The one node of a kind, at a place or with a digest that begins so; raises `KitError`."
-        hits = [n for n in self.nodes.values() if what in (n.kind, *n.places) or short(n.digest, 64).startswith(what)]
+        hits = [
+            n
+            for n in self.nodes.values()
+            if what in (n.kind, *n.places) or any(short(d, 64).startswith(what) for d in (n.digest, n.release) if d)
+        ]
         if len(hits) != 1:
             seen = ", ".join(f"{n.kind} {short(n.digest)} in {n.places[0]}" for n in hits or self.nodes.values())
             raise KitError(f"{len(hits)} artifacts fit", value=what, remedy=f"There are: {seen or 'none'}")
@@ -66,7 +71,7 @@ def read_lineage(
         art = open_artifact(folder, verify=verify)
         places = found[art.digest].places if art.digest in found else ()
         name = folder.relative_to(root).as_posix()
-        found[art.digest] = Node(art.digest, art.kind, (*places, name), dict(art.parents))
+        found[art.digest] = Node(art.digest, art.kind, (*places, name), dict(art.parents), art.meta.get("release", ""))
     return Lineage({d: found[d] for d in _parents_first(found)})
 
 # %% ../../nbs/07_release/01_lineage.ipynb #bb51dbae
@@ -126,7 +131,8 @@ def table(line: Lineage) -> str:
     rows = ["| kind | digest | in | made from |", "|---|---|---|---|"]
     for d, n in line.nodes.items():
         made = ", ".join(f"{r} `{short(p)}`{'' if p in line.nodes else ' (missing)'}" for r, p in n.parents.items())
-        rows.append(f"| {n.kind} | `{short(d)}` | {', '.join(n.places)} | {made or 'nothing'} |")
+        kind = f"{n.kind} `{short(n.release)}`" if n.release else n.kind
+        rows.append(f"| {kind} | `{short(d)}` | {', '.join(n.places)} | {made or 'nothing'} |")
     return "\n".join(rows) + "\n"
 
 

@@ -81,7 +81,7 @@ def write_release(
 ) -> Artifact:
     "Write a release as an artifact whose parents are what it binds."
     parents = {"bundle": release.bundle, "verdict": release.verdict, "card": release.card}
-    with build(folder, "release", parents) as out:
+    with build(folder, "release", parents, meta={"release": release.digest}) as out:
         write_json(out / "release.json", {"schema": SCHEMA, "digest": release.digest, **asdict(release)})
     return open_artifact(folder, "release")
 

@@ -18,6 +18,7 @@ from typing import Any
 from ..core.digests import digest_json
 from ..core.errors import KitError
 from ..core.plugins import need
+from ..core.ranges import check_ranges
 from ..core.settings import load_settings
 from .analysis import left_out
 from .controller import SNAPSHOT
@@ -197,6 +198,7 @@ def judge_serve(
     settings: str = "settings.ini",  # where the store and the keys are
 ) -> int:
     "Answer verdicts over HTTP, and take the events of gateways, until stopped."
+    check_ranges({"days": days}, {"days": "(0, 1e5]"})  # or all events would be expired at once
     conf = load_settings(settings)
     logs, keys = Store(store or rollouts_file(conf)), Keys(keys_file(conf))
 

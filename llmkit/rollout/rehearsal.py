@@ -15,6 +15,7 @@ from scipy.special import betaincinv, ndtr
 
 from ..core.errors import KitError
 from ..core.params import load_params
+from ..core.ranges import check_ranges
 from ..gate.sequential import BUCKETS, GROWTH, SHORTEST, Running, add, histogram
 from .arms import Arm
 from .assign import SLOTS
@@ -295,6 +296,11 @@ def rehearse(
     return Rehearsal(tuple(rehearse_once(policy, per_hour, traffic, canary, every, seed + i) for i in range(times)))
 
 # %% ../../nbs/09_rollout/13_rehearsal.ipynb #ca12de25
+_SPANS = {
+    "per_hour": "[1, 1e9]", "errors": "[0, 1]", "refusals": "[0, 1]", "latency": "(0, 1e4]", "users": "[0, 1e6]", "habits": "[0, 1)", "times": "[1, 1e4]"
+}  # fmt: skip
+
+
 def rollout_plan(
     per_hour: float,  # requests of all users together
     *,
@@ -307,6 +313,8 @@ def rollout_plan(
     policy: str = "params.yaml",  # file with a `rollout` section
 ) -> int:
     "Rehearse the policy on traffic like yours: an equal challenger, and bad ones."
+    given = {"per_hour": per_hour, "errors": errors, "refusals": refusals, "latency": latency, "users": users, "habits": habits, "times": times}  # fmt: skip
+    check_ranges(given, _SPANS)
     rules, now = read_rollout(load_params(policy, "rollout"), policy), Traffic(errors=errors, refusals=refusals, latency=latency, users=users, habits=habits)  # fmt: skip
     cases = {
         "as good": {}, "errors 5 times": {"errors": min(1.0, 5 * errors)}, "p95 x 1.5": {"slower": 1.5},

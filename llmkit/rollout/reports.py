@@ -33,7 +33,7 @@ def arm_report(
         ends = mean_sequence(r, alpha)
         value, *span = (low + (high - low) * x for x in (r.total / r.n, ends.low, ends.high))
         found.append(Measurement(name, value, r.n, *span, 1 - alpha, METRICS[name].better, unit=METRICS[name].unit, method=ends.method))  # fmt: skip
-    for kind, strata in sorted(a.times.items()):
+    for kind, strata in sorted((k, s) for k, s in a.times.items() if s):
         found += [
             m for s, c in [("all", sum(strata.values())), *sorted(strata.items())] for m in _times(kind, s, c, alpha)
         ]

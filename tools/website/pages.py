@@ -97,11 +97,13 @@ def page(path: Path, to: Path, names: dict[str, str], record: bool = False) -> N
     "Write a notebook in the form that Sphinx reads; a record is shown as it ran, without signatures."
     cells = read(path)
     module, out = next((c["marks"]["default_exp"] for c in cells if "default_exp" in c["marks"]), None), []
+    about = title(path)[0]
     for i, c in enumerate(visible(cells)):
         if c["cell_type"] == "markdown":
             text = prose(c["source"], names, to, module)
             text = re.sub(r"^>", "{.promise}\n>", text, count=1, flags=re.M) if i == 0 else text
             out.append({"cell_type": "markdown", "source": text, "metadata": {}})
+            about = ([*re.findall(r"^#+ (.+)$", c["source"], re.M)] or [about])[-1]
         elif c["cell_type"] == "code":
             nodes, exported = parsed(c["source"]), any(m.startswith("export") for m in c["marks"])
             text = api(nodes, f"llmkit.{module}") if exported and not record else ""
@@ -111,10 +113,9 @@ def page(path: Path, to: Path, names: dict[str, str], record: bool = False) -> N
                 continue
             defines = any(isinstance(n, (ast.FunctionDef, ast.ClassDef)) for n in nodes)
             tags = ["hide-input"] if exported and (defines or record) else []
-            out.append(
-                {k: c[k] for k in ("cell_type", "source")}
-                | {"outputs": [shown(o, to) for o in c["outputs"]], "execution_count": None, "metadata": {"tags": tags}}
-            )
+            meta = {"tags": tags, "mystnb": {"image": {"alt": f"Picture: {about}"}}}  # for whoever does not see it
+            shows = [shown(o, to) for o in c["outputs"]]
+            out.append({k: c[k] for k in ("cell_type", "source")} | {"outputs": shows, "execution_count": None, "metadata": meta})  # fmt: skip
     for n, c in enumerate(out):
         c["id"] = f"c{n}"
     kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
