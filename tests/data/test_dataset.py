@@ -58,7 +58,8 @@ def test_rows_in_are_rows_out_quarantined_or_duplicates(tmp_path_factory, conten
         try:
             n = fill_table(table, Source("jsonl", str(folder / "x.jsonl")), rules, Reader())
         except KitError as e:
-            assert "no rows" in str(e)  # nothing but blank lines
+            array = "one JSON array" in str(e) and content[0].lstrip().startswith(b"[")  # of no rows of ours
+            assert array or "no rows" in str(e)  # nothing but blank lines
             return
         thin(table, tmp, rules)
         assign(table, rules.shares, 0)
