@@ -73,13 +73,10 @@ def overtaken(
     "The stages that have read what was made anew since, as after `llmkit repro prepare`, and all stages behind them."
     stages, old = locked_stages(project), set()
     made = {out["path"]: (name, out.get("md5")) for name, e in stages.items() for out in e.get("outs", [])}
+    read = {
+        (n, *made[d["path"]], d.get("md5")) for n, e in stages.items() for d in e.get("deps", []) if d["path"] in made
+    }
     for _ in stages:
-        read = {
-            (n, *made[d["path"]], d.get("md5"))
-            for n, e in stages.items()
-            for d in e.get("deps", [])
-            if d["path"] in made
-        }
         old |= {name for name, maker, now, then in read if maker in old or now != then}
     return old
 
