@@ -1415,6 +1415,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'llmkit/model/lint.py')},
             'llmkit.model.lora': { 'llmkit.model.lora._nf4': ('04_model/lora.html#_nf4', 'llmkit/model/lora.py'),
                                    'llmkit.model.lora._plain': ('04_model/lora.html#_plain', 'llmkit/model/lora.py'),
+                                   'llmkit.model.lora._stays_tied': ('04_model/lora.html#_stays_tied', 'llmkit/model/lora.py'),
                                    'llmkit.model.lora._sum_forward': ('04_model/lora.html#_sum_forward', 'llmkit/model/lora.py'),
                                    'llmkit.model.lora._tied': ('04_model/lora.html#_tied', 'llmkit/model/lora.py'),
                                    'llmkit.model.lora.attach': ('04_model/lora.html#attach', 'llmkit/model/lora.py'),

@@ -133,9 +133,10 @@ def attach(
         fix = "Name others under finetune.targets; the model has " + ", ".join(linear_names(model))
         told = f"stage finetune: PEFT cannot adapt a layer: {' '.join(str(e).split())}"
         raise KitError(told, key="targets", value=targets, remedy=fix) from e
-    if tied and not _tied(tuned):  # as GPT-2's wte
-        told = "input and output embeddings share their weights, and PEFT would train the one without the other"
-        raise KitError(told, key="save_modules", value=", ".join(save_modules), remedy="Leave the embeddings out")
+    if tied and not _stays_tied(tuned, config):  # as GPT-2's wte, or a head with a bias
+        told = "input and output embeddings share their weights, and PEFT cannot train, store and load them as one here"
+        fix = "Leave both out of finetune.save_modules: the delta adapts the layers between them"
+        raise KitError(told, key="save_modules", value=", ".join(save_modules), remedy=fix)
     for p in tuned.parameters():
         p.data = p.data.float() if p.requires_grad else p.data
     return tuned
@@ -145,6 +146,15 @@ def _tied(model: Any) -> bool:
     "Whether input and output embeddings share their weights, so that one must not be trained without the other."
     out = model.get_output_embeddings()
     return out is not None and out.weight is model.get_input_embeddings().weight
+
+
+def _stays_tied(tuned: Any, config: Any) -> bool:
+    "Whether PEFT trains tied embeddings as one, with the head's bias, and will do so again from what it stores."
+    if not getattr(config, "modules_to_tie", None):
+        return _tied(tuned)
+    head, known = tuned.get_output_embeddings(), need("peft.utils.constants").EMBEDDING_LAYER_NAMES
+    found = any(n.rpartition(".")[2] in known for n in config.modules_to_save)
+    return _tied(tuned) and found and (head.bias is None) == (head.original_module.bias is None)
 
 # %% ../../nbs/04_model/04_lora.ipynb #1f32abc3
 def sum_first(

@@ -7,11 +7,13 @@ import transformers as t
 
 from llmkit.core.errors import KitError
 from llmkit.model.batches import Example, collate
-from llmkit.model.lora import attach, delta_tensors, linear_names, load_delta, save_delta
+from llmkit.model.lora import attach, delta_tensors, linear_names, load_delta, load_frozen, save_delta
+from llmkit.model.merge import all_tensors
 from llmkit.model.train import answer_loss, check_packing
 
 SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 WIDE = SMALL | {"intermediate_size": 64, "num_key_value_heads": 1, "pad_token_id": 0}
+PHI = SMALL | {"intermediate_size": 64}
 FEW = {"num_experts_per_tok": 2}
 LOCAL = FEW | {"num_local_experts": 4}
 CONFIGS = {
@@ -102,10 +104,30 @@ def test_gradients_without_what_nobody_reads(name):
         assert torch.allclose(got[n], p.grad, atol=1e-4, rtol=1e-3), n
 
 
-def test_an_embedding_that_would_no_longer_be_the_head_is_refused():
-    "The merge would find two matrices in the place of one, after the training."
-    with pytest.raises(KitError, match="save_modules: input and output embeddings share their weights.*Leave"):
-        attach(model_of("gpt2"), rank=2, alpha=2, save_modules=["wte"])
+@pytest.mark.parametrize(
+    "name, saved", [("gpt2", "wte"), ("gpt2", "lm_head"), ("phi", "lm_head"), ("phi", "embed_tokens")]
+)
+def test_tied_embeddings_that_peft_would_part_are_refused(name, saved):
+    "The merge would find two matrices in the place of one, or no bias, after the training."
+    model = model_of(name) if name == "gpt2" else t.PhiForCausalLM(t.PhiConfig(**PHI, tie_word_embeddings=True))
+    with pytest.raises(KitError, match="save_modules: input and output embeddings share their weights.*Leave both"):
+        attach(model, rank=2, alpha=2, save_modules=[saved])
+
+
+@pytest.mark.parametrize("saved", ["lm_head", "embed_tokens"])
+def test_tied_embeddings_train_as_one(saved, tmp_path):
+    t.LlamaForCausalLM(t.LlamaConfig(**WIDE, tie_word_embeddings=True)).save_pretrained(tmp_path / "base")
+    tuned, ids = (
+        attach(load_frozen(tmp_path / "base"), rank=2, alpha=2, save_modules=[saved]),
+        torch.arange(1, 10)[None],
+    )
+    with torch.no_grad():
+        tuned.get_input_embeddings().weight.mul_(1.5)
+    save_delta(tuned, tmp_path)
+    again = load_delta(load_frozen(tmp_path / "base"), tmp_path)
+    assert torch.equal(again(ids).logits, tuned.eval()(ids).logits)
+    again.merge_and_unload().save_pretrained(tmp_path / "merged")
+    assert set(all_tensors(tmp_path / "merged")) == set(all_tensors(tmp_path / "base"))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
