@@ -1356,6 +1356,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llmkit.model.export.mute_builder': ('04_model/export.html#mute_builder', 'llmkit/model/export.py'),
                                      'llmkit.model.export.prune_head': ('04_model/export.html#prune_head', 'llmkit/model/export.py'),
                                      'llmkit.model.export.rope_settings': ('04_model/export.html#rope_settings', 'llmkit/model/export.py'),
+                                     'llmkit.model.export.row_zero_points': ( '04_model/export.html#row_zero_points',
+                                                                              'llmkit/model/export.py'),
                                      'llmkit.model.export.run_builder': ('04_model/export.html#run_builder', 'llmkit/model/export.py'),
                                      'llmkit.model.export.save_graph': ('04_model/export.html#save_graph', 'llmkit/model/export.py'),
                                      'llmkit.model.export.set_epsilon': ('04_model/export.html#set_epsilon', 'llmkit/model/export.py'),

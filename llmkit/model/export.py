@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'EPSILONS', 'TEXT_FILES', 'builder_folder', 'known_architectures', 'check_exportable', 'mute_builder',
-           'rope_settings', 'run_builder', 'save_graph', 'prune_head', 'attention_windows', 'set_windows',
-           'set_epsilon', 'export', 'describe']
+           'rope_settings', 'row_zero_points', 'run_builder', 'save_graph', 'prune_head', 'attention_windows',
+           'set_windows', 'set_epsilon', 'export', 'describe']
 
 # %% ../../nbs/04_model/08_export.ipynb #f7e15425
 import contextlib
@@ -97,6 +97,30 @@ def rope_settings(
         builder.Gemma3Model, builder.Phi3MiniLongRoPEModel = known, long
 
 
+@contextlib.contextmanager
+def row_zero_points() -> Iterator[None]:
+    "Pack four-bit zero points row by row where a row has an odd number of blocks, which ONNX Runtime's `k_quant` leaves out."
+    np, onnx = need("numpy"), need("onnx")
+    module = need("onnxruntime.quantization.neural_compressor.weight_only", "onnx")
+    known = module.make_matmul_weight_only_node
+
+    def make(**given) -> tuple:
+        points, blocks = given["zero_point"], given["k_blocks"]
+        if points is None or given["num_bits"] != 4 or blocks % 2 == 0:
+            return known(**given)
+        node, tensors = known(**{**given, "zero_point": None})
+        rows = np.pad(points.reshape(-1, blocks), ((0, 0), (0, 1)))
+        packed = onnx.numpy_helper.from_array(rows[:, ::2] | rows[:, 1::2] << 4, given["node"].input[1] + "_zp")
+        node.input.append(packed.name)
+        return node, [*tensors, packed]
+
+    module.make_matmul_weight_only_node = make
+    try:
+        yield
+    finally:
+        module.make_matmul_weight_only_node = known
+
+
 def run_builder(
     model: str | Path,  # a base or model folder
     out: Path,  # an empty folder
@@ -111,7 +135,7 @@ def run_builder(
         with mute_builder():
             builder = need("onnxruntime_genai.models.builder", "onnx")
             checked = builder.parse_extra_options(*args, [f"{k}={v}" for k, v in pairs.items()])
-            with rope_settings(builder):
+            with rope_settings(builder), row_zero_points():
                 builder.create_model(*args, **checked)
     except Exception as e:
         why = " ".join(f"{type(e).__name__}: {e}".split())[:300]
