@@ -240,16 +240,16 @@ def chat(
     generation: bool = True,  # end with the words that open the assistant's answer
 ) -> list[int]:
     "The ids of a conversation; control tokens inside a message count as text."
-    typed = "".join(str(m.get("content")) for m in messages)
+    typed = "".join(str(v) for m in messages for k, v in m.items() if k != "role")
     if not any(c in typed for c in (*self.control, _OPEN, _CLOSE)):
         return self.encode(self.render(messages, generation))
     pattern = "|".join(map(re.escape, sorted(self.control, key=len, reverse=True)))
-    marked = [{**m, "content": _mark(m.get("content"), pattern)} for m in messages]
+    marked = [{k: v if k == "role" else _mark(v, pattern) for k, v in m.items()} for m in messages]
     return _encode_marked(self, self.render(marked, generation), pattern)
 
 
 def _mark(content: Any, pattern: str) -> Any:
-    "A message's text with markers around the control tokens in it; forged markers are dropped."
+    "A message's text, or a name in it, with markers around the control tokens in it; forged markers are dropped."
     if not isinstance(content, str):
         return content
     clean = content.replace(_OPEN, "").replace(_CLOSE, "")
