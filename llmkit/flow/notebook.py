@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIMPLE', 'NOTEBOOKS', 'NotebookError', 'annotation', 'parse_parameters', 'read_literals', 'find_checkout',
-           'find_stages', 'Stage', 'read_cells', 'source_digest', 'parameters_cell', 'read_stage', 'stage_values']
+           'find_stages', 'find_stage', 'Stage', 'read_cells', 'source_digest', 'parameters_cell', 'read_stage',
+           'stage_values']
 
 # %% ../../nbs/12_flow/01_notebook.ipynb #86455a57
 import ast
@@ -127,6 +128,17 @@ def find_stages(
     found = sorted((Path(checkout) / NOTEBOOKS).glob("[0-9]*_*.ipynb"))
     return {p.stem.partition("_")[2]: p for p in found}
 
+
+def find_stage(
+    name: str,  # the stage
+    checkout: str | Path,  # the folder that holds `nbs/pipeline`
+) -> Path:
+    "The notebook of a stage; raises `NotebookError` when there is none of that name."
+    stages, folder = find_stages(checkout), Path(checkout) / NOTEBOOKS
+    if name not in stages:
+        raise NotebookError("no such stage", file=folder, value=name, remedy=did_you_mean(name, stages))
+    return stages[name]
+
 # %% ../../nbs/12_flow/01_notebook.ipynb #2ba7e18b
 @dataclass(frozen=True)
 class Stage:
@@ -183,10 +195,7 @@ def read_stage(
 ) -> Stage:
     "Read and check a stage notebook; raises `NotebookError` before anything runs."
     checkout = find_checkout() if checkout is None else Path(checkout)
-    stages = find_stages(checkout)
-    if name not in stages:
-        raise NotebookError("no such stage", file=checkout / NOTEBOOKS, value=name, remedy=did_you_mean(name, stages))
-    path, module = stages[name], checkout / f"llmkit/stages/{name}.py"
+    path, module = find_stage(name, checkout), checkout / f"llmkit/stages/{name}.py"
     cells = read_cells(path)
     if skipped := [c["id"] for c in cells if "skip-execution" in c["tags"]]:
         raise NotebookError("a stage has no skipped cells", file=path, key=skipped[0], remedy="Remove the tag")

@@ -17,6 +17,7 @@ import psutil
 import pytest
 from ruamel.yaml import YAML
 
+from llmkit.cli import main
 from llmkit.core.errors import KitError
 from llmkit.flow import repro as flow
 from llmkit.flow.dag import dag_write
@@ -178,6 +179,24 @@ def test_a_stale_pipeline_is_refused_wherever_dvc_is_started(project, empty_repo
     shutil.copytree(empty_repo, top, dirs_exist_ok=True)
     done = project.sh("dvc", "repro", "ml/dvc.yaml:one", ok=False)
     assert done.returncode and "stages.one: is stale. Run `llmkit dag write`" in done.stderr
+
+
+@pytest.mark.parametrize("words", [["NOPE"], ["one", "NOPE"], ["dvc.yaml:NOPE"], ["--force", "NOPE"], ["--glob", "N*"]])
+def test_a_stage_that_is_not_there_is_refused_before_dvc_is_asked(pipeline, monkeypatch, capsys, words):
+    "DVC ends as after a stage that failed, and where a pattern fits nothing it runs them all."
+    monkeypatch.setattr(flow, "dvc", lambda *_: pytest.fail("DVC was started"))
+    assert main(["repro", *words, "--project", str(pipeline.path)]) == 2
+    asked = words[-1].removeprefix("dvc.yaml:")
+    assert f"no such stage (got '{asked}'). Known: one, register" in capsys.readouterr().err
+
+
+def test_what_dvc_is_asked_for(pipeline, monkeypatch, capfd):
+    monkeypatch.chdir(pipeline.path)
+    (pipeline.path / "extra.dvc").touch()
+    for words in ([], ["one"], ["dvc.yaml:one"], ["--glob", "o*"], ["dvc.yaml"], ["extra.dvc"], ["-R", "nbs"], ["-f"]):
+        flow.check_stages(pipeline.path, words)
+    assert main(["repro", "--nope"]) == 2  # DVC knows its own options
+    assert "unrecognized arguments: --nope" in capfd.readouterr().err
 
 
 def test_a_cache_that_cannot_be_written_is_refused_by_the_runner_too(pipeline, monkeypatch):
