@@ -991,7 +991,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llmkit.flow.records._say': ('12_flow/records.html#_say', 'llmkit/flow/records.py'),
                                      'llmkit.flow.records.check': ('12_flow/records.html#check', 'llmkit/flow/records.py'),
                                      'llmkit.flow.records.check_records': ('12_flow/records.html#check_records', 'llmkit/flow/records.py'),
-                                     'llmkit.flow.records.in_step': ('12_flow/records.html#in_step', 'llmkit/flow/records.py'),
                                      'llmkit.flow.records.locked': ('12_flow/records.html#locked', 'llmkit/flow/records.py'),
                                      'llmkit.flow.records.locked_md5': ('12_flow/records.html#locked_md5', 'llmkit/flow/records.py'),
                                      'llmkit.flow.records.md5': ('12_flow/records.html#md5', 'llmkit/flow/records.py'),
