@@ -242,7 +242,7 @@ def baseline_set(
 
 def _best_so_far(old: Report, new: Report) -> dict[str, dict[str, float]]:
     "The best value of each metric in the baselines before this one, as long as the suite is the same."
-    if [(r.suite, r.context.get("suite_digest")) for r in (old, new)] != [(new.suite, new.context.get("suite_digest"))] * 2:  # fmt: skip
+    if (old.suite, old.context.get("suite_digest")) != (new.suite, new.context.get("suite_digest")):
         return {}
     best = dict(old.context.get("best_so_far", {}))
     for m in old.measurements:
