@@ -1045,6 +1045,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'llmkit.flow.runs._seconds': ('12_flow/runs.html#_seconds', 'llmkit/flow/runs.py'),
                                   'llmkit.flow.runs._status': ('12_flow/runs.html#_status', 'llmkit/flow/runs.py'),
                                   'llmkit.flow.runs._summary': ('12_flow/runs.html#_summary', 'llmkit/flow/runs.py'),
+                                  'llmkit.flow.runs._write_into': ('12_flow/runs.html#_write_into', 'llmkit/flow/runs.py'),
                                   'llmkit.flow.runs.bury': ('12_flow/runs.html#bury', 'llmkit/flow/runs.py'),
                                   'llmkit.flow.runs.bury_dead': ('12_flow/runs.html#bury_dead', 'llmkit/flow/runs.py'),
                                   'llmkit.flow.runs.describe': ('12_flow/runs.html#describe', 'llmkit/flow/runs.py'),

@@ -225,19 +225,19 @@ def finish(todo: Plan, run: Run, state: Execution, facts: Mapping[str, Any]) -> 
 
 def keep(todo: Plan, run: Run, state: Execution, end: Ending, code: int) -> None:
     "Keep the notebook and the traceback of a run that did not complete, or the record of one that did not pass."
-    if end.state == "completed":
-        home = todo.project / "artifacts" / todo.stage.name
-        for name in ("record.ipynb", "run.json") if code else ():
-            shutil.copy2(home / name, run.folder / name)
-        return
+    home, done = todo.project / "artifacts" / todo.stage.name, end.state == "completed"
+    names = ("record.ipynb", "run.json") if done else ("notebook.ipynb", "traceback.txt")
     try:
-        if state.nb:
+        for name in names if done and code else ():
+            shutil.copy2(home / name, run.folder / name)
+        if state.nb and not done:
             write_json(run.folder / "notebook.ipynb", state.nb)
-        if end.traceback:
+        if end.traceback and not done:
             write_text(run.folder / "traceback.txt", end.traceback + "\n")
-    except KitError as e:  # a full disk: give back what papermill half wrote, so that at least the status fits
-        (run.folder / "notebook.ipynb").unlink(missing_ok=True)
-        print(f"llmkit stage {todo.stage.name}: the failed notebook is lost: {e}", file=sys.stderr)
+    except (KitError, OSError) as e:  # a full disk: keep no half of a file, such as papermill's
+        for name in names:
+            (run.folder / name).unlink(missing_ok=True)
+        print(f"llmkit stage {todo.stage.name}: {' and '.join(names)} are not kept: {e}", file=sys.stderr)
 
 # %% ../../nbs/12_flow/10_runner.ipynb #53e8910e
 def stage(

@@ -1,5 +1,6 @@
 "The runner, by doing the bad thing."
 
+import contextlib
 import fcntl
 import json
 import os
@@ -20,6 +21,7 @@ from llmkit.cli import main
 from llmkit.core import errors
 from llmkit.core.errors import KitError
 from llmkit.core.files import take_lock, write_json
+from llmkit.flow import runner
 from llmkit.flow.doctor import doctor, run_problems
 from llmkit.flow.plan import plan
 from llmkit.flow.records import md5, verify_records
@@ -172,15 +174,16 @@ def test_a_cell_that_may_raise_still_fails(project):
     assert run_stage("x", project.path).status["state"] == "failed"
 
 
-@pytest.mark.parametrize("outcome, code", [("pass", 0), ("inconclusive", 3), ("maybe", 1)])
-def test_a_verdict_decides_the_exit_code(project, outcome, code):
+def decide(outcome):
+    "The source of a cell that makes a verdict of one rule."
     rule = {"rule": "r", "outcome": outcome, "sentence": "x is 1. So", "metric": "x", "on": "engine"}
     verdict = {"schema": SCHEMA, "outcome": outcome, "reasons": [rule], "policy_digest": "", "reports": {}}
-    project.stage(
-        "x",
-        f"make('artifacts/x/verdict/verdict.json', {verdict!r})",
-        makes={"verdict": "artifacts/x/verdict"},
-    )
+    return f"make('artifacts/x/verdict/verdict.json', {verdict!r})\n"
+
+
+@pytest.mark.parametrize("outcome, code", [("pass", 0), ("inconclusive", 3), ("maybe", 1)])
+def test_a_verdict_decides_the_exit_code(project, outcome, code):
+    project.stage("x", decide(outcome), makes={"verdict": "artifacts/x/verdict"})
     run = run_stage("x", project.path)
     assert run.status["exit_code"] == code
     assert (run.folder / "record.ipynb").exists() == (outcome == "inconclusive")  # DVC drops it, the run keeps it
@@ -212,6 +215,48 @@ def test_a_full_disk_fails_and_leaves_nothing_half_written(project, capsys):
         assert not list(disk.rglob("*.tmp")) and not (project.path / "artifacts/x/record.ipynb").exists()
         project.stage("x", "print('small')", DONE)
         assert stage("x", str(project.path)) == 0
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def fill(file):
+    "Take every block that is free."
+    with open(file, "ab", buffering=0) as f, contextlib.suppress(OSError):
+        while True:
+            f.write(bytes(4096))
+
+
+@pytest.mark.parametrize("code, state, why", [(1, "failed", "No space left"), (3, "completed", "outcome inconclusive")])
+def test_a_disk_that_stays_full_leaves_the_last_word(project, capsys, monkeypatch, code, state, why):
+    "Somebody else takes every block that comes free, as a log does."
+    disk = project.path / ".llmkit"
+    if not small_disk(disk):
+        pytest.skip("may not mount a tmpfs")
+    kept = runner.keep
+    monkeypatch.setattr(runner, "keep", lambda *a: (fill(disk / "full"), kept(*a), fill(disk / "full")))
+    last = "open('.llmkit/more', 'wb').write(bytes(1 << 21))" if state == "failed" else ""
+    project.stage("x", decide("inconclusive") + last, makes={"verdict": "artifacts/x/verdict"})
+    try:
+        assert stage("x", str(project.path)) == code
+        fill(disk / "full")
+        assert runs(project=str(project.path)) == 0
+        said, (run,) = capsys.readouterr(), list_runs(project.path)
+        assert (run.status["state"], run.status["exit_code"]) == (state, code) and run.status["ended"]
+        assert "are not kept: " in said.err and "No space left" in said.err and why in said.out
+        assert sorted(p.name for p in run.folder.iterdir() if p.name != "notebook.ipynb") == ["lock", "status.json"]
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_run_that_was_killed_on_a_full_disk_is_closed(project):
+    disk = project.path / ".llmkit"
+    if not small_disk(disk):
+        pytest.skip("may not mount a tmpfs")
+    try:
+        open_run(project.path, "x").close()
+        fill(disk / "full")
+        assert [r.status["state"] for r in bury_dead(project.path)] == ["killed"]
+        assert list_runs(project.path)[0].status["state"] == "killed"
     finally:
         subprocess.run(["umount", disk], check=True)
 
