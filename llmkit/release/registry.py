@@ -147,20 +147,23 @@ def versions(
     model: str,  # the registered name
     release: str = "",  # only versions of the release with this digest
 ) -> list[Version]:
-    "The registered versions of a model, oldest first; an unknown model has none. Raises `KitError`."
-    file = sqlite_file(uri)
-    made = file is None or (file.is_file() and not held(f"{file.resolve()}.lock"))
-    with (
-        answering(),
-        nullcontext() if made else locked_registry(uri),
-    ):  # whoever looks at a new database makes its tables
+    "The registered versions of a model, oldest first; an unknown model, or a registry that nobody has made yet, has none. Raises `KitError`."
+    with answering(), locked_registry(uri, looks=True):
+        if (file := sqlite_file(uri)) and not file.exists():
+            return []
         return find_versions(registry_client(uri), model, release)
 
 
-def locked_registry(uri: str) -> AbstractContextManager:
+def locked_registry(
+    uri: str,
+    looks: bool = False,  # and changes nothing: no lock is taken unless somebody holds it
+) -> AbstractContextManager:
     "Wait until no other process makes an SQLite registry or writes to it; a server sees to that itself."
     file = sqlite_file(uri)
-    return locked(f"{file.resolve()}.lock") if file and file.parent.is_dir() else nullcontext()
+    if file is None or not file.parent.is_dir():
+        return nullcontext()
+    lock = f"{file.resolve()}.lock"
+    return nullcontext() if looks and not held(lock) else locked(lock)
 
 
 def find_versions(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from pathlib import Path
 
@@ -20,7 +21,15 @@ from llmkit.core.errors import KitError
 from llmkit.core.files import read_json
 from llmkit.release.ledger import read_ledger
 from llmkit.release.lineage import read_lineage, show_lineage
-from llmkit.release.registry import dvc_md5, dvc_reference, list_releases, register, register_release, versions
+from llmkit.release.registry import (
+    dvc_md5,
+    dvc_reference,
+    list_releases,
+    locked_registry,
+    register,
+    register_release,
+    versions,
+)
 from llmkit.release.release import Release, read_release
 
 RELEASE, RECEIPT = "artifacts/register/release", "artifacts/register/receipt.json"
@@ -314,8 +323,28 @@ def test_an_empty_lock_and_a_foreign_manifest_stop_nothing(carded):
 def test_a_registry_in_a_folder_of_any_name_is_that_file(tmp_path, monkeypatch, name):
     (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / name)
-    assert versions("sqlite:///mlflow.db", "m") == []
+    register(Release("m", "sha256:b", "sha256:v", "sha256:c"), "sqlite:///mlflow.db", "file:///bundle")
+    assert len(versions("sqlite:///mlflow.db", "m")) == 1
     assert [p.name for p in tmp_path.rglob("*.db")] == ["mlflow.db"] and Path("mlflow.db").is_file()
+
+
+@pytest.mark.parametrize("place", ["mlflow.db", "none/mlflow.db"])
+def test_whoever_looks_at_a_registry_that_nobody_made_leaves_nothing_behind(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    assert versions(f"sqlite:///{place}", "m") == [] and not list(tmp_path.iterdir())
+
+
+def test_whoever_looks_waits_for_nobody_but_a_writer(tmp_path):
+    "Also without a lock file, as in a copy that was put back; and a database that somebody makes just now is waited for."
+    uri, lock = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "mlflow.db.lock"
+    register(Release("m", "sha256:b", "sha256:v", "sha256:c"), uri, "file:///bundle", ledger=tmp_path / "ledger.jsonl")
+    lock.unlink()
+    assert len(versions(uri, "m")) == 1 and not lock.exists()
+    with ThreadPoolExecutor() as beside:
+        with locked_registry(uri):
+            seen = beside.submit(versions, uri, "m")
+            assert not wait([seen], timeout=0.5).done
+        assert len(seen.result(60)) == 1
 
 
 def test_a_database_that_was_left_half_made_is_an_error_in_words(tmp_path):
