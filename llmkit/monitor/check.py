@@ -14,26 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import fisher_exact
 
 from ..core.errors import KitError
 from ..core.files import read_jsonl
+from ..core.ranges import check_ranges
 from ..core.report import Report, write_report
 from ..core.settings import load_settings
 from ..gate.judge import judge
 from ..gate.verdict import Verdict, as_text
-from llmkit.monitor.drift import (  # fmt: skip
-    PSI,
-    Feature,
-    design_effect,
-    drift_report,
-    effective_counts,
-    placed,
-    psi_test,
-    text_features,
-    told_of_users,
-    users,
-)
+from .drift import PSI, Feature, drift_report, index_feature, placed, share_feature, text_features, users
 from ..serve.events import Events, events_file
 
 # %% ../../nbs/10_monitor/02_check.ipynb #016baea0
@@ -73,22 +62,17 @@ def event_features(
     reference: Sequence[Mapping[str, Any]],  # events of kind request
     window: Sequence[Mapping[str, Any]],
     seed: int = 0,
+    draws: int = 2000,  # of the simulated nulls; the least p-value is one in so many
 ) -> list[Feature]:
     "What events alone tell; requests of one user tell less than those of many."
     out, answered = [], [[e for e in part if e["status"] == "ok"] for part in (reference, window)]
     for key in ("prompt_tokens", "completion_tokens") if all(answered) else ():
         bins = placed(*([e[key] for e in part] for part in answered))
-        old, new = (np.eye(max(x.max() for x in bins) + 1)[x] for x in bins)
-        d = design_effect(old, new, _users(answered))
-        value, p = psi_test(old.sum(0), new.sum(0), seed=seed, design=d)
-        out.append(Feature(f"{key}_psi", value, p, f"deciles of both together; simulated null{told_of_users(d)}", PSI))
+        found, _ = index_feature(f"{key}_psi", *bins, PSI, "deciles of both together", _users(answered), draws, seed)
+        out.append(found)
     for name, bad in (("refusal_rate", lambda e: bool(e["refused"])), ("error_rate", lambda e: e["status"] == "error")):
         old, new = ([bad(e) for e in part] for part in (reference, window))
-        a, n, b, m, d = effective_counts(old, new, _users((reference, window)))
-        p = float(fisher_exact([[b, m - b], [a, n - a]], "greater").pvalue)
-        before = sum(old) / len(old)
-        how = f"before: {before:.3f} of {len(old)}; Fisher's exact test for more{told_of_users(d)}"
-        out.append(Feature(name, sum(new) / len(new), p, how, before + RISE))
+        out.append(share_feature(name, old, new, RISE, _users((reference, window))))
     return out
 
 
@@ -117,6 +101,11 @@ def _tell(report: Report, min_n: int, out: str) -> int:
     return verdict.exit_code
 
 
+_SPANS = {
+    "alpha": "[1e-4, 0.5]", "min_n": "[1, inf)", "limit": "[1, inf)", "permutations": "[1, inf)", "seed": "[0, inf)", "hours": "(0, inf)", "before": "(0, inf)"
+}  # fmt: skip
+
+
 def monitor_check(
     window: str,  # JSON Lines: text, prompt, messages, or requests of a batch
     *,
@@ -129,6 +118,7 @@ def monitor_check(
     out: str = "",  # folder for the report
 ) -> int:
     "Say whether texts look like the training data; exit code 0 they do, 1 they do not, 3 too few."
+    check_ranges({"alpha": alpha, "min_n": min_n, "limit": limit, "permutations": permutations, "seed": seed}, _SPANS)
     asked, known = read_texts(window, limit), read_texts(reference, limit)
     if len(asked) < min_n:
         print(f"INCONCLUSIVE: {len(asked)} different texts in {Path(window).name}, at least {min_n} are asked")
@@ -138,7 +128,7 @@ def monitor_check(
 
 
 def _least(alpha: float, features: int = 4) -> int:
-    "The permutations that an adjusted p-value needs to fall below alpha."
+    "The permutations or draws that an adjusted p-value needs to fall below alpha."
     harmonic = sum(1 / i for i in range(1, features + 1))
     return int(features * harmonic / alpha) + 1
 
@@ -154,11 +144,7 @@ def monitor_traffic(
     out: str = "",  # folder for the report
 ) -> int:
     "Say whether the last hours of traffic look like the days before; exit code 0 they do, 1 they do not, 3 too few."
-    for key, value in (("hours", hours), ("before", before), ("limit", limit)):
-        if not 0 < value < math.inf:
-            raise KitError("must be positive", key=key, value=value)
-    if not 0 < alpha < 1:
-        raise KitError("lies between 0 and 1", key="alpha", value=alpha)
+    check_ranges({"hours": hours, "before": before, "alpha": alpha, "min_n": min_n, "limit": limit}, _SPANS)
     store, now = Events(events_file(load_settings(settings))).store, time.time()
     sql = """SELECT body FROM events WHERE kind = 'request' AND time >= ? AND time < ?
       AND json_extract(body, '$.status') != 'rejected' ORDER BY time DESC LIMIT ?"""
@@ -170,6 +156,5 @@ def monitor_traffic(
             f"INCONCLUSIVE: {len(new)} requests in {hours:g} h and {len(old)} in {before:g} h before, at least {min_n} of either are asked"
         )
         return 3
-    return _tell(
-        drift_report(event_features(old, new), len(new), alpha, {"hours": hours, "before": before}), min_n, out
-    )
+    features = event_features(old, new, draws=max(2000, _least(alpha)))
+    return _tell(drift_report(features, len(new), alpha, {"hours": hours, "before": before}), min_n, out)

@@ -13,8 +13,8 @@ from importlib.resources import files
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..core.errors import KitError
 from ..core.plugins import need
+from ..core.ranges import check_ranges
 from .board import Reader, render
 from ..serve.http import address, careful, is_loopback, listening
 from ..serve.keys import Keys, database_path
@@ -109,8 +109,7 @@ def dash(
     settings: str = "settings.ini",  # where the databases are
 ) -> int:
     "Serve a page with the live rollout, verdicts, traffic and drift."
-    if not hours > 0:
-        raise KitError("must be positive", key="hours", value=hours)
+    check_ranges({"hours": hours}, {"hours": "(0, inf)"})
     uvicorn = need("uvicorn", "serve")
     path = database_path(settings)
     asked = open_keys(path, host, keys)

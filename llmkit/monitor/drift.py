@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MANY', 'AUC', 'PSI', 'UNSEEN', 'psi', 'psi_test', 'psi_null', 'placed', 'binned', 'users', 'design_effect',
            'effective_counts', 'told_of_users', 'domain_auc', 'script', 'unseen', 'Feature', 'text_features',
-           'drift_report', 'drifted', 'false_alarms', 'plan_alpha', 'alarm']
+           'index_feature', 'share_feature', 'drift_report', 'drifted', 'false_alarms', 'plan_alpha', 'alarm']
 
 # %% ../../nbs/10_monitor/01_drift.ipynb #2bfa2a48
 import re
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import bdtrc, ndtr, ndtri
-from scipy.stats import false_discovery_control, mannwhitneyu
+from scipy.stats import false_discovery_control, fisher_exact, mannwhitneyu
 
 from ..core.errors import KitError
 from ..core.plugins import need
@@ -45,11 +45,15 @@ def psi_test(
     actual: Sequence[float],  # counts by the same bins, of the window
     draws: int = 2000,  # of the simulated null
     seed: int = 0,
-    design: float = 1.0,  # see `design_effect`
 ) -> tuple[float, float]:
     "PSI, and the chance of at least this much under no change."
-    found, null = psi(expected, actual), psi_null(expected, actual, draws, seed, design)
-    return found, float((1 + (null >= found - 1e-12).sum()) / (draws + 1))
+    found = psi(expected, actual)
+    return found, _chance(found, psi_null(expected, actual, draws, seed))
+
+
+def _chance(found: float, null: np.ndarray) -> float:
+    "The chance of at least this much, by a simulated null."
+    return float((1 + (null >= found - 1e-12).sum()) / (len(null) + 1))
 
 
 def psi_null(
@@ -211,10 +215,11 @@ def text_features(
     new = [unseen(t, known) for t in window]
     auc, p_auc = domain_auc(reference, window, permutations, seed=seed)
     lengths = [[len(_WORD.findall(t)) for t in texts] for texts in (reference, window)]
-    length, p_length = psi_test(*binned(*lengths), seed=seed)
+    draws = max(2000, permutations)
+    length, p_length = psi_test(*binned(*lengths), draws, seed)
     kinds = sorted({script(t) for t in (*reference, *window)})
     counts = [[Counter(map(script, texts))[k] for k in kinds] for texts in (reference, window)]
-    scripts, p_scripts = psi_test(*counts, seed=seed) if len(kinds) > 1 else (0.0, 1.0)
+    scripts, p_scripts = psi_test(*counts, draws, seed) if len(kinds) > 1 else (0.0, 1.0)
     p_unseen = float(mannwhitneyu(new, held, alternative="greater").pvalue)
     return [
         Feature("domain_auc", auc, p_auc, f"hashed words and pairs, out of fold; {permutations} permutations", AUC),
@@ -228,6 +233,40 @@ def text_features(
             float(np.mean(held)) + UNSEEN,
         ),
     ]
+
+# %% ../../nbs/10_monitor/01_drift.ipynb #841fc3f2
+def index_feature(
+    name: str,
+    reference: Sequence[int],  # the bin of each request
+    window: Sequence[int],
+    least: float,  # smallest index that is worth a look
+    how: str,  # what the bins are
+    who: np.ndarray | None = None,  # from `users`; None: everybody once
+    draws: int = 2000,  # of the simulated null; the least p-value is one in so many
+    seed: int = 0,
+) -> tuple[Feature, np.ndarray]:
+    "The index of bins of requests, and its null."
+    at = np.unique([*reference, *window], return_inverse=True)[1]
+    one = np.eye(at.max() + 1)[at]
+    old, new = one[: len(reference)], one[len(reference) :]
+    d = 1.0 if who is None else design_effect(old, new, who)
+    counts = old.sum(0), new.sum(0)
+    value, null = psi(*counts), psi_null(*counts, draws, seed, d)
+    return Feature(name, value, _chance(value, null), f"{how}; simulated null{told_of_users(d)}", least), null
+
+
+def share_feature(
+    name: str,
+    reference: Sequence[bool],  # what befell each request
+    window: Sequence[bool],
+    rise: float,  # smallest rise that is worth a look
+    who: np.ndarray | None = None,  # from `users`; None: everybody once
+) -> Feature:
+    "A share that must not rise."
+    before, (a, n, b, m, d) = float(np.mean(reference)), effective_counts(reference, window, who)
+    p = fisher_exact([[b, m - b], [a, n - a]], "greater").pvalue
+    how = f"before: {before:.3f} of {len(reference)}; Fisher's exact test for more{told_of_users(d)}"
+    return Feature(name, float(np.mean(window)), float(p), how, before + rise)
 
 # %% ../../nbs/10_monitor/01_drift.ipynb #bc2af7bb
 def drift_report(

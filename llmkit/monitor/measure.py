@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from scipy.special import expit, logit
-from scipy.stats import fisher_exact, hypergeom, mannwhitneyu, norm, t, ttest_ind
+from scipy.stats import hypergeom, mannwhitneyu, norm, t, ttest_ind
 
 from ..core.report import Measurement, Report
 from ..evals.calibration import debiased_ece
@@ -28,9 +28,9 @@ from llmkit.monitor.drift import (
     Feature,
     design_effect,
     effective_counts,
+    index_feature,
     placed,
-    psi,
-    psi_null,
+    share_feature,
     text_features,
     told_of_users,
     users,
@@ -58,23 +58,14 @@ def spread(
     who: np.ndarray | None = None,  # from `users`; None: everybody once
 ) -> Feature:
     "Numbers, by the deciles of both together."
-    return _index(name, *placed(old, new), least, level, "PSI, deciles of both together; simulated null", who)
+    return _index(name, *placed(old, new), least, level, "PSI, deciles of both together", who)
 
 
 def _index(name: str, old: Sequence[int], new: Sequence[int], least: float, level: float, how: str, who) -> Feature:
     "An index with the threshold for these bins of requests."
-    names, at = np.unique([*old, *new], return_inverse=True)
-    if len(names) < 2:
-        return Feature(name, 0.0, 1.0, how, least)
-    one, d = np.eye(len(names))[at], 1.0
-    parts = one[: len(old)], one[len(old) :]
-    counts = [x.sum(0) for x in parts]
-    if who is not None:
-        d = design_effect(*parts, who)
-    null, value = psi_null(*counts, math.ceil(2 * TESTS / level), design=d), psi(*counts)
-    p = (1 + (null >= value - 1e-12).sum()) / (len(null) + 1)
+    found, null = index_feature(name, old, new, least, how, who, math.ceil(2 * TESTS / level))
     certain = float(np.quantile(null, 1 - level / TESTS))
-    return Feature(name, value, float(p), how + told_of_users(d), max(certain, float(null.mean()) + least))
+    return replace(found, least=max(certain, float(null.mean()) + least))
 
 
 def kinds(
@@ -89,7 +80,7 @@ def kinds(
     "Names, the commonest ones each and the others together."
     top = {k: i for i, (k, _) in enumerate(Counter([*old, *new]).most_common(most))}
     a, b = ([top.get(v, most) for v in x] for x in (old, new))
-    return _index(name, a, b, least, level, f"PSI, the {most} commonest; simulated null", who)
+    return _index(name, a, b, least, level, f"PSI, the {most} commonest", who)
 
 
 def share(
@@ -101,11 +92,8 @@ def share(
     who: np.ndarray | None = None,  # from `users`; None: everybody once
 ) -> Feature:
     "A share that must not rise."
-    before, now = float(np.mean(old)), float(np.mean(new))
-    a, n, b, m, d = effective_counts(old, new, who)
-    p = fisher_exact([[b, m - b], [a, n - a]], "greater").pvalue
-    how = f"before: {before:.3f} of {len(old)}; Fisher's exact test for more{told_of_users(d)}"
-    return Feature(name, now, float(p), how, max(before + rise, _certain(a, n, m, level / TESTS)))
+    found, (a, n, _, m, _) = share_feature(name, old, new, rise, who), effective_counts(old, new, who)
+    return replace(found, least=max(found.least, _certain(a, n, m, level / TESTS)))
 
 
 def _certain(a: int, n: int, m: int, level: float) -> float:

@@ -7,7 +7,6 @@ __all__ = ['FAULT', 'Monitor', 'open_monitor', 'run_window', 'publish', 'settle'
            'monitor_status', 'monitor_close']
 
 # %% ../../nbs/10_monitor/09_watch.ipynb #afb433fd
-import math
 import sqlite3
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ from ..core.digests import short
 from ..core.errors import KitError
 from ..core.files import atomic_folder, locked, read_jsonl
 from ..core.params import load_params
+from ..core.ranges import check_ranges
 from ..core.report import Report, write_report
 from ..core.settings import load_settings
 from ..gate.verdict import as_text, write_verdict
@@ -227,8 +227,7 @@ def monitor_watch(
     settings: str = "settings.ini",  # where the databases are
 ) -> int:
     "Decide windows as they become due; exit code is that of the last. Before a server's first start it waits."
-    if not 0 < every < math.inf:
-        raise KitError("must be positive", key="every", value=every)
+    check_ranges({"every": every, "windows": windows}, {"every": "(0, 1e6]", "windows": "[0, inf)"})
     if not (log := events_file(load_settings(settings))).is_file():
         read_monitor(load_params(policy, "monitor"), policy)  # a policy that cannot be read is told now
         print(f"waiting for {log}: llmkit serve writes it", flush=True)
@@ -276,6 +275,7 @@ def monitor_status(
     settings: str = "settings.ini",  # where the databases are
 ) -> int:
     "Tell where monitoring stands; exit code that of the newest window, 3 where there is none, or none of late that passed."
+    check_ranges({"n": n}, {"n": "[1, inf)"})
     seen, m = overview(settings, n), open_monitor(policy, settings)
     print("\n".join(_told(seen)) or "no window was decided yet")
     print(f"next: {_awaited(m)}")
