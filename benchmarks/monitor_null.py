@@ -6,7 +6,7 @@
 Every release has its own reference and its own windows, as the policy in params.yaml sizes them, and everything passes
 `decide`: features, adjustment, k of n, the detectors. Under no change the share of windows that end in an alarm must keep
 the stated budget, and the share of releases with a false alarm of calibration or fairness Doob's bound n / c, also where a
-release is as bad as the policy accepts. With --before the code and the policy of an earlier commit stand beside. Under a
+release is as bad as the policy accepts; and both again where each user asks several times. With --before the code and the policy of an earlier commit stand beside. Under a
 planted change the delay is counted in windows from the first changed one to the alarm. Exit code 1: a budget was broken.
 
 With --sequences, services of 50 windows have labels for 5, 30 and 100 % of their requests, each a minute late on average (the
@@ -35,12 +35,23 @@ from llmkit.monitor.policy import FAMILIES, read_monitor
 from llmkit.monitor.window import Window
 
 LABELS = np.array([f"intent_{i}" for i in range(20)])
+# the same whenever a user asks
+HABITS = ("refused", "prompt_tokens", "confidence", "label", "group", "joules", "claim", "correct")
 
 
 def rows(
-    rng, n, refuses=0.05, errors=0.01, longer=1.0, shift=0.0, right=0.0, worse=0.0, dear=1.0, claims=0.1, said=0.3
-):
-    "Requests as a window has them: `right` is an offset of accuracy to confidence, `worse` what one group in five loses."
+    rng, n, refuses=0.05, errors=0.01, longer=1.0, shift=0.0, right=0.0, worse=0.0, dear=1.0, claims=0.1, said=0.3, each=1
+):  # fmt: skip
+    """Requests as a window has them: `right` is an offset of accuracy to confidence, `worse` what one group in five loses.
+
+    Users ask `each` times, between each other, about the same and in the same way: only what is said in answer differs.
+    """
+    if each > 1:
+        own = rows(rng, -(-n // each), refuses, 0.0, longer, shift, right, worse, dear, claims, said)
+        run, out = rng.integers(1 << 40), rows(rng, n, errors=errors)
+        for r, i in zip(out, rng.permutation(np.arange(n) // each), strict=True):
+            r |= {f: own[i][f] for f in HABITS} | {"unit": f"{run}-{i}"}
+        return out
     c, old = rng.beta(8, 2, n), rng.random(n) < 0.2
     share = (1 - shift) * np.full(20, 0.05) + shift * (np.arange(20) < 2) / 2
     correct, known = rng.random(n) < c + right - worse * old, rng.random(n) < said
@@ -58,12 +69,12 @@ def rows(
     return out
 
 
-def release(policy, rng, windows, change=None, calm=0, size=None):
+def release(policy, rng, windows, change=None, calm=0, each=1):
     "The windows of one release as they were decided; the last ones with a change."
-    size, stream, out = size or policy.requests, {}, []
+    stream, out = {}, []
     for number in range(1 + windows):
-        how = (change or {}) if number > calm else {}
-        n = size if number else policy.reference
+        how = {"each": each} | ((change or {}) if number > calm else {})
+        n = policy.requests if number else policy.reference
         seen, _, stream, _ = decide(policy, Window("sha256:a", number, 1, 2, tuple(rows(rng, n, **how))), stream)
         out.append(seen)
     return out
@@ -89,12 +100,12 @@ PLANTED = {
 }
 
 
-def null(policy, releases, windows, seed):
+def null(policy, releases, windows, seed, each=1):
     "Alarms under no change: per window for what is compared, per release for what runs through."
     compared, ran, drifted, total, labels = Counter(), Counter(), 0, 0, []
     any_alarm = 0
     for i in range(releases):
-        seen = release(policy, np.random.default_rng([seed, i]), windows)
+        seen = release(policy, np.random.default_rng([seed, i]), windows, each=each)
         for w in seen[1:]:
             total += 1
             drifted += bool(w.flags)
@@ -106,7 +117,7 @@ def null(policy, releases, windows, seed):
     return compared, any_alarm, ran, drifted, total, float(np.mean(labels))
 
 
-def edge(policy, rng, releases, windows):
+def edge(policy, rng, releases, windows, each=1):
     """Releases whose calibration and whose groups are as bad as the policy accepts, and not worse: share with an alarm.
 
     Only the detectors run, on labels, and the reference is that of a calibrated release. The budget is meant for this edge;
@@ -116,9 +127,9 @@ def edge(policy, rng, releases, windows):
     for _ in range(releases):
         watch, groups = None, {}
         for number in range(1, windows + 1):
-            r = rows(rng, policy.requests, right=-policy.tolerance)
+            r = rows(rng, policy.requests, right=-policy.tolerance, each=each)
             watch, _ = calibration(policy, Window("sha256:a", number, 1, 2, tuple(r)), watch)
-            r = rows(rng, policy.requests, worse=policy.gap)
+            r = rows(rng, policy.requests, worse=policy.gap, each=each)
             groups, found, _ = fairness(policy, Window("sha256:a", number, 1, 2, tuple(r)), groups)
         bad["calibration"] += watch.alarmed(policy.calibration_run)
         bad["fairness"] += bool(found)
@@ -191,6 +202,18 @@ def sequences(a) -> int:
     return int(broken)
 
 
+def regulars(policy, a) -> dict:
+    "The same figures under no change where each user asks several times in a window, always in his own way."
+    compared, alarms, ran, drifted, total, _ = null(policy, a.releases, a.windows, a.seed + 6, a.each)
+    ends = clopper_pearson(alarms, total)
+    return {
+        "each": a.each, "windows": total, "drifted_windows": drifted / total, "alarms": alarms / total, "alarms_interval": [ends.low, ends.high],
+        "by_family": {f: compared[f] / total for f in ("data", "cost", "hallucination")},
+        "releases_with_false_alarm": {f: ran[f] / a.releases for f in ("calibration", "fairness")},
+        "edge": edge(policy, np.random.default_rng([a.seed + 7]), a.releases, a.edge_windows, a.each),
+    }  # fmt: skip
+
+
 def measured(a) -> dict:
     "Every figure of one version of the kit."
     policy = read_monitor(load_params(a.params, "monitor"))
@@ -207,7 +230,7 @@ def measured(a) -> dict:
         "edge_windows": a.edge_windows, "edge_releases": a.releases,
         "edge": edge(policy, np.random.default_rng([a.seed + 2]), a.releases, a.edge_windows),
         "edge_bound": {f: min(1.0, (a.edge_windows if by_window else labels / (a.windows + 3) * a.edge_windows) / runs[f]) for f in runs},
-        "planted_releases": a.planted, "planted": {}, "params": Path(a.params).name,
+        "regulars": regulars(policy, a), "planted_releases": a.planted, "planted": {}, "params": Path(a.params).name,
     }  # fmt: skip
     for name, (family, change) in PLANTED.items():
         delays, other = [], 0
@@ -226,7 +249,9 @@ def of(rev: str, a) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(["git", "-C", root, "worktree", "add", "-q", "--detach", f"{folder}/then", rev], check=True)
         try:
-            words = [f"--{k}={getattr(a, k)}" for k in ("releases", "windows", "edge_windows", "planted", "seed")]
+            words = [
+                f"--{k}={getattr(a, k)}" for k in ("releases", "windows", "edge_windows", "planted", "each", "seed")
+            ]
             words += [f"--params={folder}/then/params.yaml", f"--out={folder}/out.json"]
             env = os.environ | {"PYTHONPATH": f"{folder}/then"}
             done = subprocess.run([sys.executable, __file__, *[w.replace("edge_", "edge-") for w in words]], env=env)
@@ -251,6 +276,17 @@ def tables(now: dict, then: dict | None) -> None:
         print(f"| releases with a false alarm of {f} | {now['releases_with_false_alarm'][f]:.4f} | {now['bound'][f]:.4f} |{was(lambda b, f=f: format(b['releases_with_false_alarm'][f], '.4f'))}")  # fmt: skip
     for f in ("calibration", "fairness"):
         print(f"| {f}: the same in {now['edge_windows']} windows as bad as is accepted | {now['edge'][f]:.4f} | {now['edge_bound'][f]:.4f} |{was(lambda b, f=f: format(b['edge'][f], '.4f'))}")  # fmt: skip
+    r = now["regulars"]
+    print(
+        f"\nNo change, and each user asks {r['each']} times in a window: {now['releases']} releases, {r['windows']} windows\n| | found | stated |\n|---|--:|--:|"
+    )
+    ends = "({:.4f} to {:.4f})".format(*r["alarms_interval"])
+    print(f"| windows with a test that drifted | {r['drifted_windows']:.4f} | {now['fdr']:g} |\n| windows that end in an alarm | {r['alarms']:.4f} {ends} | {now['budget']:g} |")  # fmt: skip
+    for f in ("calibration", "fairness"):
+        print(
+            f"| releases with a false alarm of {f} | {r['releases_with_false_alarm'][f]:.4f} | {now['bound'][f]:.4f} |"
+        )
+        print(f"| {f}: the same in {now['edge_windows']} windows as bad as is accepted | {r['edge'][f]:.4f} | {now['edge_bound'][f]:.4f} |")  # fmt: skip
     late = lambda p: "over 10" if p["delay"] is None else f"{p['delay']:g}"
     more = (" before | median before |", "--:|--:|") if then else ("", "")
     print(f"\nPlanted after 3 quiet windows, {now['planted_releases']} releases each, up to 10 windows\n| change | family | found | median delay |{more[0]} by another family |\n|---|---|--:|--:|{more[1]}--:|")  # fmt: skip
@@ -267,6 +303,9 @@ def main() -> None:
     p.add_argument("--windows", type=int, default=20)
     p.add_argument("--edge-windows", type=int, default=50)
     p.add_argument("--planted", type=int, default=20, help="releases for each planted change")
+    p.add_argument(
+        "--each", type=int, default=4, help="requests of each user in a window, where users ask more than once"
+    )
     p.add_argument("--params", default="params.yaml")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--before", default="", help="a commit whose code and policy are measured too, in the same run")
@@ -282,12 +321,13 @@ def main() -> None:
         Path(a.out).write_text(
             json.dumps({**body, **({"before": then, "commit": a.before} if then else {})}, indent=2) + "\n"
         )
-    broken = body["alarms_interval"][0] > body["budget"]
-    for f in ("calibration", "fairness"):
-        broken |= (
-            clopper_pearson(round(body["releases_with_false_alarm"][f] * a.releases), a.releases).low > body["bound"][f]
-        )
-        broken |= clopper_pearson(round(body["edge"][f] * a.releases), a.releases).low > body["edge_bound"][f]
+    over = lambda share, bound: clopper_pearson(round(share * a.releases), a.releases).low > bound
+    broken = False
+    for seen in (body, body["regulars"]):
+        broken |= seen["alarms_interval"][0] > body["budget"]
+        for f in ("calibration", "fairness"):
+            broken |= over(seen["releases_with_false_alarm"][f], body["bound"][f])
+            broken |= over(seen["edge"][f], body["edge_bound"][f])
     raise SystemExit(int(broken))
 
 

@@ -277,6 +277,21 @@ def one_kind(
     return "right" if right == len(rows) and len(rows) - c >= 5 else ""
 
 
+def _by_user(bets: np.ndarray, rows: Rows, w: Window) -> np.ndarray:
+    "One bet for each user, the mean of those on his answers; who came first is first."
+    at = np.unique(_order(rows, w), return_inverse=True)[1]
+    seen, total = np.zeros((2, at.max() + 1, bets.shape[1]))
+    np.add.at(seen, at, ~np.isnan(bets))
+    np.add.at(total, at, np.nan_to_num(bets))
+    return np.where(seen > 0, total / np.maximum(seen, 1), np.nan)
+
+
+def _order(rows: Rows, w: Window) -> list[int]:
+    "The number of each row's user: who came first has the lowest."
+    who = dict(zip((r["id"] for r in w.rows), users((), [r.get("unit") for r in w.rows]).tolist(), strict=True))
+    return [who[r["id"]] for r in rows]
+
+
 def calibration(
     p: MonitorPolicy,
     w: Window,
@@ -288,7 +303,8 @@ def calibration(
     rows = [r for r in w.labelled if r["confidence"] is not None and r["status"] == "ok"]
     c, y = [r["confidence"] for r in rows], [r["correct"] for r in rows]
     bets = calibration_bets(scale.read(c), y, p.tolerance) if w.number and not selected else []
-    d = feed(before or detector(8), bets, 1 / max(1, len(bets)))
+    singly, before = _by_user(bets, rows, w) if len(bets) else [], before or detector(8)
+    d = replace(feed(before, singly, 1 / max(1, len(singly))), n=before.n + len(bets))
     n = d.n if d.alarmed(p.calibration_run) else len(rows)
     how = f"largest so far of an e-detector over {d.n} labels since the reference, tolerance {p.tolerance:g}; limit {math.log10(p.calibration_run):.3g} for one false alarm in {p.calibration_run:g} windows"  # fmt: skip
     out = [Measurement("label_coverage", len(rows) / max(1, len(w.rows)), len(w.rows), method="answers with a label and a confidence")]  # fmt: skip
@@ -339,7 +355,8 @@ def fairness(
 ) -> tuple[dict[str, Group], list[str], Report]:
     "The groups after this window, those in violation, and what was measured."
     rows = [r for r in w.labelled if r["group"]]
-    rows, y, out = [] if selected else rows, [r["correct"] for r in rows], []
+    rows = [] if selected else [rows[i] for i in np.argsort(_order(rows, w), kind="stable")]
+    y, out = [r["correct"] for r in rows], []
     count, asked = Counter(r["group"] for r in rows), Counter(r["group"] for r in w.rows if r["group"])
     heard = count + Counter({g: x.labelled for g, x in before.items()})
     kept = sorted(sorted({*count, *before}), key=lambda g: -heard[g])[:GROUPS]

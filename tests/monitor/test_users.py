@@ -1,5 +1,6 @@
 "Users who ask more than once are no drift, and a bot is."
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 from llmkit.core.params import load_params
 from llmkit.monitor.decide import decide
 from llmkit.monitor.drift import design_effect, users
-from llmkit.monitor.measure import adjusted, features
+from llmkit.monitor.measure import adjusted, calibration, fairness, features
 from llmkit.monitor.policy import read_monitor
 from llmkit.monitor.window import Window
 
@@ -77,3 +78,31 @@ def test_a_window_remembers_who_asked(tmp_path):
     older = {k: [{j: v for j, v in r.items() if j != "unit"} for r in rows] for k, rows in (("reference", stream["reference"]),)}  # fmt: skip
     again, *_ = decide(POLICY, Window("sha256:a", 4, 1, 2, rows), stream | older)  # as an earlier version left it
     assert again.number == 4
+
+
+def test_users_who_are_right_or_wrong_each_time_alarm_no_sooner_than_is_stated(monkeypatch):
+    "As bad as the policy accepts, for 50 windows: at most half of the services may give a false alarm, and nearly all did."
+    monkeypatch.setattr(
+        "llmkit.monitor.measure.debiased_ece", lambda c, y: (0.0, 0.0, 0.0)
+    )  # told, and decides nothing
+    rng, bad = np.random.default_rng(4), Counter()
+
+    def window(number, right=0.0, worse=0.0, users=38, each=8):
+        c, old = rng.beta(8, 2, users), rng.random(users) < 0.2
+        y = (rng.random(users) < c + right - worse * old).astype(int)
+        rows = [{"unit": f"{number}-{u}", "status": "ok", "confidence": c[u], "correct": int(y[u]) if rng.random() < 0.3 else None, "group": "old" if old[u] else "young"} for u in rng.permutation(np.repeat(np.arange(users), each))]  # fmt: skip
+        return Window("sha256:a", number, 1, 2, tuple(r | {"id": str(i), "time": float(i)} for i, r in enumerate(rows)))
+
+    for _ in range(10):
+        watch, groups = None, {}
+        for number in range(1, 51):
+            watch, told = calibration(POLICY, window(number, right=-POLICY.tolerance), watch)
+            groups, found, _ = fairness(POLICY, window(number, worse=POLICY.gap), groups)
+        bad["calibration"] += watch.alarmed(POLICY.calibration_run)
+        bad["fairness"] += bool(found)
+    assert bad["calibration"] <= 3 and bad["fairness"] <= 3
+    assert watch.n > 50 * 60 and told.get("label_coverage").n == 304  # labels, and not users, are told
+    watch = None
+    for number in range(1, 51):
+        watch, _ = calibration(POLICY, window(number, right=-0.25), watch)
+    assert watch.alarmed(POLICY.calibration_run)
