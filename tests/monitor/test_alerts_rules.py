@@ -72,7 +72,7 @@ def told(folder, name, series, *expected):
     "What promtool says of one alert: series → values by the minute, and (minute, labels of what fires) for each time."
     [a] = [a for a in FOUND if a.name == name]
     write_json(folder / "rules.yml", rules_file(FOUND))
-    fires = lambda labels, value: {"exp_labels": {"severity": a.severity, **labels}, "exp_annotations": {"summary": a.summary, "description": a.describe(value)}}  # fmt: skip
+    fires = lambda labels, value: {"exp_labels": {"severity": a.severity, **labels}, "exp_annotations": a.told(value)}  # fmt: skip
     tests = [{"eval_time": f"{m}m", "alertname": name, "exp_alerts": [fires(*x) for x in some]} for m, some in expected]
     body = {"interval": "1m", "input_series": [{"series": s, "values": v} for s, v in series.items()], "alert_rule_test": tests}  # fmt: skip
     write_json(folder / "tests.yml", {"rule_files": ["rules.yml"], "evaluation_interval": "1m", "tests": [body]})
@@ -87,8 +87,8 @@ DONE = (0, "SUCCESS")
 def test_an_alert_of_an_action_fires_while_it_is_open_and_resolves(tmp_path):
     series = lambda kind, state: f'llmkit_monitor_actions_open{{kind="{kind}",state="{state}"}}'
     for name, kind, state, hold in (
-        ("LlmkitActionFailed", "retrain", "failed", 5), ("LlmkitActionFailed", "rollback", "lost", 5),
-        ("LlmkitActionHeld", "rollback", "held", 5), ("LlmkitActionStuck", "rollback", "requested", 15),
+        ("LlmkitActionFailed", "retrain", "failed", 15), ("LlmkitActionFailed", "rollback", "lost", 15),
+        ("LlmkitActionFailed", "retrain", "requested", 15), ("LlmkitActionHeld", "rollback", "held", 5), ("LlmkitActionStuck", "rollback", "requested", 15),
     ):  # fmt: skip
         firing = [({"kind": kind, "state": state}, "1")]
         values = "0 0 " + "1 " * 20 + "0 0 0"  # open from minute 2 to 21
@@ -127,6 +127,20 @@ def test_the_first_finding_of_a_process_is_told_and_an_old_count_is_not(tmp_path
     leak = 'llmkit_guard_findings_total{guard="output_canary",entity="MARKER",action="flag"}'
     times = (2, []), (4, [({}, "1")]), (7, [({}, "1")]), (9, [])
     assert told(tmp_path, "LlmkitCanaryTokenLeaked", {leak: "_ _ _ 1+0x30"}, *times) == DONE
+
+
+@needs("promtool")
+def test_nobody_is_woken_for_what_the_guard_withheld_or_for_a_training(tmp_path):
+    for action in ("block", "mask"):
+        leak = f'llmkit_guard_findings_total{{guard="output_canary",entity="CANARY",action="{action}"}}'
+        assert told(tmp_path, "LlmkitCanaryTokenLeaked", {leak: "_ _ _ 1+1x30"}, (4, []), (20, [])) == DONE
+    stuck = 'llmkit_monitor_actions_open{kind="retrain",state="requested"}'
+    assert told(tmp_path, "LlmkitActionStuck", {stuck: "1+0x30"}, (20, [])) == DONE
+
+
+def test_each_alert_names_its_row_of_the_guide():
+    for rule in rules_file(FOUND)["groups"][0]["rules"]:
+        assert rule["alert"] in rule["annotations"]["runbook"] and "06_watching" in rule["annotations"]["runbook"]
 
 
 @needs("promtool")
