@@ -222,7 +222,8 @@ def test_hostile_digits_take_seconds(unit):
     "number",
     [
         "03-1234-5678", "06-12345678", "02 9876 5432", "(11) 91234-5678", "8 (495) 123-45-67", "138 1234 5678", "1-800-555-0199",
-        "::ffff:192.0.2.128", "4111.1111.1111.1111",
+        "::ffff:192.0.2.128", "4111.1111.1111.1111", "555 123 4567", "(555) 123 4567", "1 555 123 4567", "+49 151 / 23 45 67 8",
+        "(0 30) 12 34 56", "8-800-555-35-35", "01 234 5678", "09-123 4567", "08 123 456 78",
     ],
 )  # fmt: skip
 def test_numbers_of_other_lands_go_whole(number):
@@ -242,6 +243,10 @@ NEWER = {
     "Authorization header": ["Authorization: Bearer " + TOKEN, '{"authorization": "Basic ' + TOKEN + '"}', "-H 'Authorization: token " + TOKEN],
     "Assigned secret": ['{"api_key": "' + TOKEN + '"}', "pass" + "word = 'hunter2hunter2'", '{\\"client_secret\\": \\"' + TOKEN + '\\"}', "X-API-Key: " + TOKEN],
 }  # fmt: skip
+
+
+def test_a_key_behind_a_letter_of_another_script_is_found():
+    assert masked(f"令牌hf_{TOKEN}谢谢") == "令牌<HUGGING_FACE_TOKEN>谢谢"
 
 
 @pytest.mark.parametrize("entity, text", [(e, t) for e, texts in NEWER.items() for t in texts])
