@@ -3738,6 +3738,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'llmkit.serve.wire._any_of': ('08_serve/wire.html#_any_of', 'llmkit/serve/wire.py'),
                                    'llmkit.serve.wire._bounds': ('08_serve/wire.html#_bounds', 'llmkit/serve/wire.py'),
                                    'llmkit.serve.wire._fields': ('08_serve/wire.html#_fields', 'llmkit/serve/wire.py'),
+                                   'llmkit.serve.wire._form': ('08_serve/wire.html#_form', 'llmkit/serve/wire.py'),
                                    'llmkit.serve.wire._is': ('08_serve/wire.html#_is', 'llmkit/serve/wire.py'),
                                    'llmkit.serve.wire._kinds': ('08_serve/wire.html#_kinds', 'llmkit/serve/wire.py'),
                                    'llmkit.serve.wire._members': ('08_serve/wire.html#_members', 'llmkit/serve/wire.py'),

@@ -76,7 +76,8 @@ def find_injection(text: str) -> list[str]:
     "The kinds of attack whose phrases a text holds."
     if not text.isascii():
         text = plain(text).replace(WIDTHLESS, "").translate(_LATIN)
-    return [k for k, p in _INJECTION.items() if p.search(text)]
+    forms = {text, text.replace("_", " ")}  # a name has no spaces
+    return [k for k, p in _INJECTION.items() if any(map(p.search, forms))]
 
 # %% ../../nbs/08_serve/06_guards.ipynb #b653012b
 Found = Counter  # (guard, entity, action) → how often; guard is "input_pii", …
@@ -107,10 +108,14 @@ class Blocked(ApiError):
         super().__init__(400, f"Refused by the content policy of this key: {kinds}", code="content_filter")
 
 
+_BRACKETS = str.maketrans("", "", "<>")  # no name may have them
+
+
 def _masked(call: Call) -> Call:
     "The call with personal data masked."
     hide = lambda text: mask(text, find_pii(text))
-    messages = tuple({**m, "content": hide(m["content"])} for m in call.messages)
+    messages = tuple({**m, **{k: hide(m[k]) for k in ("content", "name") if k in m}} for m in call.messages)
+    messages = tuple({**m, "name": m["name"].translate(_BRACKETS)[:64]} if "name" in m else m for m in messages)
     return replace(call, messages=messages, prompts=tuple(hide(p) if isinstance(p, str) else p for p in call.prompts))
 
 # %% ../../nbs/08_serve/06_guards.ipynb #8682c953

@@ -44,7 +44,8 @@ def tokenize(gateway: Gateway, body: Mapping[str, Any]) -> dict[str, Any]:
     "The token ids of a text or a chat; raises `ApiError`."
     got = checked(body, TOKENIZE)
     tok = _tokenizer(gateway, got)
-    _at_most(4 * MOST, [got.get("prompt", ""), *(str(m.get("content")) for m in got.get("messages", ()))], "characters")
+    said = [str(m[k]) for m in got.get("messages", ()) for k in ("content", "name") if k in m]
+    _at_most(4 * MOST, [got.get("prompt", ""), *said], "characters")
     if ("prompt" in got) == ("messages" in got):
         raise ApiError(400, "Give either 'prompt' or 'messages'", param="prompt", code="invalid_value")
     try:

@@ -189,7 +189,7 @@ class UpstreamBackend:
     def prepare(self, call: Call) -> Work:
         "An estimate of what the call needs."
         sizes = [len(p) if not isinstance(p, str) else len(p.encode()) / 4 for p in call.prompts]
-        sizes += [len(m["content"].encode()) / 4 + 4 for m in call.messages]
+        sizes += [len((m["content"] + m.get("name", "")).encode()) / 4 + 4 for m in call.messages]
         prompt, context, limit = math.ceil(sum(sizes)), self.context or math.inf, call.max_tokens
         if limit is None and call.kind == "completion":
             limit = 16

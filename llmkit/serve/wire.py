@@ -104,7 +104,7 @@ def checker(schema: Mapping[str, Any]) -> Check:
         return _any_of(schema)
     if "enum" in schema:
         return _one_of(schema)
-    kinds, rest = _kinds(schema), [c for c in (_bounds(schema), _members(schema), _fields(schema)) if c]
+    kinds, rest = _kinds(schema), [c for c in (_bounds(schema), _form(schema), _members(schema), _fields(schema)) if c]
     told, usual = f"must be {' or '.join(kinds)}", {t for k in kinds for t in _USUAL[k]}
 
     def check(value: Any, path: str) -> Fault:
@@ -187,6 +187,14 @@ def _bounds(schema: Mapping) -> Check | None:
         return None
 
     return check
+
+
+def _form(schema: Mapping) -> Check | None:
+    "Whether a string has its form, from its first sign to its last."
+    if "pattern" not in schema:
+        return None
+    form, told = re.compile(schema["pattern"]), f"must match {schema['pattern']}"
+    return lambda value, path: (path, told) if isinstance(value, str) and not form.fullmatch(value) else None
 
 
 def _members(schema: Mapping) -> Check | None:
