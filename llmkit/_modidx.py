@@ -3455,6 +3455,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llmkit.serve.server.from_registry': ('08_serve/server.html#from_registry', 'llmkit/serve/server.py'),
                                      'llmkit.serve.server.keys_said': ('08_serve/server.html#keys_said', 'llmkit/serve/server.py'),
                                      'llmkit.serve.server.measure': ('08_serve/server.html#measure', 'llmkit/serve/server.py'),
+                                     'llmkit.serve.server.never_lost_one': ( '08_serve/server.html#never_lost_one',
+                                                                             'llmkit/serve/server.py'),
                                      'llmkit.serve.server.open_backend': ('08_serve/server.html#open_backend', 'llmkit/serve/server.py'),
                                      'llmkit.serve.server.open_keys': ('08_serve/server.html#open_keys', 'llmkit/serve/server.py'),
                                      'llmkit.serve.server.pick': ('08_serve/server.html#pick', 'llmkit/serve/server.py'),

@@ -21,6 +21,8 @@ from llmkit.core.errors import KitError
 from llmkit.core.files import read_json, write_json, write_text
 from llmkit.core.params import ParamsError
 from llmkit.core.settings import load_settings
+from llmkit.release.registry import registry_client
+from llmkit.rollout.commands import rollout_start
 from llmkit.runtime.dummy import DummyEngine
 from llmkit.runtime.sampling import Sampling
 from llmkit.serve.adapters import Adapters
@@ -247,6 +249,24 @@ def test_serve_starts_with_nothing_said_and_stops_on_sigterm(project):
         if p.poll() is None:
             p.kill()
             p.wait(PATIENCE)
+
+
+def test_a_champion_that_lost_its_alias_makes_no_room_for_a_challenger(project, tmp_path, monkeypatch, capsys):
+    shutil.copytree(project, tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    client, first = registry_client("sqlite:///mlflow.db"), from_registry(load_settings())
+    assert rollout_start(first=True) == 0
+    tags = client.get_model_version("bank-support", "1").tags | {"llmkit.release": "sha256:" + "2" * 64}
+    client.create_model_version("bank-support", "file:///untested", tags=tags)
+    client.set_registered_model_alias("bank-support", "challenger", "2")
+    assert from_registry(load_settings()).note == "version 1, champion"
+    client.delete_registered_model_alias("bank-support", "champion")
+    with pytest.raises(KitError, match="its alias is gone") as e:
+        from_registry(load_settings())
+    order = f"llmkit rollout start --first --canary {short(first.release)}"
+    assert f"`{order}`" in e.value.remedy and "version 1" in e.value.remedy
+    assert rollout_start(first=True, canary=order.split()[-1]) == 0, "what it says is what helps"
+    assert from_registry(load_settings()).note == "version 1, champion"
 
 
 def test_a_bundle_that_is_replaced_while_it_is_loaded_is_not_served_with_a_mock_of_the_loader(tmp_path, monkeypatch):
