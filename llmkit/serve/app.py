@@ -9,7 +9,7 @@ __all__ = ['FEEDBACK', 'ERROR', 'CHECKPOINT', 'closed', 'models', 'model_of', 'm
 import asyncio
 import html
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any
 
@@ -20,6 +20,7 @@ from .adapters import LOAD, UNLOAD, Adapters
 from .call import SCHEMAS, parse
 from .gateway import Gateway
 from .http import answer, careful, error_response, log, read_request, unless_gone
+from .pages import Pages
 from .store import patiently
 from .tokens import DETOKENIZE, TOKENIZE, detokenize, tokenize, tokenizer_info
 from .wire import ApiError, busy, checked, read_body
@@ -89,6 +90,7 @@ def make_app(
     hourly: Callable[[], Any] | None = None,  # such as the deletion of old events
     adapters: Adapters | None = None,  # where deltas can be loaded and unloaded
     beside: AbstractAsyncContextManager | None = None,  # what runs while the server does, such as a rollout
+    origins: Sequence[str] = (),  # whose web pages may ask
 ) -> Any:  # a FastAPI application
     "The HTTP server of a gateway."
     fastapi = need("fastapi", "serve")
@@ -116,6 +118,8 @@ def make_app(
         def get_route_handler(self):
             return self.endpoint
 
+    if origins:
+        app.add_middleware(Pages, origins=origins)
     app.router.route_class = Plain
     app.state.gateway, app.state.status = gateway, state
     _inference_routes(app, gateway, state, max_body)

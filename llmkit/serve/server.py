@@ -43,6 +43,7 @@ from .http import address, is_loopback, listening, require_port
 from .keys import Keys, keys_file
 from .limits import Limits, Price
 from .measured import LIVE, Measured
+from .pages import read_origins
 from .samples import Sampler, Texts, read_shares, texts_file
 from .traces import open_traces
 from .upstream import UpstreamBackend
@@ -213,11 +214,13 @@ def run(
     hourly: Callable[[], Any] | None = None,
     adapters: Adapters | None = None,  # where deltas can be loaded
     beside: AbstractAsyncContextManager | None = None,  # what runs while the server does, such as a rollout
+    origins: Sequence[str] = (),  # whose web pages may ask
     started: Callable[[str], Any] = print,  # gets a line with the address
 ) -> int:
     "Serve until told to stop; gives the exit code."
     uvicorn = need("uvicorn", "serve")
-    app = make_app(gateway, max_body=max_body, drain=drain, hourly=hourly, adapters=adapters, beside=beside)
+    more = {"hourly": hourly, "adapters": adapters, "beside": beside, "origins": origins}
+    app = make_app(gateway, max_body=max_body, drain=drain, **more)
     state = app.state.status
 
     class Server(uvicorn.Server):
@@ -282,6 +285,7 @@ class Setup:
     about: str  # for people
     adapters: Adapters | None = None
     expire: Callable[[], Any] | None = None  # deletes old events
+    origins: tuple[str, ...] = ()  # whose web pages may ask
 
 
 def measure(
@@ -369,7 +373,7 @@ def set_up(
     load = partial(open_any, said=read_options(base_set, "--base-set"))
     check_options(**options, timeout=timeout, days=days)
     conf = load_settings(settings)
-    host, port = host or conf.get("host", "127.0.0.1"), port_of(conf, port)
+    host, port, origins = host or conf.get("host", "127.0.0.1"), port_of(conf, port), read_origins(conf)
     found = resolve(target, conf, model, alias)
     if (price_prompt < 0) != (price_completion < 0):
         raise KitError("give both prices or none", key="price", value=(price_prompt, price_completion))
@@ -402,7 +406,7 @@ def set_up(
             texts.expire(shares.days * 86400)
 
     deltas = Adapters(gateway, base, load, system, **options) if base else None
-    return Setup(gateway, found, conf, host, port, hosted, about, deltas, forget)
+    return Setup(gateway, found, conf, host, port, hosted, about, deltas, forget, origins)
 
 
 @asynccontextmanager
@@ -423,4 +427,5 @@ def run_setup(
     check_options(drain=drain)
     tell = lambda line: print(f"{line} ({setup.about})", flush=True)
     more = {"hourly": setup.expire, "adapters": setup.adapters, "beside": _together(beside), "started": tell}
+    more["origins"] = setup.origins
     return run(setup.gateway, setup.host, setup.port, drain=drain, **more)
