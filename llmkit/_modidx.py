@@ -3161,6 +3161,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'llmkit/serve/gateway.py'),
                                       'llmkit.serve.gateway.Gateway.baseline': ( '08_serve/gateway.html#gateway.baseline',
                                                                                  'llmkit/serve/gateway.py'),
+                                      'llmkit.serve.gateway.Gateway.broken': ( '08_serve/gateway.html#gateway.broken',
+                                                                               'llmkit/serve/gateway.py'),
                                       'llmkit.serve.gateway.Gateway.checkpoint': ( '08_serve/gateway.html#gateway.checkpoint',
                                                                                    'llmkit/serve/gateway.py'),
                                       'llmkit.serve.gateway.Gateway.joules': ( '08_serve/gateway.html#gateway.joules',

@@ -274,7 +274,7 @@ def _other_routes(app: Any, gateway: Gateway, state: Mapping[str, Any], max_body
         return {"id": event["id"], "object": "feedback"}
 
     async def health(request):
-        if gateway.baseline.broken():
+        if gateway.broken():
             raise busy("The engine has failed and this server has to be started again", 5, "engine_error")
         return {"status": "ok"}
 

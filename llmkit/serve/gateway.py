@@ -131,6 +131,12 @@ class Gateway:
         "The main variant's backend."
         return self.variants[self.main]
 
+    def broken(self) -> bool:
+        "Whether an engine has died that everybody needs: the main variant's, or that of whoever answers them all."
+        chosen = {self.routed("assign", str(i)) or self.main for i in range(100)}
+        needed = {self.main, *(chosen if len(chosen) == 1 else ())}
+        return any(self.variants[n].broken() for n in needed if n in self.variants)
+
     def require(self, model: str) -> None:
         "Raise `ApiError` 404 unless this is what is served, or an adapter beside it."
         if model != self.model and model not in self.adapters:

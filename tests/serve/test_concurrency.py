@@ -69,6 +69,31 @@ def test_an_engine_that_is_lost_answers_everybody_with_an_error_and_asks_for_a_n
     assert time.monotonic() - start < PATIENCE / 2, "nothing is left to wait for"
 
 
+@pytest.mark.parametrize(
+    "dead, answers, ok",
+    [
+        ("baseline", ["canary"], False),  # nobody stands in any more, and there is no way back
+        ("canary", ["canary"], False),  # promoted: all get the release that it replaced
+        ("canary", ["canary", "baseline"], True),  # a candidate: its rollout ends it
+        ("canary", ["baseline"], True),
+    ],
+)
+def test_health_asks_for_a_new_process_where_everybody_needs_the_engine_that_died(make_gateway, dead, answers, ok):
+    class Shares(Single):
+        def assign(self, unit):
+            return answers[len(unit) % len(answers)]
+
+    gateway = make_gateway(Lost() if dead == "baseline" else None, router=Shares())
+    gateway.set_variant("canary", EngineBackend(Lost() if dead == "canary" else DummyEngine(replies=REPLIES)))
+    with serving(gateway, drain=PATIENCE) as url:
+        assert httpx.get(f"{url}/health").status_code == 200
+        gateway.router.assign, usual = lambda unit: dead, gateway.router.assign
+        assert post(url).status_code == 500 and gateway.variants[dead].broken()
+        gateway.router.assign = usual
+        assert post(url).status_code == 200, "the other one answers"
+        assert httpx.get(f"{url}/health").status_code == (200 if ok else 503)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_hangs_up_frees_its_slot(make_gateway, stream):
     class Counted(DummyEngine):
