@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from ..core.errors import KitError
 from ..core.plugins import need
-from .gateway import LARGE, Exchange, aside
+from .exchange import LARGE, Exchange, aside
 from .reply import DONE, Piece, sse
 from .scheduler import place_of
 from .store import unlocked
