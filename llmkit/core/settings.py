@@ -26,6 +26,7 @@ KEYS = {  # every setting that the kit reads; the file need mention none of them
     "ledger": "the file that says who registered and promoted what",
     "host": "where the server listens",
     "port": "its port",
+    "origins": "whose web pages may ask the server",
     "serve_db": "keys, limits and spending",
     "events_db": "the log of requests",
     "texts_db": "masked texts of answers, where they are kept",
