@@ -296,6 +296,26 @@ def test_the_lower_end_of_the_share_in_time_lies_above_the_truth_as_seldom_as_it
     assert wilsons > 0.15 * 200 or load < 0.8
 
 
+@pytest.mark.parametrize("load, n, truth", [(0.8, 200, 0.8), (0.8, 20_000, 0.95), (0.9, 1000, 0.8), (0.9, 20_000, 0.9)])
+def test_the_interval_of_the_share_in_time_misses_as_often_as_its_page_says(load, n, truth):
+    "Answers of exponential length, in turn; a period begins with whoever finds nobody."
+    rng = np.random.default_rng(5)
+
+    def queue(n):
+        gaps, took = rng.exponential(1 / load, n), rng.exponential(1, n)
+        ahead = np.concatenate([[0], np.cumsum(took[:-1] - gaps[1:])])
+        waited = ahead - np.minimum.accumulate(ahead)
+        return waited + took, np.cumsum(waited <= 1e-12)
+
+    times, _ = queue(2_000_000)
+    limit, above, below, runs = np.quantile(times, truth), 0, 0, 1000
+    for _ in range(runs):
+        times, periods = queue(n)
+        m = busy_rate("objective_rate", (times <= limit).astype(int).tolist(), periods, "requests/met")
+        above, below = above + (m.low > truth), below + (m.high < truth)
+    assert 0.035 * runs < above < 0.11 * runs and above + below < 0.16 * runs  # 0.025 and 0.05 are stated
+
+
 def test_a_server_that_never_comes_to_rest_has_shown_nothing():
     rows = [{"scheduled": i / 100, "latency": 0.5} for i in range(300)]
     m = busy_rate("objective_rate", [1] * 300, busy_periods(rows), "requests/met")
