@@ -184,21 +184,25 @@ def _order(kind: str, id: str, because: str, settings: str, **more) -> int:
     c = Controller(store, id, _registry(settings))
     if kind in _AGAIN:
         _settled(store, c.registry, c.state.model, c.id)
-    champion = _champion(c.state.model, settings) if kind in _AGAIN else ""
+    champion = _champion(c.state.model, settings) if kind in _HELD else ""
     with store.alone():
         store.catch_up(c.id, c.fold)
         if c.state.phase == _AGAIN.get(kind):
             _only(store, c.id)
             _settled(store, c.registry, c.state.model, c.id)
+        if kind == "promote" or c.state.phase == _AGAIN.get(kind):
             _unmoved(c, kind, champion)
         c.command(kind, actor(), because, **more)
     print(view(c.fold, c.clock()), flush=True)
+    led = c.state
     c._keep()  # the order is on the disk, and holds, however long the registry takes
     if c.trouble:
         print(f"still to be done: {c.trouble}")
+    elif c.state != led:  # the champion was another one
+        print(status_line(c.state, c.clock()))
     elif kind == "undo":
         print(_done(c.state))
-    return 4 if c.trouble else 0
+    return 4 if c.trouble else EXIT[c.state.phase] if c.state != led else 0
 
 
 def _abort(store: Store, id: str, because: str) -> int:
@@ -215,6 +219,7 @@ def _done(state: RolloutState) -> str:
 
 
 _AGAIN = {"retry": "Degraded", "undo": "Healthy"}  # orders for a rollout that has ended, and how it did
+_HELD = {"retry": "baseline", "promote": "baseline", "undo": "canary"}  # orders, and whose release is champion then
 ASKED = 20.0  # seconds that the registry has to name its champion
 
 
@@ -237,10 +242,10 @@ def _champion(model: str, settings: str) -> str:
 
 
 def _unmoved(c: Controller, kind: str, champion: str) -> None:
-    "Raise `KitError` when the champion was moved since the rollout ended; not while it waits for its own moves."
-    ours, s = {"retry": "baseline", "undo": "canary"}[kind], c.state
+    "Raise `KitError` when somebody else moved the champion; not while the rollout waits for its own moves."
+    ours, s = _HELD[kind], c.state
     if champion not in ("", s.releases[ours]) and not c.store.promises(c.id):
-        fix = f"Undo the rollout that made it so, or start a new one: llmkit rollout start --canary {short(s.releases['canary' if kind == 'retry' else 'baseline'])}"
+        fix = f"Undo the rollout that made it so, or start a new one: llmkit rollout start --canary {short(s.releases['baseline' if kind == 'undo' else 'canary'])}"
         raise KitError(f"cannot {kind} it: its {ours} is not the champion", key=s.id, value=short(champion), remedy=fix)
 
 # %% ../../nbs/09_rollout/12_commands.ipynb #44edb54c

@@ -14,7 +14,7 @@ from ..core.digests import digest_json
 from ..core.errors import KitError
 from .assign import reweigh
 from .policy import RolloutPolicy, Step
-from .state import Effect, Evidence, RolloutState
+from .state import Effect, Evidence, RolloutState, from_json
 
 # %% ../../nbs/09_rollout/04_reducer.ipynb #960c9df1
 Event = Mapping[str, Any]  # kind and time (seconds since the epoch); who and because for commands
@@ -46,11 +46,17 @@ def _why_pause(step: Step) -> str:
 
 def _promoted(s: RolloutState, e: Event, evidence: str) -> Next:
     "Everybody gets the canary, and the registry learns of it."
-    who, r = e.get("who", ""), s.releases
-    moves = (("previous", r["baseline"]), ("champion", r["canary"]))
-    effects = tuple(Effect(a, d, "promote", evidence, s.model, who) for a, d in moves)
+    effects = _moves(s, "baseline", "canary", "promote", evidence, e)
     s = replace(s, phase="Healthy", slots=reweigh(NOBODY, {"canary": 100}), mirror=0.0, stage=s.stage + 1, stage_since=e["time"], paused_by="", reason="promoted")  # fmt: skip
     return s, effects
+
+
+def _moves(s: RolloutState, old: str, new: str, action: str, evidence: str, e: Event) -> tuple[Effect, ...]:
+    "The champion becomes the previous one, and another variant's release takes its place."
+    a, b, who = s.releases[old], s.releases[new], e.get("who", "")
+    return Effect("previous", a, action, evidence, s.model, who, b), Effect(
+        "champion", b, action, evidence, s.model, who, a
+    )
 
 
 def _aborted(s: RolloutState, e: Event, reason: str, evidence: str) -> Next:
@@ -138,8 +144,7 @@ def _command(policy: RolloutPolicy, s: RolloutState, e: Event, ev: Evidence) -> 
     if kind == "retry":
         fresh = replace(s, aborted=False, attempt=s.attempt + 1, slots=NOBODY, mirror=0.0, reason=because)
         return _enter(policy, fresh, 0, e, "")
-    moves = (("previous", s.releases["canary"]), ("champion", s.releases["baseline"]))
-    return _aborted(s, e, because, order)[0], tuple(Effect(a, r, "rollback", order, s.model, who) for a, r in moves)
+    return _aborted(s, e, because, order)[0], _moves(s, "canary", "baseline", "rollback", order, e)
 
 
 _REMEDY = {
@@ -168,6 +173,15 @@ def _by_hand(policy: RolloutPolicy, s: RolloutState, e: Event, ev: Evidence) -> 
         raise KitError("nothing was measured that could carry a promotion", key=s.id, remedy="Let it see traffic first")
     return _enter(policy, s, len(policy.steps) if e.get("full") else s.step + 1, e, ev.digest)
 
+# %% ../../nbs/09_rollout/04_reducer.ipynb #c547c2a3
+def _displaced(s: RolloutState, e: Event) -> Next:
+    "Somebody else moved the champion, and it stays so; a promotion waits for a person."
+    if s.phase != "Healthy":
+        return replace(s, reason=f"{s.reason}; {e['found']}: the registry stays as it is"), ()
+    was, now = from_json(e["before"]), e["time"]
+    fix = "Abort it, or make its baseline the champion again and resume"
+    return replace(was, phase="Paused", paused_by="policy", stage=s.stage + 1, stage_since=now, step_since=now, deadline_from=now, reason=f"not promoted: {e['found']}. {fix}"), ()  # fmt: skip
+
 # %% ../../nbs/09_rollout/04_reducer.ipynb #4eb7215e
 def _follow(policy: RolloutPolicy, s: RolloutState, e: Event) -> Next:
     "The traffic has come to the analysis at a step; raises `KitError` when there is none."
@@ -181,7 +195,7 @@ def _follow(policy: RolloutPolicy, s: RolloutState, e: Event) -> Next:
 def reduce(
     policy: RolloutPolicy | None,  # None where it cannot be read: for an abort
     state: RolloutState | None,  # None before `start`
-    event: Event,  # "start" with id, model and releases; "tick"; or a command
+    event: Event,  # "start" with id, model and releases; "tick"; "displaced", "follow"; or a command
     evidence: Evidence = Evidence(),  # noqa: B008  frozen; nothing measured
 ) -> Next:
     "The next state, and what is to be done; raises `KitError` on a command that does not fit."
@@ -196,6 +210,8 @@ def reduce(
         return _enter(policy, new, 0, event, "")
     if kind == "follow" and state is not None:
         return _follow(policy, state, event)
+    if kind == "displaced" and state is not None:
+        return _displaced(state, event)
     if state is None or kind not in ("tick", *COMMANDS):
         raise KitError("no such event here", value=kind, remedy=f"Known: tick, {', '.join(COMMANDS)}")
     return (_tick if kind == "tick" else _command)(policy, state, event, evidence)

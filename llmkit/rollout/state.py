@@ -87,6 +87,7 @@ class Effect:
     evidence: str  # digest of the verdict, or of the command of a person
     model: str  # the registered name
     who: str = ""  # who ordered it; empty: the policy
+    against: str = ""  # the other release of the pair, of which one has to be champion until then; empty: not asked
 
     def __str__(self) -> str:
         return f"{self.action}: {self.alias} → {short(self.release)}"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WAIT', 'PIECE', 'MOVES', 'Fold', 'rollouts_file', 'Promise', 'Store', 'Unreadable', 'create', 'append', 'load',
-           'catch_up', 'replay', 'history', 'standing', 'snapshot', 'expire', 'abort', 'Receipt', 'ids', 'under_way',
-           'receive', 'owed', 'promises', 'kept', 'failed']
+           'catch_up', 'replay', 'history', 'standing', 'snapshot', 'expire', 'abort', 'displaced', 'Receipt', 'ids',
+           'under_way', 'receive', 'owed', 'promises', 'kept', 'failed']
 
 # %% ../../nbs/09_rollout/08_store.ipynb #5d3bfc3a
 import json
@@ -386,7 +386,26 @@ def abort(
     return new
 
 
+def displaced(
+    self: Store,
+    id: str,  # of a rollout
+    now: float,  # seconds since the epoch
+    found: str,  # who is champion, in a sentence
+) -> None:
+    "Note that somebody else moved the champion: what the rollout promised is given up, and a promotion taken back."
+    decided = "select state from events where rollout = ? and state is not null order by seq desc limit 2"
+    with self._transaction() as db:
+        state, *before = (json.loads(r[0]) for r in self.rows(decided, id))
+        event = {"kind": "displaced", "time": now, "found": found, "before": before[0] if before else None}
+        new, _ = reduce(None, from_json(state), event)
+        (last,) = db.execute("select max(seq) from events where rollout = ?", (id,)).fetchone()
+        self.append(id, last, event, new)
+        for p in self.promises(id):
+            self.kept(id, p)
+
+
 Store.load, Store.catch_up, Store.replay, Store.history, Store.abort = load, catch_up, replay, history, abort
+Store.displaced = displaced
 Store.standing, Store.snapshot, Store.expire = standing, snapshot, expire
 
 # %% ../../nbs/09_rollout/08_store.ipynb #d0d67488

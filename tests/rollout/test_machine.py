@@ -209,7 +209,7 @@ class Machine(RuleBasedStateMachine):
         if b.phase == "Degraded":
             assert b.aborted and b.weights == {"baseline": 100.0} and not b.mirror
         assert a.phase != "Degraded" or kind == "retry"
-        assert a.phase != "Healthy" or (kind, b.phase) == ("undo", "Degraded")
+        assert a.phase != "Healthy" or (kind, b.phase) in (("undo", "Degraded"), ("displaced", "Paused"))
         if more and kind != "retry":
             assert kind in ("tick", "resume", "promote") and evidence.outcome != "fail"
             assert kind != "tick" or a.phase == "Progressing" or a.paused_by == "step"
