@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TAG', 'RETRAIN_ID', 'dvc_md5', 'file_md5', 'dvc_reference', 'source_uri', 'Version', 'outside_training',
-           'registry_client', 'answering', 'versions', 'locked_registry', 'find_versions', 'register', 'public_uri',
-           'receipt', 'registry_uri', 'register_release', 'list_releases', 'disagreements']
+           'registry_client', 'Unanswered', 'answering', 'versions', 'locked_registry', 'find_versions', 'register',
+           'public_uri', 'receipt', 'registry_uri', 'register_release', 'list_releases', 'disagreements']
 
 # %% ../../nbs/07_release/11_registry.ipynb #8cd18eb3
 import hashlib
@@ -129,9 +129,13 @@ def _version(v: Any, aliases: Mapping[str, Any]) -> Version:
     return Version(v.name, int(v.version), v.source, mine, ours, v.run_id)
 
 
+class Unanswered(KitError):
+    "MLflow, or the database beneath it, gives no answer now."
+
+
 @contextmanager
 def answering() -> Iterator[None]:
-    "Turn whatever a client of MLflow raises, be it of HTTP or of a database, into a `KitError` in one line."
+    "Turn whatever a client of MLflow raises, be it of HTTP or of a database, into an `Unanswered` in one line."
     try:
         yield
     except KitError:
@@ -139,7 +143,7 @@ def answering() -> Iterator[None]:
     except Exception as e:
         said = re.sub(r"//[^/@\s]+@", "//", " ".join(str(e).split()))[:300]
         fix = "Do what it says, or start the server; then run `llmkit doctor --repair`. A new SQLite file that was left half made holds nothing: move it away"
-        raise KitError(f"MLflow does not answer: {said}", key="tracking_uri", remedy=fix) from e
+        raise Unanswered(f"MLflow does not answer: {said}", key="tracking_uri", remedy=fix) from e
 
 
 def versions(

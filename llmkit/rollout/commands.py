@@ -170,6 +170,8 @@ def rollout_status(
     print(view(c.fold, c.clock()))
     for of, p in store.owed(c.state.model) if c.state else ():
         print("still to be done", f" by {of}" * (of != id), f": {p.effect}", f": {p.error}" * bool(p.error), sep="")
+    if why := store.hindrance(id):
+        print(f"a server cannot load it yet: {why}")
     return EXIT[c.state.phase] if c.state else 3
 
 

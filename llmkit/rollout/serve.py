@@ -62,7 +62,7 @@ def serve(
     target: str = "",  # a folder or a URL that ends with /v1; default: what is registered, following its rollouts
     *,
     model: str = "",  # the name for clients; in the registry the model, and of several at an address the one to ask
-    alias: str = "",  # in the registry, and without rollouts; default: champion, else challenger
+    alias: str = "",  # in the registry, and without rollouts; default: champion, or challenger while there never was one
     host: str = "",  # default: settings.ini
     port: int = -1,  # default: settings.ini; 0: any free one
     keys: str = "auto",  # required, off, or auto: asked for as soon as there is one

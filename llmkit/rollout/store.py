@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WAIT', 'PIECE', 'MOVES', 'Fold', 'rollouts_file', 'Promise', 'Store', 'Unreadable', 'create', 'append', 'load',
            'catch_up', 'replay', 'history', 'standing', 'snapshot', 'expire', 'abort', 'displaced', 'Receipt', 'ids',
-           'under_way', 'receive', 'owed', 'promises', 'kept', 'failed']
+           'under_way', 'receive', 'owed', 'promises', 'kept', 'failed', 'hinder', 'hindrance']
 
 # %% ../../nbs/09_rollout/08_store.ipynb #5d3bfc3a
 import json
@@ -523,4 +523,23 @@ def failed(
             db.execute("insert or replace into failures values (?, ?, ?, ?)", (id, promise.seq, promise.n, error))
 
 
+def hinder(
+    self: Store,
+    id: str,  # of a rollout
+    why: str = "",  # empty: nothing does any more
+) -> None:
+    "Note what keeps a server from loading the releases of a rollout, for whoever asks."
+    with self._transaction() as db:
+        db.execute("delete from failures where rollout = ? and seq = 0", (id,))
+        if why:
+            db.execute("insert into failures values (?, 0, 0, ?)", (id, why))
+
+
+def hindrance(self: Store, id: str) -> str:
+    "What keeps a server from loading the releases of a rollout; empty when nothing does."
+    found = self.rows("select error from failures where rollout = ? and seq = 0", id)
+    return found[0][0] if found else ""
+
+
 Store.owed, Store.promises, Store.kept, Store.failed = owed, promises, kept, failed
+Store.hinder, Store.hindrance = hinder, hindrance

@@ -18,6 +18,7 @@ from rollout_road import CANARY, SECTION, Recorder
 from serve_server import PATIENCE, serving, until
 
 from llmkit.core.errors import KitError
+from llmkit.release.registry import answering
 from llmkit.rollout.commands import rollout_status
 from llmkit.rollout.controller import Controller
 from llmkit.rollout.live import Live, newest
@@ -905,3 +906,37 @@ def test_a_server_that_is_killed_in_every_step_goes_on_there(town):
     assert [e[:2] for e in said["ledger"]] == [["promote", "previous"], ["promote", "champion"], ["rollback", "previous"], ["rollback", "champion"]]  # fmt: skip
     events = list(Events(town.folder / "events.db").all("request"))
     assert len({e["id"] for e in events}) == len(events) and {e["status"] for e in events} == {"ok"}
+
+
+def test_a_registry_that_does_not_answer_for_a_moment_aborts_no_rollout(town, monkeypatch, capsys):
+    monkeypatch.setattr("llmkit.rollout.live.AGAIN", 0.05)
+    monkeypatch.setattr("llmkit.rollout.commands.open_store", lambda *_: town.store)
+    tries, usual, away = [], town.open, threading.Event()
+
+    def open(release):
+        tries.append(release)
+        if away.is_set():
+            with answering():
+                raise OSError("database is locked")
+        return usual(release)
+
+    town.open = open
+    with town.server() as (url, live):
+        away.set()
+        town.begin("r1", "sha256:good", QUICK | {"steps": [{"setWeight": 50}, {"analysis": ENDLESS}]})
+        until(lambda: len(tries) > 3, "some tries")
+        until(lambda: town.store.hindrance("r1"), "the reason in the log")
+        assert town.phase("r1") == "Progressing" and "database is locked" in live.trouble
+        assert rollout_status() == 0
+        assert "database is locked" in capsys.readouterr().out.splitlines()[-1]
+        away.clear()
+        until(lambda: fingerprint("sha256:good") in ask_all(url), "the canary's answers")
+        until(lambda: not town.store.hindrance("r1") and not live.trouble, "the end of it")
+        away.set()
+        monkeypatch.setitem(ENGINES, "sha256:other", lambda: DummyEngine(replies=REPLIES))
+        town.order("r1", "abort")
+        live.load = 0.3
+        town.begin("r2", "sha256:other")
+        until(lambda: town.phase("r2") == "Degraded", "the end of its patience")
+        assert "within 0.3 s: MLflow does not answer: database is locked" in town.store.load("r2").state.reason
+        until(lambda: not town.store.hindrance("r2"), "nobody waits")
