@@ -8,6 +8,7 @@ __all__ = ['EXIT', 'ASKED', 'open_store', 'latest', 'active', 'open_registry', '
 
 # %% ../../nbs/09_rollout/12_commands.ipynb #7c6de435
 import queue
+import re
 import threading
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ from ..release.registry import Version, outside_training, registry_uri, versions
 from .controller import Controller, Keeper, MlflowRegistry, Registry
 from .policy import read_rollout
 from .state import Effect, RolloutState
-from .store import MOVES, Store, rollouts_file
+from .store import MOVES, ODD, Store, rollouts_file
 from .view import status_line, view
 from .view import watch as show
 
@@ -98,7 +99,7 @@ def rollout_start(
     with store.alone():  # of several that start at once, one does
         _only(store)
         _settled(store, registry, model)
-        id = id or _free_id(store, f"{model}-{new.version}")
+        id = id or _free_id(store, re.sub(ODD, "-", f"{model}-{new.version}"))
         store.create(id, section)
         c = Controller(store, id, registry)
         c.command("start", actor(), because, model=model, releases=releases | {"canary": new.release})

@@ -307,3 +307,27 @@ def test_judging_needs_neither_a_server_nor_a_registry():
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
+
+
+@pytest.mark.parametrize("id", ["a/b", "..", "a b", "a?b", "a%2Fb", ""])
+def test_an_id_that_no_address_can_name_is_refused(tmp_path, id):
+    with pytest.raises(KitError, match="letters, digits"):
+        Store(tmp_path / "r.db").create(id, CANARY)
+
+
+@pytest.mark.parametrize("id", ["bank-support-2", "überblick_2.1~x"])
+def test_every_id_can_be_asked_for(tmp_path, id):
+    from starlette.testclient import TestClient
+
+    w = World(tmp_path, id=id)
+    assert TestClient(judge_app(w.store, lambda: w.now)).get(f"/v1/rollouts/{id}").json()["id"] == id
+
+
+def test_a_model_with_a_blank_in_its_name_gets_an_id_too(project):
+    for n in (1, 2):
+        release = Release("bank support", *(f"sha256:{x}{n}" for x in ("bundle", "verdict", "card")))
+        register(release, "sqlite:///mlflow.db", f"file:///bundle{n}")
+    one, _ = versions("sqlite:///mlflow.db", "bank support")
+    commands.rollout_start("bank support", canary=one.release, first=True)
+    assert commands.rollout_start("bank support") == 0
+    assert commands.open_store().ids() == ["bank-support-2"]
