@@ -2650,6 +2650,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'llmkit.rollout.window._take': ('09_rollout/window.html#_take', 'llmkit/rollout/window.py'),
                                        'llmkit.rollout.window._unended': ('09_rollout/window.html#_unended', 'llmkit/rollout/window.py'),
                                        'llmkit.rollout.window._waited': ('09_rollout/window.html#_waited', 'llmkit/rollout/window.py'),
+                                       'llmkit.rollout.window._weigh': ('09_rollout/window.html#_weigh', 'llmkit/rollout/window.py'),
                                        'llmkit.rollout.window.mature': ('09_rollout/window.html#mature', 'llmkit/rollout/window.py'),
                                        'llmkit.rollout.window.read_window': ( '09_rollout/window.html#read_window',
                                                                               'llmkit/rollout/window.py'),

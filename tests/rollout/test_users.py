@@ -11,6 +11,7 @@ from llmkit.rollout.judge_server import answer, judge_app
 from llmkit.rollout.policy import read_rollout
 from llmkit.rollout.rehearsal import Traffic, rehearse
 from llmkit.rollout.store import Store
+from llmkit.rollout.view import view
 from llmkit.rollout.window import read_window, window_json
 
 USERS = CANARY | {"unit": "user", "settle": "30s", "canary": [*CANARY["canary"], {"metric": "task_success_rate", "margin": 0.1}]}  # fmt: skip
@@ -134,3 +135,17 @@ def test_a_challenger_that_hangs_for_everybody_from_the_first_request_on_is_stop
         if i % 40 == 0 and w.c.step().finished:
             break
     assert w.c.state.aborted and "error_rate" in w.c.state.reason and w.now < 400
+
+
+@pytest.mark.parametrize("unit", ["request", "user"])
+@pytest.mark.parametrize("often", [2, 50])
+def test_one_user_who_makes_much_of_the_traffic_is_told_of_where_requests_are_counted(tmp_path, unit, often):
+    w = World(tmp_path, CANARY | {"unit": unit})
+    for i in range(600):
+        w.request(every=1.0, unit="robot" if i % often == 0 else None)
+    w.c.step()
+    told = "One of them made at least" in str(view(w.c.fold, w.now))
+    assert told == (unit == "request" and often == 2)
+    assert str(view(w.store.load("r1"), w.now)) == str(view(w.c.fold, w.now))
+    w.store.snapshot("r1", w.c.fold)
+    assert str(view(w.store.load("r1"), w.now)) == str(view(w.c.fold, w.now))
