@@ -19,7 +19,8 @@ from ..core.files import atomic_folder
 from ..core.params import load_params
 from ..core.ranges import check_ranges
 from ..core.report import Report, read_report, write_report
-from .judge import compare, judge, least_values, ratio_needed
+from .judge import compare, judge, ratio_needed
+from .limits import least_values
 from .paired import Difference
 from .plan import about, interval_needed, pairs_needed, power_each, rate_needed, scores_needed
 from .policy import PAIRED, Policy, Rule, read_policy
