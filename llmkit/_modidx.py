@@ -1749,6 +1749,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'llmkit.monitor.measure._certain': ( '10_monitor/measure.html#_certain',
                                                                              'llmkit/monitor/measure.py'),
                                         'llmkit.monitor.measure._index': ('10_monitor/measure.html#_index', 'llmkit/monitor/measure.py'),
+                                        'llmkit.monitor.measure._of_users': ( '10_monitor/measure.html#_of_users',
+                                                                              'llmkit/monitor/measure.py'),
                                         'llmkit.monitor.measure._order': ('10_monitor/measure.html#_order', 'llmkit/monitor/measure.py'),
                                         'llmkit.monitor.measure.adjusted': ( '10_monitor/measure.html#adjusted',
                                                                              'llmkit/monitor/measure.py'),

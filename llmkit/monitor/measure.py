@@ -10,7 +10,7 @@ __all__ = ['Rows', 'TESTS', 'NUMBERS', 'SPENT', 'GROUPS', 'values', 'spread', 'k
 # %% ../../nbs/10_monitor/06_measure.ipynb #4266dab6
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -227,10 +227,29 @@ def claims(
     w: Window,
 ) -> list[Measurement]:
     "The rate as flagged and as corrected, of the answers that were looked at."
-    seen = [int(c) for c in values(w.rows, "claim")]
-    if not seen:
+    rows = [r for r in w.rows if r["status"] == "ok" and r["claim"] is not None]
+    if not rows:
         return []
-    return [corrected_rate("hallucination_rate", seen, UNSUPPORTED.quality(), str(UNSUPPORTED)), exact_rate("claims_flagged", seen, "")]  # fmt: skip
+    who = np.unique(_order(rows, w), return_inverse=True)[1]
+    flags = np.array([int(r["claim"]) for r in rows])
+    alike = flags.min() == flags.max()  # then each user may be so each time
+    d = len(who) / (who.max() + 1) if alike else design_effect(flags, flags, np.concatenate([who, who + who.max() + 1]))
+    corrected = lambda seen: corrected_rate("hallucination_rate", seen, UNSUPPORTED.quality(), str(UNSUPPORTED))
+    return [_of_users(rate, flags.tolist(), d) for rate in (corrected, lambda seen: exact_rate("claims_flagged", seen, ""))]  # fmt: skip
+
+
+def _of_users(rate: Callable[[list[int]], Measurement], seen: list[int], design: float) -> Measurement:
+    "A rate, with the interval that as many requests of users of their own would give it."
+    n = max(1, round(len(seen) / design))
+    k = round(sum(seen) / len(seen) * n)
+    all_, few = rate(seen), rate([1] * k + [0] * (n - k))
+    return replace(all_, low=few.low, high=few.high, method=all_.method + told_of_users(design))
+
+
+def _order(rows: Rows, w: Window) -> list[int]:
+    "The number of each row's user: who came first has the lowest."
+    who = dict(zip((r["id"] for r in w.rows), users((), [r.get("unit") for r in w.rows]).tolist(), strict=True))
+    return [who[r["id"]] for r in rows]
 
 # %% ../../nbs/10_monitor/06_measure.ipynb #7d0b865d
 @dataclass(frozen=True)
@@ -284,12 +303,6 @@ def _by_user(bets: np.ndarray, rows: Rows, w: Window) -> np.ndarray:
     np.add.at(seen, at, ~np.isnan(bets))
     np.add.at(total, at, np.nan_to_num(bets))
     return np.where(seen > 0, total / np.maximum(seen, 1), np.nan)
-
-
-def _order(rows: Rows, w: Window) -> list[int]:
-    "The number of each row's user: who came first has the lowest."
-    who = dict(zip((r["id"] for r in w.rows), users((), [r.get("unit") for r in w.rows]).tolist(), strict=True))
-    return [who[r["id"]] for r in rows]
 
 
 def calibration(

@@ -9,7 +9,7 @@ import numpy as np
 from llmkit.core.params import load_params
 from llmkit.monitor.decide import decide
 from llmkit.monitor.drift import design_effect, users
-from llmkit.monitor.measure import adjusted, calibration, fairness, features
+from llmkit.monitor.measure import adjusted, calibration, claims, fairness, features
 from llmkit.monitor.policy import read_monitor
 from llmkit.monitor.window import Window
 
@@ -106,3 +106,19 @@ def test_users_who_are_right_or_wrong_each_time_alarm_no_sooner_than_is_stated(m
     for number in range(1, 51):
         watch, _ = calibration(POLICY, window(number, right=-0.25), watch)
     assert watch.alarmed(POLICY.calibration_run)
+
+
+def test_the_interval_of_flagged_claims_knows_how_few_users_asked():
+    "95 % intervals that took each of eight answers to a user for one of its own missed the truth in half of the windows."
+    rng, missed = np.random.default_rng(6), 0
+    for _ in range(100):
+        flagged = rng.random(38) < 0.1
+        rows = [{"id": str(i), "unit": f"u{u}", "status": "ok", "claim": bool(flagged[u])} for i, u in enumerate(np.repeat(np.arange(38), 8))]  # fmt: skip
+        corrected, plain = claims(Window("sha256:a", 1, 1, 2, tuple(rows)))
+        missed += not plain.low <= 0.1 <= plain.high
+        assert plain.n == 304 and plain.value == np.repeat(flagged, 8).mean() and corrected.low <= corrected.value
+    assert missed <= 10
+    few = [
+        {"id": str(i), "unit": f"u{i // 8}", "status": "ok", "claim": False} for i in range(160)
+    ]  # no claim of 20 users
+    assert claims(Window("sha256:a", 1, 1, 2, tuple(few)))[1].high > 0.15
