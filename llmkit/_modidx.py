@@ -2160,6 +2160,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'llmkit/rollout/analysis.py'),
                                          'llmkit.rollout.analysis._analyse_shadow': ( '09_rollout/analysis.html#_analyse_shadow',
                                                                                       'llmkit/rollout/analysis.py'),
+                                         'llmkit.rollout.analysis._dropped': ( '09_rollout/analysis.html#_dropped',
+                                                                               'llmkit/rollout/analysis.py'),
                                          'llmkit.rollout.analysis._early': ( '09_rollout/analysis.html#_early',
                                                                              'llmkit/rollout/analysis.py'),
                                          'llmkit.rollout.analysis._enough': ( '09_rollout/analysis.html#_enough',

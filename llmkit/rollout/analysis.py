@@ -256,7 +256,7 @@ def _analyse_shadow(policy: RolloutPolicy, s: RolloutState, w: Window, now: floa
     early = n < max(step.min_samples, 1) or now - s.step_since < step.min_duration
     if step.kind != "analysis" or not n or (not late and (early or n < 2 * s.look_n)) or n == s.look_n:
         when = f"{max(step.min_samples, 2 * s.look_n)} pairs after {step.min_duration:g} s"
-        wait = RuleResult("looks at the shadow", "inconclusive", f"{n} pairs so far, {w.counts['dropped']} copies dropped, {w.counts['sampled']} sampled and not compared; the next look is at {when}", "pairs", "shadow", n=n)  # fmt: skip
+        wait = RuleResult("looks at the shadow", "inconclusive", f"{n} pairs so far, {w.counts['dropped']} copies dropped{_dropped(w)}, {w.counts['sampled']} sampled and not compared; the next look is at {when}", "pairs", "shadow", n=n)  # fmt: skip
         return Evidence(Verdict("inconclusive", (fresh, wait), policy.digest), samples=n, silent=silent)
     rules = tuple(replace(r, alpha=r.alpha / 2 ** (s.looks + 1)) for r in policy.shadow)
     reports = shadow_reports(w)
@@ -265,6 +265,12 @@ def _analyse_shadow(policy: RolloutPolicy, s: RolloutState, w: Window, now: floa
     v = judge(Policy(tuple(r for r in rules if r not in odd), policy.digest), reports)
     reasons = (fresh, *v.reasons, *(_uncompared(r, w.counts["sampled"]) for r in odd))
     return Evidence(Verdict(worst([r.outcome for r in reasons]), reasons, policy.digest, v.reports), samples=n, silent=silent, look=True)  # fmt: skip
+
+
+def _dropped(w: Window) -> str:
+    "Why copies were dropped, and what helps."
+    told = {"users wait": "while every slot of the release in service was taken (--slots)", "queue full": "as the shadow answers more slowly than they come (shadow.percent)"}  # fmt: skip
+    return "".join(f", {n} of them {text}" for why, text in told.items() if (n := w.counts[why]))
 
 
 def _uncompared(r: Rule, n: int) -> RuleResult:

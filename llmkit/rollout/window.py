@@ -64,7 +64,7 @@ class Window:
             str, list
         ] = {}  # id → shadow's latency, error, agreement, exact, label_same, second live latency: waits for its live request
         self.pairs: list[list] = []  # id, live latency, live error, and what the shadow said
-        self.counts = {"ok": 0, "failed": 0, "dropped": 0, "late": 0, "before": 0, "early": 0, "unloaded": 0, "sampled": 0, "nobody": 0}  # fmt: skip
+        self.counts = {"ok": 0, "failed": 0, "dropped": 0, "late": 0, "before": 0, "early": 0, "unloaded": 0, "sampled": 0, "nobody": 0, "users wait": 0, "queue full": 0}  # fmt: skip
 
     def arm(self, variant: str) -> Arm:
         "The statistics of a variant, made when it is new."
@@ -352,6 +352,8 @@ def _shadow(self: Window, e: Mapping[str, Any]) -> None:
     self.counts[e["result"]] += 1
     self.counts["sampled"] += e.get("reason") == "sampled"
     if e["result"] == "dropped":
+        if (why := e.get("reason")) in ("users wait", "queue full"):
+            self.counts[why] += 1
         return
     said = [
         e["latency"],

@@ -18,6 +18,7 @@ from llmkit.core.errors import KitError
 from llmkit.rollout.analysis import analyse
 from llmkit.rollout.policy import read_rollout
 from llmkit.rollout.shadow import Mirror
+from llmkit.rollout.view import view
 from llmkit.rollout.window import Window, window_json
 from llmkit.serve.events import check_event
 
@@ -291,7 +292,10 @@ def test_a_service_that_never_answers_again_pauses_its_rollout_and_aborts_nothin
         said = {"kind": "shadow", "time": w.now, "id": live["id"], "variant": "shadow", "release": "sha256:b", "result": "dropped"}  # fmt: skip
         w.c.observe(said | dict.fromkeys(("latency", "agreement", "exact", "label_same")) | {"reason": "users wait"})
         w.c.step()
+        if w.n == 30:
+            assert "30 copies dropped, 30 of them while every slot of the release in service was taken" in str(view(w.c.fold, w.now))  # fmt: skip
     assert (w.c.state.phase, w.c.state.aborted, w.c.state.stage) == ("Paused", False, 1)
+    assert "every slot of the release in service was taken (--slots)" in w.c.state.reason
 
 
 def test_a_hundred_thousand_events_take_no_more_memory_than_the_bounds():
