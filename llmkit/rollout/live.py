@@ -77,11 +77,14 @@ class Live:
         hold: float = HOLD,  # seconds for which both releases stay after the end
         drill: float = 0.0,  # share of a candidate's answers that fail on purpose
         load: float = LOAD,  # seconds that a release may take to load and to test itself
+        champion: Callable[[], str]
+        | None = None,  # the release that the registry has; default: whose rollout ended last
     ):
         self.gateway, self.store, self.registry, self.open = gateway, store, registry, open
         if not 0 <= drill <= 1:
             raise KitError("a share lies between 0 and 1", key="drill", value=drill)
         self.clock, self.every, self.hold, self.drill, self.load = clock, every, hold, drill, load
+        self.champion = champion
         self.keeper = Keeper(store, registry, clock, aside=True)
         self.controller: Controller | None = None
         self.coming: Controller | None = None  # of the rollout whose releases are being loaded
@@ -98,6 +101,9 @@ class Live:
         self._told: tuple[RolloutState, float] | None = None  # the state that the abort led to, and when
         self._missed: tuple[str, str, float, float] | None = (
             None  # rollout, its winner, when it failed, seconds to wait
+        )
+        self._overruled: tuple[str, str, int] | None = (
+            None  # a rollout, its winner and stage, when another one was champion
         )
         gateway.metrics.registry.register(Scrape(self))
 
@@ -228,17 +234,21 @@ def _let_go(self: Live, state: RolloutState) -> list[Backend]:
 def _follow_end(self: Live, id: str, state: RolloutState) -> None:
     "Serve the winner of a rollout that ended elsewhere, such as by an undo after its releases were given back."
     release, now = state.releases[winner(state)], self.clock()
-    if release == self.gateway.baseline.release:
+    end = id, release, state.stage
+    if release == self.gateway.baseline.release or end == self._overruled:
         return self._arrived()
     missed = self._missed if self._missed and self._missed[:2] == (id, release) else None
     if missed and 0 <= now - missed[2] < missed[3]:  # below 0: the clock was set back, so it is tried now
         return
+    asked = None if self.store.owed(state.model) else self.champion
     try:
-        backend = self._load(
-            release, lambda _, s: release in ([s.releases[winner(s)]] if s.finished else s.releases.values())
-        )
+        backend = self._load(release, lambda _, s: release in ([s.releases[winner(s)]] if s.finished else s.releases.values()), asked)  # fmt: skip
     except _Left:
         return
+    except _Overruled as e:
+        self._overruled = end
+        log.warning("rollout: %s ended with %s, and %s is champion by now: %s goes on serving", id, short(release), e, short(self.gateway.baseline.release))  # fmt: skip
+        return self._arrived()
     except Exception as e:  # another try loads it anew
         wait = min(2 * missed[3], LONGEST) if missed else FIRST
         self._missed = (id, release, self.clock(), wait)
@@ -263,6 +273,10 @@ class _Left(Exception):
     "Nobody wants the release that is being loaded any more."
 
 
+class _Overruled(Exception):
+    "Somebody has made another release champion since."
+
+
 @dataclass(eq=False)
 class _Loading:
     "A release that somebody waits for."
@@ -270,15 +284,17 @@ class _Loading:
     release: str
     since: float  # by the monotonic clock
     why: str = ""  # it takes so long
+    champion: Callable[[], str] | None = None  # asked whether it is this one, before it is loaded
 
 
 def _load(
     self: Live,
     release: str,
     wanted: Callable[[str, RolloutState], bool],  # whether the newest rollout still asks for it
+    champion: Callable[[], str] | None = None,  # what the registry says, where it has the last word
 ) -> Backend:
-    "A release, loaded and tested by itself; raises what that raises, `KitError` when it takes too long, `_Left`."
-    self._loading = _Loading(release, time.monotonic())
+    "A release, loaded and tested by itself; raises what that raises, `KitError` when it takes too long, `_Left`, `_Overruled`."
+    self._loading = _Loading(release, time.monotonic(), champion=champion)
     opened: futures.Future = futures.Future()
     threading.Thread(target=_give, args=(opened, self._open, self._loading), name="load", daemon=True).start()
     try:
@@ -311,6 +327,8 @@ def _open(self: Live, asked: _Loading) -> Backend:
     "Load a release; a registry that does not answer is asked again, for as long as somebody waits."
     while self._loading is asked:
         try:
+            if asked.champion and (holder := asked.champion()) not in ("", asked.release):
+                raise _Overruled(short(holder))
             backend = self.open(asked.release)
             asked.why = ""
             return backend

@@ -17,7 +17,7 @@ from ..core.errors import KitError
 from ..core.params import load_params
 from ..core.settings import Settings
 from ..release.registry import registry_uri, versions
-from .commands import open_registry, open_store
+from .commands import champion_of, open_registry, open_store
 from .live import Live, newest
 from .policy import read_stall
 from .view import status_line
@@ -100,6 +100,7 @@ def serve(
         open_registry(s.settings),
         opener(s.settings, s.target.model, s.options),
         drill=drill,
+        champion=lambda: champion_of(s.settings, s.target.model),
     )
     s.about += f", a drill: {drill:.0%} of a candidate's answers fail" if drill else ""
     forget = s.expire

@@ -72,9 +72,9 @@ class Town:
         self.answers, self.ids, self._go = [], itertools.count(), threading.Event()
 
     @contextmanager
-    def server(self, champion="sha256:a", **options):
+    def server(self, release="sha256:a", **options):
         "The address of a server, and what follows the rollouts there."
-        gateway = Gateway("bank-support", {"baseline": self.open(champion)}, events=Events(self.folder / "events.db"))
+        gateway = Gateway("bank-support", {"baseline": self.open(release)}, events=Events(self.folder / "events.db"))
         options = {"every": 0.05} | options
         live = Live(gateway, Store(self.folder / "rollouts.db"), self.registry, self.open, **options)
         with serving(gateway, beside=live.beside()) as url:
@@ -469,6 +469,31 @@ def test_a_champion_that_cannot_be_loaded_is_left_alone_when_another_one_is_cham
             live.look()
         assert len(tries) == 1 and not live.faults["champion"], "good is champion, and served"
         assert town.store.load("r2").state.attempt == 1, "the abort of a candidate stands"
+
+
+@pytest.mark.parametrize("holder", ["sha256:good", "", "sha256:a"])
+def test_whom_somebody_made_champion_since_the_last_rollout_is_served_after_a_restart(town, caplog, holder):
+    undone(town)  # it ended with a; without a word of the registry, or with a's, everybody gets a
+    asked = []
+    with town.server("sha256:good", champion=lambda: asked.append(1) or holder) as (url, live), town.customers(url):
+        want = "sha256:good" if holder == "sha256:good" else "sha256:a"
+        until(lambda: asked and not live._loading and set(town.recent(-20)) == {fingerprint(want)}, "the champion")
+        for _ in range(3):
+            live.look()
+        assert len(asked) == 1 and not live.trouble and town.phase("r1") == "Degraded"
+        assert ("is champion by now" in caplog.text) == (holder == "sha256:good")
+
+
+def test_a_promise_that_is_still_to_be_done_counts_more_than_the_registry(town):
+    undone(town)
+    state = town.store.load("r1").state
+    promise = next(iter(town.store.rows("select seq, n from outbox where rollout = 'r1' order by seq desc, n desc")))
+    with town.store._transaction() as db:
+        db.execute("update outbox set done = 0 where rollout = 'r1' and seq = ? and n = ?", promise)
+    town.registry.move = lambda effect: (_ for _ in ()).throw(OSError("nobody answers"))
+    with town.server("sha256:good", champion=lambda: "sha256:good") as (url, live), town.customers(url):
+        until(lambda: set(town.recent(-20)) == {fingerprint("sha256:a")}, "the way back")
+        assert town.store.owed(state.model)
 
 
 @pytest.mark.parametrize("hold", [0.2, 600.0])
