@@ -5,6 +5,25 @@ makes once is made once. Files with long tests go first, so that none of them is
 marked `alone` hold a clock to what they see; they run afterwards, one by one.
 """
 
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared():
+    "What is found of the real data and schemas beside the checkout, by its parts; a test that asks for what is not here is skipped."
+    data = Path(os.environ.get("LLMKIT_SHARED_DATA", Path(__file__).parents[2] / "shared/data"))
+
+    def find(*parts):
+        path = data.parent.joinpath(*parts) if parts[0] == "schemas" else data.joinpath(*parts)
+        if not path.exists():
+            pytest.skip(f"needs {'/'.join(parts)}: set LLMKIT_SHARED_DATA to the folder of real data")
+        return path
+
+    return find
+
 
 def pytest_addoption(parser):
     parser.addoption("--alone", choices=("with", "without", "only"), default="with", help="tests marked alone")

@@ -5,7 +5,6 @@ import random
 import subprocess
 import sys
 from itertools import combinations
-from pathlib import Path
 
 import pytest
 from data_rows import SHARES, good_rows
@@ -22,7 +21,6 @@ from llmkit.data.sources import Row, Source
 from llmkit.data.split import assign
 from llmkit.data.table import open_table
 
-REAL = Path(__file__).parents[2].parent / "shared" / "data"
 BANKING = Shape(columns={"label": "category"}, templates={"prompt": "{text}", "completion": "{category}"})
 
 
@@ -235,9 +233,8 @@ def test_splits_of_a_hugging_face_folder_are_given_unless_a_parameter_frees_them
     assert len(all_rows(free, "test")) == 20 and len(all_rows(free, "validation")) > 0
 
 
-@pytest.mark.skipif(not (REAL / "banking77").is_dir(), reason="banking77 is not here")
-def test_banking77_loads_by_parameters_alone(tmp_path):
-    source = Source("csv", str(REAL / "banking77"), BANKING, splits={"test.csv": "test"})
+def test_banking77_loads_by_parameters_alone(shared, tmp_path):
+    source = Source("csv", str(shared("banking77")), BANKING, splits={"test.csv": "test"})
     rules = Rules(
         {"train": 0.95, "validation": 0.05},
         seed=42,
@@ -252,14 +249,13 @@ def test_banking77_loads_by_parameters_alone(tmp_path):
     assert not any(folded(r["messages"][0]["content"]) in tested for r in all_rows(data, "train", "validation"))
 
 
-@pytest.mark.skipif(not (REAL / "xstest").is_dir(), reason="xstest is not here")
-def test_xstest_loads_by_parameters_alone(tmp_path):
+def test_xstest_loads_by_parameters_alone(shared, tmp_path):
     shape = Shape(
         columns={"prompt": "prompt", "label": "label", "group": "type"},
         templates={"completion": "{label}", "id": "xstest-{id}"},
     )
     rules = Rules({"test": 1.0}, near_duplicates=None, given={"source": "xstest"})
-    data = prepare(Source("csv", str(REAL / "xstest"), shape), tmp_path / "d", rules)
+    data = prepare(Source("csv", str(shared("xstest")), shape), tmp_path / "d", rules)
     p = read_json(data / "profile.json")
     assert p["rows"] == {"in": 450, "out": 450, "quarantined": 0, "duplicates": 0}
     assert {k: v["test"] for k, v in p["labels"].items()} == {"safe": 250, "unsafe": 200}

@@ -1,6 +1,5 @@
 "The exported objects against Argo's own schemas, and their only metric against a real judge."
 
-import os
 import re
 import sys
 from pathlib import Path
@@ -13,7 +12,6 @@ from llmkit.rollout.policy import read_rollout
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "rollout"))
 ROOT = Path(__file__).parents[2]
-SCHEMAS = Path(os.environ.get("LLMKIT_SHARED_SCHEMAS", ROOT.parent / "shared/schemas")) / "argo-rollouts"
 
 
 def closed(schema):
@@ -29,11 +27,9 @@ def closed(schema):
 
 
 @pytest.fixture(scope="module")
-def crds():
-    if not SCHEMAS.is_dir():
-        pytest.skip("needs argo-rollouts: set LLMKIT_SHARED_SCHEMAS to the folder that holds it")
+def crds(shared):
     found = {}
-    for path in SCHEMAS.glob("*-crd.yaml"):
+    for path in shared("schemas", "argo-rollouts").glob("*-crd.yaml"):
         crd = YAML(typ="safe").load(path.read_text())["spec"]
         found[crd["names"]["kind"]] = closed(crd["versions"][0]["schema"]["openAPIV3Schema"])
     for kind in found.values():

@@ -1,8 +1,6 @@
 """Every statistic of the gate against an oracle that we did not write."""
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +25,6 @@ from llmkit.gate.paired import (
 )
 from llmkit.gate.plan import pairs_needed, rate_needed, scores_needed
 
-SHARED = Path(os.environ.get("LLMKIT_SHARED_DATA", Path(__file__).parents[3] / "shared/data"))
 COUNTS = [(0, 1), (1, 1), (0, 127), (127, 127), (1, 30), (7, 50), (364, 400), (9999, 10000)]
 
 
@@ -168,10 +165,8 @@ def test_score_bound_against_numeric_likelihood(b, c, n, level):
     assert score_lower(b, c, n, level) < score_lower(b, c, n, level, correct=False)
 
 
-def test_graded_gsm8k():
-    file = SHARED / "gsm8k_graded/graded.jsonl"
-    if not file.is_file():
-        pytest.skip("needs the folder gsm8k_graded: set LLMKIT_SHARED_DATA to the folder that holds it")
+def test_graded_gsm8k(shared):
+    file = shared("gsm8k_graded", "graded.jsonl")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     new, old = ([int(r[m]) for r in rows] for m in ("6b_verification", "175b_finetuning"))
     b, c = discordant(old, new)
