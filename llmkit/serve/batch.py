@@ -397,7 +397,7 @@ def batch_run(
     resume: bool = False,  # go on with a batch that was interrupted, by the same release; its errors are tried again
     target: str = "",  # a folder or a URL that ends with /v1; default: what is registered
     model: str = "",  # the name in the requests; in the registry the model, and of several at an address the one to ask
-    alias: str = "",  # in the registry; default: champion, else challenger
+    alias: str = "",  # in the registry; default: champion, or challenger while there never was one
     shard: str = "1/1",  # the part of the lines that this machine answers, such as 3/8
     slots: int = 8,  # requests that run together
     set: str = "",  # options of the engine, as YAML: "{device: cuda}"

@@ -88,7 +88,7 @@ def batch_ray(
     resume: bool = False,  # go on with a batch that was interrupted
     target: str = "",  # a folder or a URL that ends with /v1; default: what is registered
     model: str = "",  # the name for clients; in the registry, the model
-    alias: str = "",  # in the registry; default: champion, else challenger
+    alias: str = "",  # in the registry; default: champion, or challenger while there never was one
     slots: int = 8,  # requests that run together in a task
     set: str = "",  # options of the engine, as YAML: "{device: cuda}"
     system: str = "",  # the system message of chats that bring none; default: the release's own; "-": none

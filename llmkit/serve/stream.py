@@ -283,7 +283,7 @@ def stream_run(
     metrics: int = -1,  # port for Prometheus on this machine; -1: none
     target: str = "",  # a folder or a URL that ends with /v1; default: what is registered
     model: str = "",  # the name in the questions; in the registry the model, and of several at an address the one to ask
-    alias: str = "",  # in the registry; default: champion, else challenger
+    alias: str = "",  # in the registry; default: champion, or challenger while there never was one
     slots: int = 8,  # requests that run together
     set: str = "",  # options of the engine, as YAML: "{device: cuda}"
     system: str = "",  # the system message of chats that bring none; default: the release's own; "-": none
