@@ -2063,6 +2063,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'llmkit/release/registry.py'),
                                          'llmkit.release.registry.find_versions': ( '07_release/registry.html#find_versions',
                                                                                     'llmkit/release/registry.py'),
+                                         'llmkit.release.registry.holder_of': ( '07_release/registry.html#holder_of',
+                                                                                'llmkit/release/registry.py'),
                                          'llmkit.release.registry.list_releases': ( '07_release/registry.html#list_releases',
                                                                                     'llmkit/release/registry.py'),
                                          'llmkit.release.registry.locked_registry': ( '07_release/registry.html#locked_registry',

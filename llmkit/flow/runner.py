@@ -228,11 +228,13 @@ def keep(todo: Plan, run: Run, state: Execution, end: Ending, code: int) -> None
     home, done = todo.project / "artifacts" / todo.stage.name, end.state == "completed"
     names = ("record.ipynb", "run.json") if done else ("notebook.ipynb", "traceback.txt")
     try:
-        for name in names if done and code else ():
-            shutil.copy2(home / name, run.folder / name)
-        if state.nb and not done:
+        if done:
+            for name in names if code else ():
+                shutil.copy2(home / name, run.folder / name)
+            return
+        if state.nb:
             write_json(run.folder / "notebook.ipynb", state.nb)
-        if end.traceback and not done:
+        if end.traceback:
             write_text(run.folder / "traceback.txt", end.traceback + "\n")
     except (KitError, OSError) as e:  # a full disk: keep no half of a file, such as papermill's
         for name in names:

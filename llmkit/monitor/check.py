@@ -72,7 +72,7 @@ def event_features(
         out.append(found)
     for name, bad in (("refusal_rate", lambda e: bool(e["refused"])), ("error_rate", lambda e: e["status"] == "error")):
         old, new = ([bad(e) for e in part] for part in (reference, window))
-        out.append(share_feature(name, old, new, RISE, _users((reference, window))))
+        out.append(share_feature(name, old, new, RISE, _users((reference, window)))[0])
     return out
 
 

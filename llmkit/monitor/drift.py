@@ -261,12 +261,12 @@ def share_feature(
     window: Sequence[bool],
     rise: float,  # smallest rise that is worth a look
     who: np.ndarray | None = None,  # from `users`; None: everybody once
-) -> Feature:
-    "A share that must not rise."
+) -> tuple[Feature, tuple[int, int, int]]:
+    "A share that must not rise; and how many it befell, of how many, in the reference and of how many in the window, users counted once."
     before, (a, n, b, m, d) = float(np.mean(reference)), effective_counts(reference, window, who)
     p = fisher_exact([[b, m - b], [a, n - a]], "greater").pvalue
     how = f"before: {before:.3f} of {len(reference)}; Fisher's exact test for more{told_of_users(d)}"
-    return Feature(name, float(np.mean(window)), float(p), how, before + rise)
+    return Feature(name, float(np.mean(window)), float(p), how, before + rise), (a, n, m)
 
 # %% ../../nbs/10_monitor/01_drift.ipynb #bc2af7bb
 def drift_report(

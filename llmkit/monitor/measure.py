@@ -27,7 +27,6 @@ from ..gate.intervals import wilson
 from llmkit.monitor.drift import (
     Feature,
     design_effect,
-    effective_counts,
     index_feature,
     placed,
     share_feature,
@@ -92,8 +91,8 @@ def share(
     who: np.ndarray | None = None,  # from `users`; None: everybody once
 ) -> Feature:
     "A share that must not rise."
-    found, (a, n, _, m, _) = share_feature(name, old, new, rise, who), effective_counts(old, new, who)
-    return replace(found, least=max(found.least, _certain(a, n, m, level / TESTS)))
+    found, counts = share_feature(name, old, new, rise, who)
+    return replace(found, least=max(found.least, _certain(*counts, level / TESTS)))
 
 
 def _certain(a: int, n: int, m: int, level: float) -> float:

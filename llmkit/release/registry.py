@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TAG', 'RETRAIN_ID', 'dvc_md5', 'file_md5', 'dvc_reference', 'source_uri', 'Version', 'outside_training',
-           'registry_client', 'Unanswered', 'answering', 'versions', 'locked_registry', 'find_versions', 'register',
-           'public_uri', 'receipt', 'registry_uri', 'register_release', 'list_releases', 'disagreements']
+           'registry_client', 'holder_of', 'Unanswered', 'answering', 'versions', 'locked_registry', 'find_versions',
+           'register', 'public_uri', 'receipt', 'registry_uri', 'register_release', 'list_releases', 'disagreements']
 
 # %% ../../nbs/07_release/11_registry.ipynb #8cd18eb3
 import hashlib
@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -129,6 +129,14 @@ def _version(v: Any, aliases: Mapping[str, Any]) -> Version:
     return Version(v.name, int(v.version), v.source, mine, ours, v.run_id)
 
 
+def holder_of(
+    found: Iterable[Version],  # of one model
+    alias: str,
+) -> Version | None:
+    "The version that has an alias."
+    return next((v for v in found if alias in v.aliases), None)
+
+
 class Unanswered(KitError):
     "MLflow, or the database beneath it, gives no answer now."
 
@@ -229,7 +237,7 @@ def _register(client: Any, release: Release, source: str, alias: str, ledger, ta
     here = find_versions(client, release.name)
     mine = next(v for v in here if v.version == number)
     _unaltered(mine, _tags(release, None))
-    holder = next((v for v in here if alias in v.aliases), None)
+    holder = holder_of(here, alias)
     turns = [e.after for e in read_ledger(ledger) if (e.model, e.alias) == (release.name, alias)]
     had_it = release.digest in turns and bool(mine.tags.get("ledger"))  # the tag is this registry's word for it
     takes = holder is None or not (had_it or holder.version >= number or _before(turns, release, holder))

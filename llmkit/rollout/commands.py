@@ -19,7 +19,7 @@ from ..core.files import read_json
 from ..core.params import did_you_mean, load_params
 from ..core.settings import Settings, load_settings
 from ..release.ledger import actor
-from ..release.registry import Version, outside_training, registry_uri, versions
+from ..release.registry import Version, holder_of, outside_training, registry_uri, versions
 from .controller import Controller, Keeper, MlflowRegistry, Registry
 from .policy import read_rollout
 from .state import Effect, RolloutState
@@ -88,7 +88,7 @@ def rollout_start(
     store, registry = open_store(settings), _registry(settings)
     _settled(store, registry, model)  # first: it may move the champion
     found = versions(registry_uri(load_settings(settings)), model)
-    new, old = _held(found, model, canary), next((v for v in found if "champion" in v.aliases), None)
+    new, old = _held(found, model, canary), holder_of(found, "champion")
     if first or old is None:
         return _first(new, old, first, registry)
     if old.release == new.release:
@@ -231,8 +231,8 @@ def champion_of(
     model: str,  # the registered name
 ) -> str:
     "The release that the registry calls champion; empty when it calls none so."
-    found = versions(registry_uri(conf), model)
-    return next((v.release for v in found if "champion" in v.aliases), "")
+    holder = holder_of(versions(registry_uri(conf), model), "champion")
+    return holder.release if holder else ""
 
 
 def _champion(model: str, settings: str) -> str:

@@ -20,7 +20,7 @@ from ..core.digests import short
 from ..core.errors import KitError
 from ..core.files import locked
 from ..release.ledger import append as append_ledger
-from ..release.registry import Version, find_versions, locked_registry, registry_client
+from ..release.registry import Version, find_versions, holder_of, locked_registry, registry_client
 from .assign import SLOTS, assign, slot
 from .event import readable
 from .reducer import Event
@@ -78,7 +78,7 @@ class MlflowRegistry:
 
 def _unmoved(e: Effect, here: list[Version]) -> None:
     "Raise `Displaced` unless one of the pair is champion, or none is and the way is free: by an undo, or since the old one was deleted."
-    holder = next((v for v in here if "champion" in v.aliases), None)
+    holder = holder_of(here, "champion")
     if not e.against or holder is not None and holder.release in (e.release, e.against):
         return
     if holder is None and (e.action == "rollback" or e.against not in [v.release for v in here]):

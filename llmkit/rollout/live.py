@@ -77,8 +77,7 @@ class Live:
         hold: float = HOLD,  # seconds for which both releases stay after the end
         drill: float = 0.0,  # share of a candidate's answers that fail on purpose
         load: float = LOAD,  # seconds that a release may take to load and to test itself
-        champion: Callable[[], str]
-        | None = None,  # the release that the registry has; default: whose rollout ended last
+        champion: Callable[[], str] | None = None,  # what the registry says
     ):
         self.gateway, self.store, self.registry, self.open = gateway, store, registry, open
         if not 0 <= drill <= 1:
@@ -102,9 +101,7 @@ class Live:
         self._missed: tuple[str, str, float, float] | None = (
             None  # rollout, its winner, when it failed, seconds to wait
         )
-        self._overruled: tuple[str, str, int] | None = (
-            None  # a rollout, its winner and stage, when another one was champion
-        )
+        self._overruled: tuple[str, str, int] | None = None  # a rollout that ended, its winner, its stage
         gateway.metrics.registry.register(Scrape(self))
 
     @property

@@ -31,7 +31,7 @@ from ..core.plugins import need
 from ..core.settings import Settings, load_settings
 from ..release.bundle import verify_bundle
 from ..release.ledger import Entry, read_ledger
-from ..release.registry import Version, registry_uri, versions
+from ..release.registry import Version, holder_of, registry_uri, versions
 from ..release.restore import bundle_of
 from ..release.smoke import kind_of, open_any, system_of
 from .adapters import Adapters
@@ -69,9 +69,8 @@ def pick(
 ) -> tuple[Version, str]:
     "The version that an alias names, and the alias; raises `KitError`."
     for name in [alias] if alias else ["champion", "challenger"]:
-        for v in found:
-            if name in v.aliases:
-                return v, name
+        if v := holder_of(found, name):
+            return v, name
     known = sorted({a for v in found for a in v.aliases})
     fix = f"Aliases here: {', '.join(known)}" if known else "Register a release with `llmkit repro`"
     raise KitError("no release has this alias", key="alias", value=alias or "champion", remedy=fix)
@@ -85,7 +84,7 @@ def never_lost_one(
     here = {(v.model, v.release): v for v in found}
     held = [here[at] for e in ledger if e.alias == "champion" and (at := (e.model, e.after)) in here]
     last = held[-1] if held else None
-    if any("previous" in v.aliases for v in found) or (last and "challenger" not in last.aliases):
+    if holder_of(found, "previous") or (last and "challenger" not in last.aliases):
         who = short(last.release) if last else "RELEASE"
         told = f" (version {last.version}, by the ledger the last one)" if last else ", one of `llmkit releases`"
         fix = f"`llmkit rollout start --first --canary {who}` makes it so{told}; `--alias challenger` serves that one"
@@ -104,7 +103,7 @@ def from_registry(
         raise KitError("nothing was registered here", file=last, remedy=fix)
     model = model or read_json(last)["name"]
     found = versions(registry_uri(settings), model)
-    if not (alias or any("champion" in v.aliases for v in found)):  # whom a damaged ledger does not stop
+    if not (alias or holder_of(found, "champion")):  # whom a damaged ledger does not stop
         never_lost_one(found, read_ledger(settings.get("ledger", "ledger.jsonl")))
     v, alias = pick(found, alias)
     return target_of(v, f"version {v.version}, {alias}")

@@ -13,16 +13,15 @@ from ruamel.yaml import YAML
 from llmkit.core.files import read_json, read_jsonl
 from llmkit.core.project import find_project
 
-DATA = Path(os.environ.get("LLMKIT_SHARED_DATA", "/nowhere")) / "banking77"
 ROOT = find_project(Path(__file__).parent)
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not DATA.is_dir(), reason="needs banking77 in LLMKIT_SHARED_DATA")]
+pytestmark = pytest.mark.slow
 
 
-def shorten(name, target, each):
+def shorten(data, name, target, each):
     "The first `each` questions of every intent."
     seen = {}
     with (
-        open(DATA / name, newline="", encoding="utf-8") as f,
+        open(data / name, newline="", encoding="utf-8") as f,
         open(target / name, "w", newline="", encoding="utf-8") as g,
     ):
         reader = csv.DictReader(f)
@@ -35,9 +34,9 @@ def shorten(name, target, each):
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory):
+def project(shared, tmp_path_factory):
     "A checkout with shortened data and a smaller, shorter training; everything else as the example has it."
-    root = tmp_path_factory.mktemp("checkout")
+    data, root = shared("banking77"), tmp_path_factory.mktemp("checkout")
     left_out = shutil.ignore_patterns("artifacts", ".llmkit", "mlflow.db*", "mlartifacts", "__pycache__")
     for part in ("llmkit", "nbs", "examples/banking77"):
         shutil.copytree(ROOT / part, root / part, ignore=left_out, symlinks=True)
@@ -47,8 +46,8 @@ def project(tmp_path_factory):
     if (example / "data").is_symlink():
         (example / "data").unlink()
     (example / "data").mkdir(exist_ok=True)
-    shorten("train.csv", example / "data", 12)
-    shorten("test.csv", example / "data", 3)
+    shorten(data, "train.csv", example / "data", 12)
+    shorten(data, "test.csv", example / "data", 3)
     yaml = YAML()
     params = yaml.load(example / "params.yaml")
     params["base"]["tiny"] |= {"vocab": 1024, "hidden": 64, "heads": 2, "mlp": 128, "steps": 60, "threads": 1}
@@ -70,7 +69,7 @@ def project(tmp_path_factory):
     return example
 
 
-def test_all_stages_run_to_a_registered_version(project):
+def test_all_stages_run_to_a_registered_version(shared, project):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [Path(sys.executable).parent / "llmkit", "repro"],
@@ -89,7 +88,10 @@ def test_all_stages_run_to_a_registered_version(project):
     assert "card arrival" in answers and not any("_" in a for a in answers)
     assert list((made / "register").rglob("*.json"))
     printed = subprocess.run(
-        [sys.executable, project / "yardstick.py", "--data", DATA], capture_output=True, text=True, timeout=600
+        [sys.executable, project / "yardstick.py", "--data", shared("banking77")],
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     rates = [float(line.split()[-7]) for line in printed.stdout.splitlines()[:2]]
     assert rates[0] > 0.8 > rates[1] > 0.04, (
