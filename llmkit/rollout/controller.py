@@ -23,9 +23,10 @@ from ..release.ledger import append as append_ledger
 from ..release.registry import Version, find_versions, holder_of, locked_registry, registry_client
 from .assign import SLOTS, assign, slot
 from .event import readable
+from .outbox import Promise
 from .reducer import Event
 from .state import Effect, RolloutState
-from .store import Promise, Store
+from .store import Store
 
 # %% ../../nbs/09_rollout/09_controller.ipynb #6c8bdc7b
 class Router(Protocol):

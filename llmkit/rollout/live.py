@@ -23,12 +23,13 @@ from ..core.errors import KitError
 from ..evals.suite import predicted_label
 from ..release.registry import Unanswered
 from .controller import Controller, Keeper, Registry
+from .database import Unreadable
 from .drill import Drill, undrilled
 from .event import OF_VARIANTS
 from .scrape import Scrape
 from .shadow import Mirror
 from .state import RolloutState
-from .store import Store, Unreadable
+from .store import Store
 from ..serve.backend import Backend
 from ..serve.call import Call, parse
 from ..serve.gateway import Gateway

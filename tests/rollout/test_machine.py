@@ -15,10 +15,11 @@ from llmkit.core.errors import KitError
 from llmkit.release.ledger import append, read_ledger
 from llmkit.rollout.analysis import analyse
 from llmkit.rollout.controller import Controller
+from llmkit.rollout.fold import Fold
 from llmkit.rollout.judge_server import answer, judge_app
 from llmkit.rollout.policy import read_rollout
 from llmkit.rollout.state import from_json
-from llmkit.rollout.store import Fold, Store
+from llmkit.rollout.store import Store
 from llmkit.rollout.window import window_json
 
 

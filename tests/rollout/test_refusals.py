@@ -66,7 +66,7 @@ def test_an_abort_asks_no_analysis(tmp_path, monkeypatch):
     def breaks(*_):
         raise ValueError("whatever may be wrong with the data")
 
-    monkeypatch.setattr("llmkit.rollout.store.analyse", breaks)
+    monkeypatch.setattr("llmkit.rollout.fold.analyse", breaks)
     with pytest.raises(ValueError):
         c.step()
     assert Controller(store, "r", Nowhere()).command("abort", "ann", "now").phase == "Degraded"

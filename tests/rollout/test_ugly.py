@@ -7,9 +7,9 @@ from rollout_road import CANARY, RELEASES, SECTION, H, World
 
 from llmkit.rollout.analysis import _freshness
 from llmkit.rollout.assign import assign
+from llmkit.rollout.fold import Fold
 from llmkit.rollout.judge_server import judge_app
 from llmkit.rollout.policy import read_rollout
-from llmkit.rollout.store import Fold
 
 STAGE = {"min_duration": "1m", "max_duration": "1h", "min_samples": 400}
 ONE = CANARY | {
