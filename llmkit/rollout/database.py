@@ -28,6 +28,9 @@ create table if not exists outbox (rollout text, seq integer, n integer, body te
 create table if not exists failures (rollout text, seq integer, n integer, error text not null, primary key (rollout, seq, n)) without rowid;
 create table if not exists sources (source text primary key, seen integer not null);
 create table if not exists verdicts (digest text primary key, body text not null);
+create table if not exists hindrances (rollout text primary key, why text not null);
+insert or ignore into hindrances select rollout, error from failures where seq = 0;
+delete from failures where seq = 0;
 """
 
 # %% ../../nbs/09_rollout/08b_database.ipynb #f7a6434a

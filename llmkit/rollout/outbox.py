@@ -87,14 +87,14 @@ def hinder(
 ) -> None:
     "Note what keeps a server from loading the releases of a rollout, for whoever asks."
     with self._transaction() as db:
-        db.execute("delete from failures where rollout = ? and seq = 0", (id,))
+        db.execute("delete from hindrances where rollout = ?", (id,))
         if why:
-            db.execute("insert into failures values (?, 0, 0, ?)", (id, why))
+            db.execute("insert into hindrances values (?, ?)", (id, why))
 
 
 def hindrance(self: Outbox, id: str) -> str:
     "What keeps a server from loading the releases of a rollout; empty when nothing does."
-    found = self.rows("select error from failures where rollout = ? and seq = 0", id)
+    found = self.rows("select why from hindrances where rollout = ?", id)
     return found[0][0] if found else ""
 
 

@@ -7,6 +7,8 @@ import sqlite3
 import pytest
 from rollout_road import CANARY, FATE, Recorder, World, point
 
+from llmkit.rollout import database
+from llmkit.rollout.state import Effect
 from llmkit.rollout.store import Store
 from llmkit.rollout.window import window_json
 
@@ -171,3 +173,41 @@ def test_a_cut_off_database_is_an_error_and_not_a_fresh_start(tmp_path):
         (tmp_path / f"rollouts.db{extra}").unlink(missing_ok=True)
     with pytest.raises((sqlite3.DatabaseError, ValueError)):
         World(tmp_path, begin=False).c.step()
+
+
+def before_hindrances(path):
+    "Make a file of rollouts what a version wrote that kept a hindrance among the failures, as that of an event 0."
+    store, moves = Store(path), [Effect("champion", "sha256:b", "promote", "sha256:v", "m")]
+    store.promise("r1", 3, moves)
+    store.failed("r1", store.promises("r1")[0], "no route to host")
+    store.close()
+    with sqlite3.connect(path) as db:
+        db.execute("drop table hindrances")
+        db.execute("insert into failures values ('r1', 0, 0, 'database is locked')")
+
+
+def test_kill_9_while_a_file_of_the_version_before_is_brought_up_to_date_loses_nothing(tmp_path, monkeypatch):
+    def mortal(db, schema):
+        for statement in filter(str.strip, schema.split(";")):
+            db.execute(statement)
+            point()
+
+    monkeypatch.setattr(database, "make_tables", mortal)
+    for k in range(database._TABLES.count(";") + 1):
+        path = tmp_path / f"{k}.db"
+        before_hindrances(path)
+        FATE.value = k
+        p = mp.get_context("fork").Process(target=lambda path=path: Store(path).rows("select 1"))
+        p.start()
+        p.join(60)
+        last = k == database._TABLES.count(";")
+        assert p.exitcode == (0 if last else -signal.SIGKILL), k
+        FATE.value = -1
+        with sqlite3.connect(path) as db:  # all or nothing
+            kept = db.execute("select count(*) from failures where seq = 0").fetchone()[0]
+        assert kept == (0 if last else 1), k
+        store = Store(path)
+        assert store.hindrance("r1") == "database is locked" and store.promises("r1")[0].error == "no route to host", k
+        assert store.rows("select seq from failures") == [(3,)], k
+        store.hinder("r1")
+        assert not store.hindrance("r1") and not Store(path).hindrance("r1"), k
