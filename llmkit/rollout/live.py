@@ -123,6 +123,11 @@ class Live:
         c = self.controller or self.coming  # what that names is not loaded, and the gateway says so in the event
         return c.assign(unit) if c else self.gateway.main
 
+    def sole(self) -> str:
+        "The variant that answers everybody; empty while several do."
+        c = self.controller or self.coming
+        return c.sole() if c else self.gateway.main
+
     def observe(self, event: Mapping[str, Any]) -> None:
         "Hand what happened to the controller, if it concerns the rollout."
         c = self.controller or (self.coming if event.get("unloaded") else None)

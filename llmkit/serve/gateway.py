@@ -34,6 +34,7 @@ class Router(Protocol):
     "Decides who answers. Every method returns at once."
 
     def assign(self, unit: str) -> str: ...  # the name of a variant, the same for the same unit
+    def sole(self) -> str: ...  # the variant that answers everybody; empty while several do
     def observe(self, event: Mapping[str, Any]) -> None: ...  # every event, after it was written
     def mirror(
         self, call: Call, body: Mapping[str, Any], event: Mapping[str, Any]
@@ -47,6 +48,10 @@ class Single:
         self.variant = variant
 
     def assign(self, unit: str) -> str:
+        "The variant."
+        return self.variant
+
+    def sole(self) -> str:
         "The variant."
         return self.variant
 
@@ -121,9 +126,8 @@ class Gateway:
 
     def broken(self) -> bool:
         "Whether an engine has died that everybody needs: the main variant's, or that of whoever answers them all."
-        chosen = {self.routed("assign", str(i)) or self.main for i in range(100)}
-        needed = {self.main, *(chosen if len(chosen) == 1 else ())}
-        return any(self.variants[n].broken() for n in needed if n in self.variants)
+        needed = map(self.variants.get, {self.main, self.routed("sole")})
+        return any(b.broken() for b in needed if b is not None)
 
     def require(self, model: str) -> None:
         "Raise `ApiError` 404 unless this is what is served, or an adapter beside it."

@@ -162,6 +162,7 @@ def test_a_bad_release_is_stopped_and_a_good_one_stays_until_it_is_undone(town):
         moved = {"champion": "sha256:good", "previous": "sha256:a"}
         until(lambda: town.registry.read()["aliases"] == moved, "the promise that was kept")
         until(lambda: live.controller.state.finished, "the server's knowledge")
+        assert live.sole() == "canary"
         time.sleep(0.2)
         mark = len(town.answers)
         until(lambda: len(town.answers) > mark + 50, "more answers")
@@ -274,7 +275,7 @@ def test_another_server_goes_on_where_the_first_one_was(town):
     with town.server() as (url, live):
         until(lambda: live.controller is not None, "the second server")
         assert live.controller.state == first and {u: live.assign(u) for u in who} == who
-        assert set(who.values()) == {"baseline", "canary"}
+        assert set(who.values()) == {"baseline", "canary"} and live.sole() == ""
         town.order("r1", "resume")
         with town.customers(url):
             until(lambda: town.phase("r1") == "Healthy", "the promotion")

@@ -75,6 +75,7 @@ def test_an_engine_that_is_lost_answers_everybody_with_an_error_and_asks_for_a_n
         ("baseline", ["canary"], False),  # nobody stands in any more, and there is no way back
         ("canary", ["canary"], False),  # promoted: all get the release that it replaced
         ("canary", ["canary", "baseline"], True),  # a candidate: its rollout ends it
+        ("canary", ["canary"] * 200 + ["baseline"], True),  # though hardly anybody is left to the other one
         ("canary", ["baseline"], True),
     ],
 )
@@ -82,6 +83,9 @@ def test_health_asks_for_a_new_process_where_everybody_needs_the_engine_that_die
     class Shares(Single):
         def assign(self, unit):
             return answers[len(unit) % len(answers)]
+
+        def sole(self):
+            return answers[0] if len(set(answers)) == 1 else ""
 
     gateway = make_gateway(Lost() if dead == "baseline" else None, router=Shares())
     gateway.set_variant("canary", EngineBackend(Lost() if dead == "canary" else DummyEngine(replies=REPLIES)))
