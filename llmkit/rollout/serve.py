@@ -18,8 +18,9 @@ from ..core.params import load_params
 from ..core.settings import Settings
 from ..release.registry import registry_uri, versions
 from .commands import champion_of, open_registry, open_store
-from .live import Live, newest
+from .live import Live
 from .policy import read_stall
+from .store import newest
 from .view import status_line
 from ..serve.backend import Backend
 from ..serve.push import Push

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ODD', 'MOVES', 'rollouts_file', 'Store', 'create', 'append', 'load', 'catch_up', 'replay', 'history', 'standing',
-           'snapshot', 'expire', 'abort', 'displaced', 'Receipt', 'ids', 'under_way', 'receive']
+           'snapshot', 'expire', 'abort', 'displaced', 'Receipt', 'ids', 'under_way', 'newest', 'receive']
 
 # %% ../../nbs/09_rollout/08d_store.ipynb #5d3bfc3a
 import json
@@ -242,6 +242,19 @@ def under_way(
         if state is not None and model in ("", state.model) and not state.finished:
             return id, state
     return None
+
+
+def newest(
+    store: Store,
+    model: str,  # the served name
+) -> tuple[str, RolloutState] | None:
+    "The rollout of a model that is under way, else the one that something was decided in last, with its state."
+    found = store.under_way(model)
+    for id in [] if found else store.ids():
+        state = store.standing(id)
+        if state is not None and state.model == model:
+            return id, state
+    return found
 
 
 def receive(

@@ -21,8 +21,8 @@ from llmkit.core.errors import KitError
 from llmkit.release.registry import answering
 from llmkit.rollout.commands import rollout_status
 from llmkit.rollout.controller import Controller
-from llmkit.rollout.live import Live, newest
-from llmkit.rollout.store import Store
+from llmkit.rollout.live import Live
+from llmkit.rollout.store import Store, newest
 from llmkit.runtime.dummy import DummyEngine
 from llmkit.serve.backend import EngineBackend
 from llmkit.serve.call import parse
@@ -254,15 +254,15 @@ def test_a_second_answer_takes_no_slot_that_a_user_waits_for(town):
         user.start()
         try:
             until(lambda: backend.stats()["running"], "the user's turn")
-            assert live._ask_again(copied, "sha256:a") is None
+            assert live.copies.ask_again(copied, "sha256:a") is None
             assert backend.stats()["waiting"] == 0, "nothing was queued"
         finally:
             engine.may.set()
             user.join(PATIENCE)
         until(lambda: not backend.stats()["running"], "a free slot")
-        assert live._ask_again(copied, "sha256:a") == REPLIES["card"]
+        assert live.copies.ask_again(copied, "sha256:a") == REPLIES["card"]
         with pytest.raises(KitError, match="not loaded any more"):
-            live._ask_again(copied, "sha256:gone")
+            live.copies.ask_again(copied, "sha256:gone")
 
 
 def test_another_server_goes_on_where_the_first_one_was(town):
@@ -478,7 +478,9 @@ def test_whom_somebody_made_champion_since_the_last_rollout_is_served_after_a_re
     asked = []
     with town.server("sha256:good", champion=lambda: asked.append(1) or holder) as (url, live), town.customers(url):
         want = "sha256:good" if holder == "sha256:good" else "sha256:a"
-        until(lambda: asked and not live._loading and set(town.recent(-20)) == {fingerprint(want)}, "the champion")
+        until(
+            lambda: asked and not live.loader.loading and set(town.recent(-20)) == {fingerprint(want)}, "the champion"
+        )
         for _ in range(3):
             live.look()
         assert len(asked) == 1 and not live.trouble and town.phase("r1") == "Degraded"
@@ -727,7 +729,7 @@ def stuck(town, monkeypatch, request):
 def test_an_abort_is_heard_while_a_release_hangs_before_it_serves(town, stuck, monkeypatch):
     go, closed = stuck
     waits = QUICK | {"steps": [{"setWeight": 50}, {"analysis": ENDLESS}]}
-    monkeypatch.setattr("llmkit.rollout.live.SLOW", 0.2)
+    monkeypatch.setattr("llmkit.rollout.loader.SLOW", 0.2)
     with town.server() as (url, live):
         town.begin("r1", "sha256:stuck", waits)
         until(lambda: live.trouble.startswith("loading stuck since "), "the trouble")
@@ -776,7 +778,7 @@ def test_a_server_stops_at_once_while_a_release_hangs_before_it_serves(town, stu
     go, closed = stuck
     town.begin("r1", "sha256:stuck")
     with town.server() as (url, live):
-        until(lambda: live._loading, "the loading")
+        until(lambda: live.loader.loading, "the loading")
         began = time.monotonic()
     assert time.monotonic() - began < 5 and town.phase("r1") == "Progressing"
     go.set()
@@ -935,7 +937,7 @@ def test_a_server_that_is_killed_in_every_step_goes_on_there(town):
 
 
 def test_a_registry_that_does_not_answer_for_a_moment_aborts_no_rollout(town, monkeypatch, capsys):
-    monkeypatch.setattr("llmkit.rollout.live.AGAIN", 0.05)
+    monkeypatch.setattr("llmkit.rollout.loader.AGAIN", 0.05)
     monkeypatch.setattr("llmkit.rollout.commands.open_store", lambda *_: town.store)
     tries, usual, away = [], town.open, threading.Event()
 
@@ -961,7 +963,7 @@ def test_a_registry_that_does_not_answer_for_a_moment_aborts_no_rollout(town, mo
         away.set()
         monkeypatch.setitem(ENGINES, "sha256:other", lambda: DummyEngine(replies=REPLIES))
         town.order("r1", "abort")
-        live.load = 0.3
+        live.loader.limit = 0.3
         town.begin("r2", "sha256:other")
         until(lambda: town.phase("r2") == "Degraded", "the end of its patience")
         assert "within 0.3 s: MLflow does not answer: database is locked" in town.store.load("r2").state.reason

@@ -15,12 +15,11 @@ from test_outside import aliases, project, serve  # noqa: F401  a fixture
 from llmkit.core.errors import KitError
 from llmkit.release.registry import register, registry_client, versions
 from llmkit.release.release import Release
-from llmkit.rollout import commands, store
+from llmkit.rollout import commands, database
 from llmkit.rollout.controller import Controller, MlflowRegistry
 from llmkit.rollout.judge_server import judge_app
-from llmkit.rollout.live import newest
 from llmkit.rollout.shadow import Mirror
-from llmkit.rollout.store import Store
+from llmkit.rollout.store import Store, newest
 from llmkit.rollout.view import view
 
 
@@ -70,7 +69,7 @@ def test_a_rollout_whose_policy_this_version_refuses_can_be_aborted(begun, capsy
 
 
 def test_a_log_that_somebody_holds_can_be_looked_at_and_is_not_called_damaged(begun, monkeypatch, capsys):
-    monkeypatch.setattr(store, "WAIT", 0.2)
+    monkeypatch.setattr(database, "WAIT", 0.2)
     begun.execute("begin immediate")
     assert commands.rollout_status() == 0 and "a: Progressing" in capsys.readouterr().out
     with pytest.raises(KitError, match="locked.*Another process holds it.*Nothing is damaged") as told:
