@@ -17,7 +17,7 @@ import os
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,7 +146,10 @@ class Appender:
     "A file to which whole lines are added, by one process at a time; raises `KitError` when another one has it."
 
     def __init__(self, path: str | Path):
-        self.path, self.fd = path, take_lock(path)
+        self.path, self.made, self.fd = path, not Path(path).exists(), take_lock(path)
+        if self.fd is not None and not os.fstat(self.fd).st_nlink:  # whoever had it has just removed it
+            os.close(self.fd)
+            self.made, self.fd = True, take_lock(path)
         if self.fd is None:
             fix = "Wait for its end and go on with --resume, or name another file"
             raise KitError("another run is writing to it", file=path, remedy=fix)
@@ -163,6 +166,15 @@ class Appender:
                     self.fd, size
                 )  # another answer may still find room, and would be written behind half a line
             raise cannot_write(self.path, e) from e
+
+    def __enter__(self) -> "Appender":
+        return self
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        "Close; after a failure before the first line, a file that was made for it is gone again."
+        if kind is not None and self.made and not os.fstat(self.fd).st_size:
+            Path(self.path).unlink(missing_ok=True)
+        self.close()
 
     def close(self) -> None:
         "Make sure that it is on disk."
@@ -407,7 +419,7 @@ def batch_run(
     "Answer a file of requests; exit code 1 when some could not be answered."
     check_options(slots=slots)
     part, errors = read_shard(shard), Path(f"{out}.errors.jsonl")
-    with closing(Appender(out)) as answers:
+    with Appender(out) as answers:
         if Path(out).stat().st_size and not resume:
             raise KitError("is there already", file=out, remedy="Add --resume to go on with it, or name another file")
         done, by = cut_off(out)
@@ -420,7 +432,7 @@ def batch_run(
                 await gateway.check()
                 same_release(by, backend.identity, out)
                 errors.unlink(missing_ok=True)
-                with closing(Appender(errors)) as failures:
+                with Appender(errors) as failures:
                     lines = read_lines(source, part)
                     return await run_batch(lines, gateway, answers.add, failures.add, done, 2 * slots, told)
             finally:

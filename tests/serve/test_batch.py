@@ -137,6 +137,14 @@ def test_a_run_that_could_not_begin_leaves_the_name_free(tmp_path, monkeypatch, 
     Path("in.jsonl").write_text(json.dumps(request(1)))
     with pytest.raises(KitError):
         batch_run("in.jsonl", "out.jsonl", target="http://127.0.0.1:9/v1")
+    for source, target in (("in.jsonl", "NOWHERE"), ("gone.jsonl", f"{dummy[1]}/v1")):
+        with pytest.raises(KitError):
+            batch_run(source, "out.jsonl", target=target)
+        assert not list(tmp_path.glob("out*")), "nothing is left of it"
+    Path("mine.jsonl").touch()
+    with pytest.raises(KitError):
+        batch_run("in.jsonl", "mine.jsonl", target="NOWHERE")
+    assert Path("mine.jsonl").exists(), "somebody else made it"
     assert batch_run("in.jsonl", "out.jsonl", target=f"{dummy[1]}/v1") == 0
 
 
