@@ -26,6 +26,7 @@ from ..core.files import locked, read_json, write_text
 from ..core.plugins import need
 from ..core.project import named_project
 from .dag import dag_write, data_missing
+from .missing import check_inputs, lost
 from .notebook import find_checkout, find_stage, find_stages
 from .plan import check_cache
 from .records import locked as locked_stages
@@ -61,12 +62,15 @@ def check_stages(
     project: str | Path,  # the folder of `dvc.yaml`
     args: Sequence[str] = (),  # for `dvc repro`; files, and stages of another `dvc.yaml`, are DVC's to find
 ) -> None:
-    "Raise `KitError` when a stage is asked for that is not there."
-    for word in args if not {"-R", "--recursive"} & {*args} else ():
+    "Raise `KitError` when a stage is asked for that is not there, or all stages of a folder that has none."
+    for word in args:
         name, checkout = word.removeprefix("dvc.yaml:"), find_checkout(project)
         if word.startswith("-") or (Path(project) / name.partition(":")[0]).is_file():
             continue
-        if "--glob" not in args or not fnmatch.filter(find_stages(checkout), name):
+        if {"-R", "--recursive"} & {*args} and (folder := Path(project) / word).is_dir():
+            if not any(p.name == "dvc.yaml" or p.suffix == ".dvc" for p in folder.rglob("*")):
+                raise KitError("no dvc.yaml here or below", file=folder, remedy="Name a folder of stages, or none")
+        elif "--glob" not in args or not fnmatch.filter(find_stages(checkout), name):
             find_stage(name, checkout)
 
 # %% ../../nbs/12_flow/12_repro.ipynb #cf874d6d
@@ -316,5 +320,11 @@ def repro(
     with alone(folder, dvc, several=True):
         check_data(folder, args)
         before(folder)
+        if "--pull" not in args and (names := lost(folder)):
+            what = f"dvc.lock: what {', '.join(names)} made is neither here nor in DVC's cache, so it is made again."
+            print(what, "`dvc pull` fetches it, where whoever made it has pushed it (`make cache-push`)", flush=True)
         begun = now()
-        return after(folder, begun, dvc(["repro", *args], folder))
+        code = dvc(["repro", *args], folder)
+        if code and "--dry" in args:
+            check_inputs(folder)
+        return after(folder, begun, code)

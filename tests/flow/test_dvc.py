@@ -190,13 +190,40 @@ def test_a_stage_that_is_not_there_is_refused_before_dvc_is_asked(pipeline, monk
     assert f"no such stage (got '{asked}'). Known: one, register" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["-R", "nbs"], ["--recursive", "nbs"], ["-R", "one", "nbs"]])
+def test_a_folder_without_stages_is_no_order_for_all_of_them(pipeline, monkeypatch, capsys, words):
+    "DVC finds no stage in it, and runs every one."
+    monkeypatch.setattr(flow, "dvc", lambda *_: pytest.fail("DVC was started"))
+    assert main(["repro", *words, "--project", str(pipeline.path)]) == 2
+    assert "/nbs: no dvc.yaml here or below. Name a folder of stages" in capsys.readouterr().err
+
+
 def test_what_dvc_is_asked_for(pipeline, monkeypatch, capfd):
     monkeypatch.chdir(pipeline.path)
     (pipeline.path / "extra.dvc").touch()
-    for words in ([], ["one"], ["dvc.yaml:one"], ["--glob", "o*"], ["dvc.yaml"], ["extra.dvc"], ["-R", "nbs"], ["-f"]):
+    (pipeline.path / "sub/deep").mkdir(parents=True)
+    (pipeline.path / "sub/deep/dvc.yaml").touch()
+    asked = [["one"], ["dvc.yaml:one"], ["--glob", "o*"], ["dvc.yaml"], ["extra.dvc"], ["-R", "sub"], ["-R", "one"]]
+    for words in ([], ["-f"], *asked):
         flow.check_stages(pipeline.path, words)
     assert main(["repro", "--nope"]) == 2  # DVC knows its own options
     assert "unrecognized arguments: --nope" in capfd.readouterr().err
+
+
+def test_what_nobody_has_pushed_is_told_before_it_is_made_again(pipeline, capfd):
+    "A clone of a commit whose run nobody has pushed, with a cache of its own."
+    call = lambda *words: (main(["repro", *words, "--project", str(pipeline.path)]), capfd.readouterr())
+    code, said = call("one")
+    assert code == 0 and "dvc.lock: what" not in said.out  # nobody has run it yet
+    shutil.rmtree(pipeline.path / "artifacts")
+    code, said = call("one")
+    assert code == 0 and "dvc.lock: what" not in said.out and calls(pipeline) == 0  # it is in the cache
+    shutil.rmtree(pipeline.path / "artifacts")
+    shutil.rmtree(pipeline.path.parent / "cache")
+    code, said = call("--dry")
+    assert code == 2 and "dvc.lock: what one made is neither here nor in DVC's cache" in said.out
+    assert "--dry: what would run cannot be told" in said.err and "artifacts/one/out.json" in said.err
+    assert "dvc.lock: what" not in call("one", "--pull")[1].out  # DVC asks the remote itself
 
 
 def test_a_cache_that_cannot_be_written_is_refused_by_the_runner_too(pipeline, monkeypatch):
