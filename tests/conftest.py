@@ -13,14 +13,14 @@ import pytest
 
 @pytest.fixture(scope="session")
 def shared():
-    "What is found of the real data and schemas beside the checkout, by its parts; a test that asks for what is not here is skipped."
+    "What is found in the folder of real data or beside it, by its parts; a test that asks for what is not there is skipped."
     data = Path(os.environ.get("LLMKIT_SHARED_DATA", Path(__file__).parents[2] / "shared/data"))
 
     def find(*parts):
-        path = data.parent.joinpath(*parts) if parts[0] == "schemas" else data.joinpath(*parts)
-        if not path.exists():
+        found = [path for path in (data.joinpath(*parts), data.parent.joinpath(*parts)) if path.exists()]
+        if not found:
             pytest.skip(f"needs {'/'.join(parts)}: set LLMKIT_SHARED_DATA to the folder of real data")
-        return path
+        return found[0]
 
     return find
 
