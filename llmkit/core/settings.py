@@ -67,7 +67,7 @@ def load_settings(
     environ = os.environ if environ is None else environ
     path, ini = _nearest(Path(path)), ConfigParser(interpolation=None)
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:  # an editor may have put a mark before its first byte
             ini.read_file(f)
     except FileNotFoundError as e:
         raise KitError("no such file", file=path, remedy="Run from the project's root") from e
@@ -101,8 +101,10 @@ def _refuse_secrets(ini: ConfigParser, path: Path) -> None:
 def _refuse_misspelt(ini: ConfigParser, path: Path, environ: Mapping[str, str]) -> None:
     "A key that nobody reads sends runs and versions to another place than its writer believes."
     for section in ("DEFAULT", *ini.sections()):
+        if section.upper() == "DEFAULT" != section:
+            raise KitError("nobody inherits from this section", file=path, value=section, remedy="Write [DEFAULT]")
         for key in ini[section]:
-            if key not in KEYS and get_close_matches(key, KEYS, n=1, cutoff=0.85):
+            if key not in KEYS and get_close_matches(key, KEYS, n=1, cutoff=0.75):  # prot is port, hots is host
                 raise KitError("unknown setting", file=path, key=f"[{section}] {key}", remedy=did_you_mean(key, KEYS))
     known = {"profile", *KEYS, *(k for section in ini.values() for k in section)}
     for name in environ:
