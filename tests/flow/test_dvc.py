@@ -215,6 +215,9 @@ def test_what_nobody_has_pushed_is_told_before_it_is_made_again(pipeline, capfd)
     call = lambda *words: (main(["repro", *words, "--project", str(pipeline.path)]), capfd.readouterr())
     code, said = call("one")
     assert code == 0 and "dvc.lock: what" not in said.out  # nobody has run it yet
+    (pipeline.path / "records/01_one.ipynb").unlink()
+    code, said = call("one", "--dry")
+    assert code == 0 and "verdict " not in said.out and not list((pipeline.path / "records").iterdir())  # made nothing
     shutil.rmtree(pipeline.path / "artifacts")
     code, said = call("one")
     assert code == 0 and "dvc.lock: what" not in said.out and calls(pipeline) == 0  # it is in the cache
