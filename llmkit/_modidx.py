@@ -4,6 +4,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
   'syms': { 'llmkit.cli': { 'llmkit.cli._call': ('13_cli/cli.html#_call', 'llmkit/cli.py'),
                             'llmkit.cli._forget': ('13_cli/cli.html#_forget', 'llmkit/cli.py'),
                             'llmkit.cli._help': ('13_cli/cli.html#_help', 'llmkit/cli.py'),
+                            'llmkit.cli._meant': ('13_cli/cli.html#_meant', 'llmkit/cli.py'),
                             'llmkit.cli._run': ('13_cli/cli.html#_run', 'llmkit/cli.py'),
                             'llmkit.cli._streams': ('13_cli/cli.html#_streams', 'llmkit/cli.py'),
                             'llmkit.cli._summary': ('13_cli/cli.html#_summary', 'llmkit/cli.py'),

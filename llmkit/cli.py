@@ -167,11 +167,24 @@ def _call(name: str, words: list[str]) -> int:
     parser = anno_parser(func, prog=f"llmkit {name}")
     kinds = {k: p.kind for k, p in inspect.signature(func).parameters.items()}
     rest = next((k for k, kind in kinds.items() if kind is inspect.Parameter.VAR_POSITIONAL), None)
-    parsed, unknown = parser.parse_known_args(words) if rest else (parser.parse_args(words), [])
+    parsed, unknown = parser.parse_known_args(words)
+    if unknown and not rest:
+        fix = _meant(unknown[0].partition("=")[0], func)
+        raise KitError("takes no such argument", key=name, value=" ".join(unknown), remedy=fix)
     given = {k: v for k, v in vars(parsed).items() if k in kinds}
     before = [given.pop(k) for k in list(kinds)[: list(kinds).index(rest)]] if rest else []
     code = func(*before, *(given.pop(rest) if rest else ()), *unknown, **given)
     return code if isinstance(code, int) and not isinstance(code, bool) else 0
+
+
+def _meant(word: str, func: Callable) -> str:
+    "What to write in place of an argument that a command does not take."
+    options, places = [], []
+    for k, p in inspect.signature(func).parameters.items():
+        (places if p.default is p.empty else options).append(f"--{k.replace('_', '-')}")
+    if not word.startswith("-"):
+        return f"Options have names, as in `{options[0]} {word}`" if options else ""
+    return f"`{word[2:]}` is given without its name" if word in places else did_you_mean(word, options)
 
 # %% ../nbs/13_cli/01_cli.ipynb #0ce5aabc
 def _summary(name: str) -> str:

@@ -84,9 +84,13 @@ def load_settings(
 
 
 def _nearest(path: Path) -> Path:
-    "The file itself, or the one of that name in the nearest folder above; a project in a project shares its settings."
+    "The file itself, or for a project in a project the one of that name in the nearest folder above."
     above = (folder / path.name for folder in path.resolve().parent.parents)
-    return path if path.is_file() else next((p for p in above if p.is_file()), path)
+    found = path if path.is_file() else next((p for p in above if p.is_file()), path)
+    if found != path and not path.with_name("params.yaml").is_file():
+        fix = f"Run from {found.parent}: the databases are named from there"
+        raise KitError("no such file, and this is no project", file=path, remedy=fix)
+    return found
 
 
 def _refuse_secrets(ini: ConfigParser, path: Path) -> None:
