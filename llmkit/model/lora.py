@@ -7,6 +7,7 @@ __all__ = ['load_frozen', 'linear_names', 'check_targets', 'attach', 'sum_first'
            'read_tensors', 'relative_size']
 
 # %% ../../nbs/04_model/04_lora.ipynb #45ea69ba
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ def load_frozen(
 ) -> Any:  # a transformers model, on the CPU or on this process's GPU
     "Load a causal language model for training, from safetensors alone; raises `KitError`."
     torch, transformers = need("torch"), need("transformers")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product on a GPU, and never again
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     extra = {"quantization_config": _nf4(kind)} if quantize == "nf4" else {}
     if not torch.cuda.is_available():
@@ -125,7 +127,8 @@ def attach(
         **where,
     )
     if getattr(model, "is_loaded_in_4bit", False):
-        model = peft.prepare_model_for_kbit_training(model)
+        # reentrant: what is computed again on the way back need not be what `narrowed` left out on the way there
+        model = peft.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": True})
     torch.manual_seed(seed)
     try:
         tuned = peft.get_peft_model(model, config)

@@ -39,6 +39,7 @@ class Slots:
         self.kind = kinds["past_key_values.0.key"]
         self.row = (shape["kv_heads"], length, shape["head_dim"])
         self.cache = [self._buffer((rows, *self.row)) for _ in range(2 * shape["layers"])]
+        self._wait()  # torch may still be clearing them when ONNX Runtime, on another stream, writes there
         self.ids = np.zeros((rows, 1), np.int64)
         self.mask = np.eye(1, length, dtype=np.int64).repeat(rows, 0)  # an idle row has one token
         logits = next(x for x in session.get_outputs() if x.name == "logits")
@@ -101,6 +102,10 @@ class Slots:
         "The first keys and values of a row into another."
         for memory in self.cache:
             memory[row, :, :n] = memory[source, :, :n]
+        self._wait()
+
+    def _wait(self) -> None:
+        "Until a GPU has done what torch told it to."
         if self.device != "cpu":
             need("torch").cuda.synchronize()
 

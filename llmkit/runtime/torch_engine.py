@@ -6,6 +6,7 @@
 __all__ = ['ATTENTION', 'UNBOUNDED', 'torch_device', 'TorchEngine', 'TorchBatch']
 
 # %% ../../nbs/05_runtime/05_torch_engine.ipynb #4cf1d121
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,11 @@ class TorchEngine(EngineBase):
         return TorchBatch(self, slots)
 
     def close(self) -> None:
-        "Drop the model."
+        "Drop the model; on a GPU its memory goes back to the device, where another runtime may want it."
         self.model = None
+        if self.device.type == "cuda":
+            gc.collect()
+            self._torch.cuda.empty_cache()
 
     def _put(self, a: np.ndarray) -> Any:
         "An array on the device."
