@@ -23,7 +23,7 @@ for name in ${BENCH:-$all}; do
     esac
     echo "bench: $name"
     start=$SECONDS
-    python "benchmarks/$name.py" ${args[@]+"${args[@]}"} || bad+=("$name")
+    python "benchmarks/$name.py" ${args[@]+"${args[@]}"} || [ "$name:$?" = gpu:2 ] || bad+=("$name") # gpu ends with 2 where there is none
     echo "bench: $name took $((SECONDS - start)) s"
 done
 [ ${#bad[@]} = 0 ] || { echo "bench: not as promised: ${bad[*]}" >&2; exit 1; }

@@ -22,6 +22,7 @@ SMALLEST = {
 }
 LONG = {
     "finetune_speed",
+    "gpu",  # tests/runtime/test_gpu_benchmark.py
     "monitor_null",
     "muon",
 }  # half a minute and more at their smallest, or need what the lock has not
