@@ -61,11 +61,12 @@ def train_delta(
     "Train a delta and write it; raises `KitError`."
     torch = need("torch")
     device = _device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     with steady(recipe.seed, recipe.threads):
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
         trainer, facts = prepare(base, dataset, recipe, device)
         if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
             facts["deterministic"] = deterministic(trainer)
         state = trainer.fit(Path(work) / "checkpoints")
     facts |= {"steps": state.step, "seen_tokens": state.tokens, "best_step": state.best_step}
@@ -116,13 +117,10 @@ def prepare(
 
 
 def _device() -> Any:
-    "This process's GPU, or the CPU where there is none."
+    "This process's GPU, which is not touched yet, or the CPU where there is none."
     torch = need("torch")
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    torch.cuda.set_device(device)
-    return device
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    return torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def timing(trainer: Trainer) -> dict[str, float]:
@@ -168,7 +166,8 @@ def launch(
     if 0 < gpus < recipe.processes:
         fix = f"Set processes: {gpus}"
         raise KitError("more processes than GPUs", key="processes", value=recipe.processes, remedy=fix)
-    plain = ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={_free_port()}"]
+    plain = ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--gpu_ids=all"]
+    plain.append(f"--main_process_port={_free_port()}")
     count = ["--multi_gpu", f"--num_processes={recipe.processes}", f"--num_cpu_threads_per_process={recipe.threads}"]
     cmd = [sys.executable, "-m", "accelerate.commands.launch", *plain, *count, "-m", "llmkit.model.finetune"]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true"} if not gpus else dict(os.environ)
