@@ -202,6 +202,17 @@ def sequences(a) -> int:
     return int(broken)
 
 
+def planted(policy, a, name, each=1) -> dict:
+    "How often and how soon a change is found after three quiet windows."
+    (family, change), delays, other = PLANTED[name], [], 0
+    for i in range(a.planted):
+        seen = release(policy, np.random.default_rng([a.seed + 1, i]), 13, change, calm=3, each=each)[4:]
+        delays.append(next((j for j, w in enumerate(seen, 1) if family in w.alarms), math.inf))
+        other += any(f != family for w in seen for f in w.alarms)
+    found, median = sum(math.isfinite(d) for d in delays), float(np.median(delays))
+    return {"family": family, "found": found / a.planted, "delay": None if math.isinf(median) else median, "others": other / a.planted}  # fmt: skip
+
+
 def regulars(policy, a) -> dict:
     "The same figures under no change where each user asks several times in a window, always in his own way."
     compared, alarms, ran, drifted, total, _ = null(policy, a.releases, a.windows, a.seed + 6, a.each)
@@ -211,6 +222,7 @@ def regulars(policy, a) -> dict:
         "by_family": {f: compared[f] / total for f in ("data", "cost", "hallucination")},
         "releases_with_false_alarm": {f: ran[f] / a.releases for f in ("calibration", "fairness")},
         "edge": edge(policy, np.random.default_rng([a.seed + 7]), a.releases, a.edge_windows, a.each),
+        "planted": {name: planted(policy, a, name, a.each) for name, (f, _) in PLANTED.items() if f in ("calibration", "fairness")},
     }  # fmt: skip
 
 
@@ -232,14 +244,7 @@ def measured(a) -> dict:
         "edge_bound": {f: min(1.0, (a.edge_windows if by_window else labels / (a.windows + 3) * a.edge_windows) / runs[f]) for f in runs},
         "regulars": regulars(policy, a), "planted_releases": a.planted, "planted": {}, "params": Path(a.params).name,
     }  # fmt: skip
-    for name, (family, change) in PLANTED.items():
-        delays, other = [], 0
-        for i in range(a.planted):
-            seen = release(policy, np.random.default_rng([a.seed + 1, i]), 13, change, calm=3)[4:]
-            delays.append(next((j for j, w in enumerate(seen, 1) if family in w.alarms), math.inf))
-            other += any(f != family for w in seen for f in w.alarms)
-        found, median = sum(math.isfinite(d) for d in delays), float(np.median(delays))
-        body["planted"][name] = {"family": family, "found": found / a.planted, "delay": None if math.isinf(median) else median, "others": other / a.planted}  # fmt: skip
+    body["planted"] = {name: planted(policy, a, name) for name in PLANTED}
     return body
 
 
@@ -288,6 +293,11 @@ def tables(now: dict, then: dict | None) -> None:
         )
         print(f"| {f}: the same in {now['edge_windows']} windows as bad as is accepted | {r['edge'][f]:.4f} | {now['edge_bound'][f]:.4f} |")  # fmt: skip
     late = lambda p: "over 10" if p["delay"] is None else f"{p['delay']:g}"
+    print(
+        "\nPlanted for the same users, whose answers are all right or all wrong\n| change | found | median delay |\n|---|--:|--:|"
+    )
+    for name, p in r["planted"].items():
+        print(f"| {name} | {p['found']:.2f} | {late(p)} |")
     more = (" before | median before |", "--:|--:|") if then else ("", "")
     print(f"\nPlanted after 3 quiet windows, {now['planted_releases']} releases each, up to 10 windows\n| change | family | found | median delay |{more[0]} by another family |\n|---|---|--:|--:|{more[1]}--:|")  # fmt: skip
     for name, p in now["planted"].items():

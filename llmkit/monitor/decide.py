@@ -13,24 +13,11 @@ from dataclasses import asdict
 from typing import Any
 
 from ..core.report import Measurement, Report, report_digest
-from ..gate.change import Detector, Waiting
+from ..gate.change import Detector
 from ..gate.judge import judge
 from ..gate.verdict import RuleResult, Verdict, worst
-from llmkit.monitor.measure import (
-    Found,
-    Group,
-    Scale,
-    adjusted,
-    calibration,
-    claims,
-    fairness,
-    features,
-    gone,
-    one_kind,
-    starting_scale,
-    values,
-    window_report,
-)
+from .compare import Found, adjusted, claims, features, gone, values, window_report
+from .measure import Group, Scale, calibration, fairness, one_kind, starting_scale
 from .policy import FAMILIES, MonitorPolicy, long_level
 from .state import Action, Score, Seen
 from .window import Window
@@ -60,7 +47,7 @@ def remembered(
     stream: Mapping[str, Any],
 ) -> tuple[Detector | None, dict[str, Group]]:
     "The detectors of calibration and of each group, after the last window."
-    groups = {g: Group(_detector(b["detector"]), Waiting(**b["waiting"]), b["labelled"]) for g, b in stream.get("groups", {}).items()}  # fmt: skip
+    groups = {g: Group(_detector(b["detector"]), b["labelled"]) for g, b in stream.get("groups", {}).items()}  # fmt: skip
     return (_detector(stream["calibration"]) if "calibration" in stream else None), groups
 
 # %% ../../nbs/10_monitor/07_decide.ipynb #25634428

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from llmkit.core.params import load_params
+from llmkit.monitor.compare import adjusted, claims, features
 from llmkit.monitor.decide import decide
 from llmkit.monitor.drift import design_effect, users
-from llmkit.monitor.measure import adjusted, calibration, claims, fairness, features
+from llmkit.monitor.measure import calibration, fairness
 from llmkit.monitor.policy import read_monitor
 from llmkit.monitor.window import Window
 
@@ -106,6 +107,23 @@ def test_users_who_are_right_or_wrong_each_time_alarm_no_sooner_than_is_stated(m
     for number in range(1, 51):
         watch, _ = calibration(POLICY, window(number, right=-0.25), watch)
     assert watch.alarmed(POLICY.calibration_run)
+
+
+def test_every_answer_to_a_user_adds_what_it_tells_of_his_group():
+    "A group 40 points worse, of which each user asks four times and is right or wrong anew: his first answer alone found none in 10 windows."
+    rng, found = np.random.default_rng(5), 0
+
+    def window(number, users=75, each=4):
+        old, said = rng.random(users) < 0.2, rng.random(users) < 0.3
+        rows = [{"unit": f"{number}-{u}", "status": "ok", "correct": int(rng.random() < 0.8 - 0.4 * old[u]) if said[u] else None, "group": "old" if old[u] else "young"} for u in np.repeat(np.arange(users), each)]  # fmt: skip
+        return Window("sha256:a", number, 1, 2, tuple(r | {"id": str(i), "time": float(i)} for i, r in enumerate(rows)))
+
+    for _ in range(10):
+        groups = {}
+        for number in range(1, 11):
+            groups, bad, _ = fairness(POLICY, window(number), groups)
+        found += bad == ["old"]
+    assert found >= 7
 
 
 def test_the_interval_of_flagged_claims_knows_how_few_users_asked():
