@@ -18,6 +18,7 @@ from typing import Any
 from ..core.errors import KitError
 from ..gate.policy import Policy, Rule, read_policy
 from .policy import MonitorPolicy, read_monitor
+from .releases import Told, a_service, of_action, of_window, way_back, who_answers
 from ..rollout.policy import Guardrail, RolloutPolicy, read_rollout, seconds
 from ..serve.metrics import FIRST, SECONDS
 
@@ -39,10 +40,15 @@ class Alert:
     labels: Mapping[str, str] = field(default_factory=dict)  # of the alert that fires, beside severity
     severity: str = "ticket"  # or "page"
     hold: str = "5m"  # how long it must be so
+    about: Told = who_answers()  # which release is meant  # noqa: RUF009  frozen
 
-    def told(self, value: str) -> dict[str, str]:
-        "The annotations with a value."
-        return {"summary": self.summary, "description": f"{self.summary} Value: {value}. Limit by {self.policy}.", "runbook": RUNBOOK.format(self.name)}  # fmt: skip
+    def told(self, value: str, how: str = "unknown") -> dict[str, str]:
+        "The annotations with a value; of releases as a `template`, as of the `case`, or as where they are `unknown`."
+        back = way_back(self.about == who_answers(gone=True))
+        return {
+            "summary": self.summary, "description": f"{self.summary} Value: {value}. Limit by {self.policy}.",
+            "release": getattr(self.about, how), "order": getattr(back, how), "runbook": RUNBOOK.format(self.name),
+        }  # fmt: skip
 
 
 def span(seconds: float) -> str:
@@ -70,7 +76,7 @@ def server_alerts() -> Iterator[Alert]:
     up = 'up{job="llmkit",instance="a:1"}'
     where = {"job": "llmkit", "instance": "a:1"}
     yield Alert("LlmkitDown", 'up{job="llmkit"} == 0', "Prometheus cannot reach the server.", "the server itself",
-        {up: constant(0)}, {up: constant(1)}, "0", where, "page", "1m")  # fmt: skip
+        {up: constant(0)}, {up: constant(1)}, "0", where, "page", "1m", who_answers(gone=True))  # fmt: skip
     yield Alert("LlmkitNotReady", "llmkit_ready == 0", "The server takes no requests.", "the server itself",
         {"llmkit_ready": constant(0)}, {"llmkit_ready": constant(1)}, "0", {}, "page")  # fmt: skip
     for name, series, labels, text, severity in (
@@ -227,7 +233,7 @@ def window_alerts(policy: MonitorPolicy) -> Iterator[Alert]:
     ):
         series = f'llmkit_window_outcome{{family="data",outcome="{outcome}"}}'
         yield Alert(name, f'llmkit_window_outcome{{outcome="{outcome}"}} == 1', text, "monitor.alarms",
-            {series: constant(1)}, {series: constant(0)}, "1", {"family": "data", "outcome": outcome}, hold="0m")  # fmt: skip
+            {series: constant(1)}, {series: constant(0)}, "1", {"family": "data", "outcome": outcome}, hold="0m", about=of_window())  # fmt: skip
     late, end = policy.at_most + policy.label_lag + HOUR, "llmkit_window_end_timestamp_seconds"
     since, some = "llmkit_window_waiting_since_timestamp_seconds", 'llmkit_requests_total{status!="rejected"}'
     coming = f"and on() sum(increase({some}[{span(policy.at_most)}])) > 0"
@@ -249,7 +255,7 @@ def window_alerts(policy: MonitorPolicy) -> Iterator[Alert]:
     ):  # fmt: skip
         series, labels = still('kind="{}",state="{}"'.format(*case)), dict(zip(("kind", "state"), case, strict=True))
         yield Alert(name, " or ".join(f"{still(w)} > 0" for w in which), text, "monitor.retrain and monitor.rollback",
-            {series: constant(1)}, {series: constant(0)}, "1", labels, severity, hold)  # fmt: skip
+            {series: constant(1)}, {series: constant(0)}, "1", labels, severity, hold, of_action())  # fmt: skip
 
 
 def alerts(
@@ -279,7 +285,7 @@ def rules_file(
     wide = span(seconds(window, "window"))
     rules = [
         {"alert": a.name, "expr": a.expr.replace("$w", wide), "for": span(seconds(hold or a.hold, "hold")), "labels": {"severity": a.severity},
-         "annotations": a.told('{{ printf "%.3g" $value }}')}
+         "annotations": a.told('{{ printf "%.3g" $value }}', "template")}
         for a in found
     ]  # fmt: skip
     return {"groups": [{"name": "llmkit", "rules": rules}]}
@@ -298,8 +304,8 @@ def unit_tests(
     step, tests = seconds(window) / SCRAPES, []
     for a in found:
         n = math.ceil((seconds(hold or a.hold) + 2 * seconds(window)) / step)
-        alert = {"exp_labels": {"severity": a.severity, **a.labels}, "exp_annotations": a.told(a.value)}
-        for title, series, expected in (("fires", a.fires, [alert]), ("is quiet", a.quiet, [])):
+        alert = {"exp_labels": {"severity": a.severity, **a.labels}, "exp_annotations": a.told(a.value, "case")}
+        for title, series, expected in (("fires", a_service(a.labels) | a.fires, [alert]), ("is quiet", a.quiet, [])):
             tests.append({
                 "name": f"{a.name} {title}", "interval": span(step),
                 "input_series": [{"series": s, "values": v.replace("$n", str(n))} for s, v in series.items()],

@@ -7,12 +7,14 @@ __all__ = ['KINDS', 'OPEN', 'Windows']
 
 # %% ../../nbs/10_monitor/23_scrape.ipynb #576b115e
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..core.plugins import need
 from ..core.settings import Settings
-from .state import Memory, Seen, unsettled
+from .releases import Releases
+from .state import Action, Memory, Seen, unsettled
 from .window import first_of, watched
 from ..serve.events import Events, events_file
 from ..serve.measured import Found
@@ -26,6 +28,7 @@ class Windows:
         settings: Settings,  # whose key `monitor_db` names the database
     ):
         self.path, self.log = Path(settings.get("monitor_db", ".llmkit/monitor.db")), events_file(settings)
+        self.releases = Releases(settings)
         self.begins: dict[str, int] = {}  # release → number of the event before its first that waits
 
     def latest(self) -> tuple[Memory, Seen] | None:
@@ -43,9 +46,11 @@ class Windows:
         return [*(Found(name, w.end, r) for name, r in reports.items()), Found("window", w.end, None, w.verdict)]
 
     def families(self) -> list[Any]:
-        "Scores, thresholds, outcomes, the window itself, and actions."
+        "Scores, thresholds, outcomes, the window itself, actions, and which releases are meant."
         memory, w = self.latest() or (None, None)
-        return [*_scores(w), *_window(w), *_actions(memory), self._waiting(memory)]
+        still = unsettled(memory) if memory else []
+        named = self.releases.families(w, still)
+        return [*_scores(w), *_window(w), *_actions(memory, still), self._waiting(memory), *named]
 
     def _waiting(self, memory: Memory | None) -> Any:
         "Since when requests of the release that answers wait for a window."
@@ -97,13 +102,13 @@ def _window(w: Seen | None) -> list[Any]:
 KINDS, OPEN = ("retrain", "rollback"), ("requested", "started", "held", "failed", "lost")
 
 
-def _actions(memory: Memory | None) -> list[Any]:
+def _actions(memory: Memory | None, open: Sequence[Action]) -> list[Any]:
     "What was asked for, by what became of it."
     actions = _family("llmkit_monitor_actions", "Retrainings and rollbacks that were asked for.", "kind", "state")
     for (kind, state), n in Counter((a.kind, a.state) for a in memory.actions() if memory).items() if memory else ():
         actions.add_metric([kind, state], n)
     still = _family("llmkit_monitor_actions_open", "Those of them on which nothing has followed yet.", "kind", "state")
-    left = Counter((a.kind, a.state) for a in unsettled(memory)) if memory else Counter()
+    left = Counter((a.kind, a.state) for a in open)
     for key in [(kind, state) for kind in KINDS for state in OPEN] if memory else ():
         still.add_metric(list(key), left[key])
     return [actions, still]

@@ -107,3 +107,6 @@ def test_an_alert_arrives_and_every_panel_has_data(town, tmp_path):  # noqa: F81
     assert alert["status"] == "firing" and alert["labels"]["severity"] == "ticket"
     assert alert["annotations"]["summary"] == "A rollout was aborted; everybody is the baseline's again."
     assert "LlmkitDrift" in firing and "LlmkitDown" not in firing
+    names = alert["annotations"]  # of the moment at which it fired
+    assert "baseline: release a." in names["release"] and "canary: release b." in names["release"]
+    assert names["order"] == "Rollout r1 is Degraded: everybody is back at release a."
