@@ -1666,6 +1666,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'llmkit.monitor.board.render': ('10_monitor/board.html#render', 'llmkit/monitor/board.py'),
                                       'llmkit.monitor.board.rollout_section': ( '10_monitor/board.html#rollout_section',
                                                                                 'llmkit/monitor/board.py'),
+                                      'llmkit.monitor.board.summary': ('10_monitor/board.html#summary', 'llmkit/monitor/board.py'),
                                       'llmkit.monitor.board.table': ('10_monitor/board.html#table', 'llmkit/monitor/board.py'),
                                       'llmkit.monitor.board.tag': ('10_monitor/board.html#tag', 'llmkit/monitor/board.py'),
                                       'llmkit.monitor.board.traffic_section': ( '10_monitor/board.html#traffic_section',

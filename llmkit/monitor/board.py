@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['MOST', 'MARKS', 'PHASES', 'Arm', 'Board', 'arms', 'minutes', 'Reader', 'esc', 'tag', 'clock', 'table',
-           'rollout_section', 'traffic_section', 'drift_section', 'render']
+           'rollout_section', 'traffic_section', 'drift_section', 'summary', 'render']
 
 # %% ../../nbs/10_monitor/24_board.ipynb #8fede055
 import html
 import json
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,9 +22,9 @@ import numpy as np
 from ..core.digests import short
 from ..core.settings import load_settings
 from ..gate.verdict import Verdict, read_verdict
-from .state import Action, Overview, Seen, overview
+from .state import Overview, Seen, overview
 from ..rollout.store import Fold, Store, rollouts_file
-from ..rollout.view import View, duration, status_line, view
+from ..rollout.view import View, duration, next_orders, status_line, view
 from ..serve.events import Events, events_file
 
 # %% ../../nbs/10_monitor/24_board.ipynb #59176fde
@@ -205,6 +206,8 @@ def rollout_section(b: Board) -> str:
         for i, (name, p) in enumerate(shares)
     )
     head = f'<h2>Rollout {esc(s.id)}</h2><p>{tag(PHASES.get(s.phase, "error"), s.phase)}</p><p class="headline">{esc(status_line(s, b.now))}</p>'
+    can = re.sub(r"`(.+?)`", r"<code>\1</code>", esc(next_orders(s)))
+    head += f"<p>{can}</p>" if can else ""
     return f'<section id="rollout">{head}{_shares(shares)}<p class="key">{names}</p>{_steps(v)}{_past(b)}</section>{_verdict(v.verdict, "verdict", "Verdict on the rollout", True)}'
 
 
@@ -253,7 +256,7 @@ def traffic_section(b: Board) -> str:
          f"{a.tokens}", "" if a.cost is None else f"{a.cost:.4f}")
         for a in b.arms
     ]  # fmt: skip
-    heads = ("variant", "requests", "failed", "p95", "p50", "refused", "tokens", "USD")
+    heads = ("variant", "requests", "failed", "p95", "p50", "refusals", "tokens", "USD")
     return f'<section class="wide" id="traffic"><h2>Traffic of the last {esc(b.span)}</h2>{_chart(b.minutes)}{table("Traffic by variant", heads, rows, 7)}</section>'
 
 
@@ -277,7 +280,10 @@ def drift_section(b: Board) -> str:
         return '<section id="drift"><h2>Live traffic</h2><p>No window was judged yet.</p></section>'
     name = "Reference" if w.number == 0 else f"Window {w.number}"
     rows = [(esc(f), tag(o)) for f, o in w.outcomes.items()]
-    about = f"{name} of release {esc(short(w.release))}: {w.requests} requests, {w.labelled} with a label, ended {clock(w.end)}."
+    s = b.rollout.state if b.rollout else None
+    now = ", ".join(v for v, r in s.releases.items() if r == w.release) if s else ""
+    whose = f"release {esc(short(w.release))}{f', {esc(now)} of the rollout' if now else ''}"
+    about = f"{name} of {whose}: {w.requests} requests, {w.labelled} with a label, ended {clock(w.end)}, {duration(max(0.0, b.now - w.end))} ago."
     scores = "".join(map(_score, sorted(w.scores, key=lambda s: (not s.drifted, -_ratio(s)))))
     return (
         f'<section id="drift"><h2>Live traffic</h2><p>{tag(w.verdict.outcome)}</p><p>{about}</p>'
@@ -293,7 +299,7 @@ def _ratio(s: Any) -> float:
 def _score(s: Any) -> str:
     "A score as a bar, with its threshold in the middle."
     where = "" if s.slice == "all" else f" {s.slice}"
-    text = f"{s.value:.3g} of {s.threshold:.3g}"
+    text = f"{s.value:.3g}, counts from {s.threshold:.3g}"
     bar = f'<svg class="bar" viewBox="0 0 100 6" preserveAspectRatio="none" aria-hidden="true"><rect width="{50 * _ratio(s):.1f}" height="6" class="{"over" if s.drifted else "under"}"/><line x1="50" x2="50" y2="6" class="limit"/></svg>'
     word = tag("fail", "drifted") if s.drifted else '<span class="soft">not drifted</span>'
     return f'<div class="score"><p><span>{esc(s.family)}: {esc(s.metric)}{esc(where)}</span><span>{text} {word}</span></p>{bar}</div>'
@@ -307,23 +313,36 @@ def _windows(seen: Sequence[Seen]) -> str:
 
 def _actions(b: Board) -> str:
     "What was asked for."
-    found: Sequence[Action] = b.seen.actions
-    rows = [
-        (
-            esc(a.kind),
-            esc(a.state),
-            clock(a.time),
-            esc(a.note or a.reason) + (f"<br>closed by {esc(a.closed)}" if a.closed else ""),
-        )
-        for a in found
-    ]
+    rows, before = [], ""
+    for a in b.seen.actions:
+        why = esc(a.note or a.reason)
+        end = f"<br>closed by {esc(a.closed)}" if a.closed else ""
+        rows.append((esc(a.id), esc(a.state), clock(a.time), ("as above" if why == before else why) + end))
+        before = why
     return f"<h3>Asked for</h3>{table('Asked for', ('what', 'state', 'when', 'why'), rows)}" if rows else ""
 
 # %% ../../nbs/10_monitor/24_board.ipynb #24bc27b1
+def summary(
+    b: Board,
+) -> str:
+    "What matters, each with the way to its section."
+    s, w, rows = b.rollout and b.rollout.state, b.seen.latest, []
+    if s:
+        rows.append(("rollout", "Rollout", tag(PHASES.get(s.phase, "error"), s.phase)))
+        rows.append(("verdict", "its verdict", tag(b.rollout.verdict.outcome)))
+    if b.arms:
+        n, bad = (sum(getattr(a, k) for a in b.arms) for k in ("requests", "errors"))
+        rows.append(("traffic", "failed requests", f"{bad} of {n}"))
+    if w:
+        rows.append(("drift", "live traffic", f"{tag(w.verdict.outcome)} {esc(', '.join(w.alarms))}"))
+    parts = "".join(f'<span><a href="#{id}">{name}</a> {text}</span>' for id, name, text in rows)
+    return f'<section class="wide" id="now"><p class="soft">As of {clock(b.now)}</p><p class="key">{parts}</p></section>'  # fmt: skip
+
+# %% ../../nbs/10_monitor/24_board.ipynb #075c4792
 def render(
     b: Board,
 ) -> str:
     "The board as the inside of a page."
     trouble = f'<section class="wide" id="trouble"><p class="fail">! Cannot be read: {esc(b.trouble)}</p></section>' if b.trouble else ""  # fmt: skip
-    gate = _verdict(b.gate, "gate", "Verdict on the last release") if b.gate else ""
-    return f"{trouble}{rollout_section(b)}{traffic_section(b)}{drift_section(b)}{gate}"
+    gate = _verdict(b.gate, "gate", "Verdict of the gate, before the release") if b.gate else ""
+    return f"{trouble}{summary(b)}{rollout_section(b)}{traffic_section(b)}{drift_section(b)}{gate}"

@@ -138,7 +138,7 @@ def test_on_a_phone_nothing_is_cut_and_only_boxes_scroll(town, tmp_path):  # noq
                 if shots := os.environ.get("LLMKIT_TEST_SHOTS"):
                     page.picture(Path(shots) / f"dash-{width}-{'dark' if dark else 'light'}.png")
         shown = {"History", "Traffic by variant", "Outcome by family", "Asked for", "Windows before"}
-        assert {b[0] for b in boxes} >= shown | {"Verdict on the last release"}
+        assert {b[0] for b in boxes} >= shown | {"Verdict of the gate, before the release"}
         (t.folder / "gate/verdict.json").write_text("{")
         until(lambda: "Cannot be read" in page.text("#trouble"), "the trouble, with a path that no line holds")
         page.size(360, 844)
@@ -158,7 +158,12 @@ def test_with_keys_nothing_is_shown_without_one(town, tmp_path):  # noqa: F811
             page.run(
                 "document.querySelector('input').value = arguments[0]; document.querySelector('button').click()", key
             )
-            until(lambda shown=shown: page.text("#note").startswith("updated" if shown else "This key"), "the answer")
+            until(
+                lambda shown=shown: page.text("#now" if shown else "#note").startswith(
+                    "As of" if shown else "This key"
+                ),
+                "the answer",
+            )
             assert ("No rollout was begun." in page.text("main")) == shown
         assert admin not in page.run("return document.documentElement.outerHTML")
 
@@ -168,9 +173,11 @@ def test_a_page_whose_server_is_gone_says_since_when(town, tmp_path):  # noqa: F
     with browser(tmp_path) as page:
         with dash(town) as url:
             page.open(url)
-            until(lambda: page.text("#note").startswith("updated"), "the board")
+            until(lambda: page.text("#now").startswith("As of"), "the board")
+            assert page.text("#now time").endswith(" UTC")
         until(lambda: page.text("#note").startswith("No news since"), "the end of the server")
         told = page.text("#note")
+        assert told.startswith(f"No news since {page.text('#now time')}:")  # as all times of the page
         time.sleep(4.5)  # two looks and more
         assert page.text("#note") == told
 

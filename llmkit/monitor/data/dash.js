@@ -6,7 +6,7 @@ const said = document.getElementById("said");
 const form = document.getElementById("key");
 const held = "llmkit-dash-key";
 const wait = 2000;
-let last = new Date();
+let last = "the start";
 
 async function look() {
   const key = sessionStorage.getItem(held);
@@ -26,11 +26,11 @@ async function look() {
     board.hidden = false;
     const line = board.querySelector(".headline");
     if (line && said.textContent !== line.textContent) said.textContent = line.textContent;
-    last = new Date();
-    note.textContent = `updated ${last.toLocaleTimeString()}`;
+    last = board.querySelector("#now time").textContent; // the clock of the service, not that of the phone
+    note.textContent = "";
     note.classList.remove("fail");
   } catch (e) {
-    note.textContent = `No news since ${last.toLocaleTimeString()}: ${e.message}. What is shown may be old.`;
+    note.textContent = `No news since ${last}: ${e.message}. What is shown may be old.`;
     note.classList.add("fail");
   }
 }
