@@ -178,12 +178,13 @@ def way_back(
 ) -> Told:
     "The order that takes the newest rollout back, with its id."
     text = (
-        "Rollout {{ .Labels.rollout }} is {{ .Labels.phase }}: "
-        "{{ if eq .Labels.phase `Healthy` }}llmkit rollout undo {{ .Labels.rollout }} goes back to "
-        "{{ else if eq .Labels.phase `Degraded` }}everybody is back at "
-        f"{{{{ else }}}}llmkit rollout abort {{{{ .Labels.rollout }}}} sends everybody back to {{{{ end }}}}{_RELEASE}."
+        "Rollout {{ .Labels.rollout }} is {{ .Labels.phase }}"
+        "{{ if eq .Labels.phase `Healthy` }}; where it is the cause, llmkit rollout undo --id {{ .Labels.rollout }} goes back to "
+        "{{ else if eq .Labels.phase `Degraded` }}: everybody is back at "
+        "{{ else }}; where it is the cause, llmkit rollout abort --id {{ .Labels.rollout }} sends everybody back to "
+        f"{{{{ end }}}}{_RELEASE}."
     )
-    case = "Rollout r1 is Progressing: llmkit rollout abort r1 sends everybody back to release aaaa (version 2)."
+    case = "Rollout r1 is Progressing; where it is the cause, llmkit rollout abort --id r1 sends everybody back to release aaaa (version 2)."
     unknown, where = "No rollout is known here: llmkit rollout status tells whether there is one.", f'variant="baseline",{_MODEL[0]}'  # fmt: skip
     return _told("llmkit_rollout_info", "rollout", where, _MODEL[1], text, case, unknown, gone)
 

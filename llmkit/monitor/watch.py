@@ -307,7 +307,11 @@ def monitor_close(
 ) -> int:
     "Leave a retraining or rollback that is held, failed or was lost as it is: its alert resolves. Kept with who and why."
     if not because.strip():
-        raise KitError("needs a reason", key="because", remedy='Say why: --because "the spring sale, over on Monday"')
+        raise KitError(
+            "needs a reason",
+            key="because",
+            remedy='Say why: llmkit monitor close NAME "the spring sale, over on Monday"',
+        )
     if not (path := database(settings)).is_file():
         raise KitError("nothing was asked for: no window was decided yet", file=path)
     print(_line(Memory(path).close(action, who or actor(), because.strip(), time.time())))

@@ -1,13 +1,17 @@
 "An alert names the release, whatever the metrics that tell it do: absent, of two servers, of a server that is gone."
 
+import re
+import shlex
 import subprocess
 import threading
 from pathlib import Path
 
+from fastcore.script import anno_parser
 from serve_server import until
 from telemetry_town import needs, window
 
-from llmkit.core.files import write_json
+from llmkit.cli import find_command, load
+from llmkit.core.files import read_json, write_json
 from llmkit.core.params import load_params
 from llmkit.core.settings import Settings
 from llmkit.monitor.alerts import alerts, rules_file
@@ -63,7 +67,7 @@ def test_a_server_that_is_gone_is_told_of_with_what_it_served_last(tmp_path):
         info("a", "baseline", "aaaa", "2"): "1+0x59 stale", info("a", "baseline", "bbbb"): "_x60 1+0x59 stale",
         info("b", "baseline", "cccc", "1"): "1+0x200", rollout("a", "Progressing"): "1+0x59 stale", rollout("a", "Healthy"): "_x60 1+0x59 stale",
     }  # fmt: skip
-    back = "Rollout m-3 is Healthy: llmkit rollout undo m-3 goes back to release aaaa (version 2)."
+    back = "Rollout m-3 is Healthy; where it is the cause, llmkit rollout undo --id m-3 goes back to release aaaa (version 2)."
     told = a.told("0") | {"release": "baseline: release bbbb.", "order": back}
     assert fired(tmp_path, [("LlmkitDown", series, 45, where, told)]) == ""
 
@@ -127,3 +131,24 @@ def test_rollouts_that_cannot_be_read_take_no_drift_away(tmp_path, caplog):
     pages = [m.text().decode() for _ in range(2)]
     assert all('llmkit_window_outcome{family="calibration",outcome="fail"} 1.0' in p for p in pages)
     assert "llmkit_rollout_info{" not in pages[0] and caplog.text.count("tells of no rollout") == 1
+
+
+def told():
+    "Every command of the alerts and of the guide's table, with who tells it."
+    plain = lambda text: re.sub(r"{{ \.Labels\.\w+ }}", "x", text)
+    for a in FOUND.values():
+        for text in a.told("1", "template").values():
+            yield from ((a.name, c) for c in re.findall(r"llmkit [a-z]+ [a-z]+(?: --[a-z]+)?(?: x\b)?", plain(text)))
+    cells = read_json(ROOT / "nbs/guides/06_watching.ipynb")["cells"]
+    [page] = [t for c in cells if "| alert | look at | then |" in (t := "".join(c["source"]))]
+    yield from (("the guide", c) for c in re.findall(r"`(llmkit [^`]+)`", page))
+
+
+def test_every_command_that_an_alert_or_its_row_names_is_one_with_these_arguments():
+    names = set()
+    for where, command in told():
+        name, words = find_command(shlex.split(command)[1:])
+        names.add(name)
+        if words:  # else only its name is told
+            assert anno_parser(load(name)).parse_args(words), (where, command)
+    assert {"rollout abort", "rollout undo", "rollout status", "monitor status", "monitor close"} <= names
