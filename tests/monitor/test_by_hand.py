@@ -10,7 +10,8 @@ from llmkit.monitor import check
 from llmkit.monitor.dash import dash
 from llmkit.monitor.drift import drift_report, text_features
 from llmkit.monitor.policy import read_monitor
-from llmkit.monitor.watch import monitor_status, monitor_watch
+from llmkit.monitor.watch import monitor_run, monitor_status, monitor_watch
+from llmkit.serve.events import KINDS, Events
 
 
 @pytest.mark.parametrize(
@@ -51,3 +52,16 @@ def test_a_strict_level_still_sees_prompts_that_are_three_times_as_long(monkeypa
     monkeypatch.setattr("llmkit.monitor.drift.domain_auc", lambda *a, **k: (0.5, 1.0))  # slow, and not the point
     found = text_features(words(100, 10), words(100, 30), check._least(alpha))
     assert "length_psi" in drift_report(found, 100, alpha).get("drifted_features").method
+
+
+def test_a_release_is_known_by_its_first_digits_and_an_unknown_one_is_told_with_those_that_answer(tmp_path, capsys):
+    whole = "sha256:" + "ab" * 32
+    base = dict.fromkeys(KINDS["request"].split()) | {"kind": "request", "status": "ok", "release": whole, "time": 1.0}
+    (tmp_path / "s.ini").write_text(f"[DEFAULT]\nevents_db = {tmp_path}/e.db\nmonitor_db = {tmp_path}/m.db\n")
+    Events(tmp_path / "e.db").append(*(base | {"id": f"q{i}"} for i in range(3)))
+    policy, settings = str(Path(__file__).parents[2] / "params.yaml"), str(tmp_path / "s.ini")
+    for named in (whole, "abababababab", ""):
+        assert monitor_run(named, policy=policy, settings=settings) == 3
+        assert "the reference of abababababab has 3 of 900 requests" in capsys.readouterr().out
+    assert monitor_run("nope", policy=policy, settings=settings) == 3
+    assert "the log has no request of nope; lately answered: abababababab" in capsys.readouterr().out
