@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 
 from ..core.digests import digest_json
 from ..core.report import report_digest
+from ..gate.clustered import crowd_difference, crowd_excess
 from ..gate.judge import judge
 from ..gate.policy import Policy, Rule
 from llmkit.gate.sequential import (
@@ -30,9 +31,13 @@ from .arms import Arm
 from .policy import METRICS, Guardrail, RolloutPolicy
 from .reports import arm_report, shadow_reports
 from .state import Evidence, RolloutState
+from .users import Crowd
 from .window import AT_THE_END, ENDLESS, Window
 
 # %% ../../nbs/09_rollout/06_analysis.ipynb #adaaf271
+_GAIN = 0.05  # gain in a rate of users that is looked for where any counts
+
+
 def compare(
     g: Guardrail,
     base: Arm,
@@ -45,7 +50,9 @@ def compare(
     if m.test == "quantile":
         kind, _, q = g.metric.rpartition("_p")
         return quantile_ratio(base.times.get(kind, {}), cand.times.get(kind, {}), int(q) / 100, alpha)
-    if m.test == "rate":
+    if m.test == "rate" and isinstance(cand, Crowd):
+        gap, scale = crowd_difference(base.table(g.metric), cand.table(g.metric), g.margin or _GAIN, alpha), 1.0
+    elif m.test == "rate":
         gap, scale = rate_difference(*(tuple(a.rates.get(g.metric, (0, 0))) for a in (base, cand)), alpha), 1.0
     else:
         none = Running()
@@ -75,25 +82,31 @@ def harmful(
     cand: Arm,
     alpha: float,  # chance of ever saying so of a harmless candidate
     most: float = 1.0,  # largest value of a mean without a natural range
+    share: float = 0.5,  # of the users of both arms that are the candidate's
 ) -> Gap | None:
     "The bounds that show harm, in the units of `compare`; None while it is not shown."
     m = METRICS[g.metric]
     if m.test != "rate" or g.role == "success":
         gap = compare(g, base, cand, alpha, most)
         return gap if finding(g, gap) == "fail" else None
-    bad = [tuple(a.rates.get(g.metric, (0, 0))) for a in (base, cand)]
-    bad = [(n - k, n) for k, n in bad] if m.better == "higher" else bad
-    gap = rate_excess(*bad, g.margin, alpha)
+    if isinstance(cand, Crowd):
+        gap = crowd_excess(*(a.table(g.metric, m.better == "higher") for a in (base, cand)), g.margin, share, alpha, g.alpha)  # fmt: skip
+    else:
+        bad = [tuple(a.rates.get(g.metric, (0, 0))) for a in (base, cand)]
+        bad = [(n - k, n) for k, n in bad] if m.better == "higher" else bad
+        gap = rate_excess(*bad, g.margin, alpha)
     if gap.low < g.margin:
         return None
-    return Gap(-gap.value, -gap.high, -gap.low, alpha, gap.n, gap.n_baseline, gap.method)
+    return Gap(-gap.value, -gap.high, -gap.low, gap.alpha, gap.n, gap.n_baseline, gap.method)
 
 # %% ../../nbs/09_rollout/06_analysis.ipynb #ac7af945
-def _judge(g: Guardrail, variant: str, w: Window, now: float, harm: float) -> RuleResult:
+def _judge(g: Guardrail, variant: str, w: Window, now: float, harm: float, share: float) -> RuleResult:
     "One guardrail on one variant."
     most, sides = g.most or 1.0, ("baseline", variant)
     least, endless = ({v: w.so_far(v, at) for v in sides} for at in (now, ENDLESS))  # against it, and for it
-    shown = harmful(g, endless["baseline"], least[variant], min(g.alpha, harm), most)  # an abort has its own share
+    shown = harmful(
+        g, endless["baseline"], least[variant], min(g.alpha, harm), most, share
+    )  # an abort has its own share
     gap = shown or compare(g, least["baseline"], endless[variant], g.alpha, most)
     outcome = "fail" if shown else "pass" if finding(g, gap) == "pass" else "inconclusive"
     ratio = g.max_ratio is not None
@@ -134,16 +147,35 @@ def _sentence(g: Guardrail, variant: str, gap: Gap, outcome: str) -> str:
 MUCH = 0.1  # share of the requests that one unit may make before it is told of
 
 
-def _hard_stops(policy: RolloutPolicy, w: Window, variants: list[str], now: float, alpha: float) -> list[RuleResult]:
-    "Guardrails whose absolute limit is exceeded, at `alpha` each."
+def _hard_stops(policy: RolloutPolicy, s: RolloutState, w: Window, now: float, alpha: float) -> list[RuleResult]:
+    "Guardrails whose absolute limit is exceeded, at `alpha` each; an error where the baseline fails too and may be no better."
     out = []
     for g in policy.canary:
-        for v in variants if g.hard_stop and not g.dry_run else ():
-            k, n = w.so_far(v, now).rates.get(g.metric, (0, 0))
-            if n >= g.hard_stop.min_n and (low := rate_sequence(k, n, alpha).low) > g.hard_stop.max:
-                text = f"{v} {g.metric} is {k / n:.4g} ({k} of {n}), at least {low:.4g} at every look: the hard stop at {g.hard_stop.max:g} acts at once"
-                out.append(RuleResult(f"{v} {g.metric}: hard stop {g.hard_stop.max:g}", "fail", text, g.metric, v, test="max", value=k / n, low=low, limit=g.hard_stop.max, n=n))  # fmt: skip
+        for v in _candidates(s) if g.hard_stop and not g.dry_run else ():
+            cand, most = w.so_far(v, now), g.hard_stop.max
+            k, n = cand.rates.get(g.metric, (0, 0))
+            if n < g.hard_stop.min_n or (low := rate_sequence(k, n, alpha).low) <= most:
+                continue
+            base = w.so_far("baseline", ENDLESS)
+            j, m = base.rates.get(g.metric, (0, 0))
+            both = j and not compare(g, base, cand, g.alpha).high < 0
+            text = f"{v} {g.metric} is {k / n:.4g} ({k} of {n}), at least {low:.4g} at every look: "
+            if both:
+                text += f"above the hard stop at {most:g}. But that of baseline is {j / m:.4g} ({j} of {m}), and {v} is not shown to be worse: what both have in common may fail. When it is mended, abort and retry, which counts anew"
+            else:
+                text += f"the hard stop at {most:g} acts at once"
+            out.append(RuleResult(f"{v} {g.metric}: hard stop {most:g}", "error" if both else "fail", text, g.metric, v, test="max", value=k / n, low=low, limit=most, n=n))  # fmt: skip
     return out
+
+
+def _candidates(s: RolloutState) -> list[str]:
+    "The variants beside the baseline."
+    return [v for v in s.weights if v != "baseline"]
+
+
+def _share(s: RolloutState, variant: str) -> float:
+    "The share of a variant in its users and the baseline's."
+    return s.weights[variant] / (s.weights[variant] + s.weights["baseline"])
 
 
 def _freshness(policy: RolloutPolicy, w: Window, shares: dict[str, float], now: float) -> RuleResult:
@@ -213,19 +245,22 @@ def _split(policy: RolloutPolicy, w: Window, weights: dict[str, float]) -> RuleR
 # %% ../../nbs/09_rollout/06_analysis.ipynb #eae18942
 def _analyse_canary(policy: RolloutPolicy, s: RolloutState, w: Window, now: float) -> Evidence:
     "The evidence of a stage in which a canary answers users."
-    variants = [v for v in s.weights if v != "baseline"]
+    variants = _candidates(s)
     samples = min(w.arms[v].n if v in w.arms else 0 for v in variants)
     stages, rails = sum(step.kind == "setWeight" for step in policy.steps), [g for g in policy.canary if not g.dry_run]
     tests = len(rails) + sum(g.hard_stop is not None for g in rails)
     harm = policy.alpha / (max(1, tests) * stages * len(variants))
-    if stops := _hard_stops(policy, w, variants, now, harm):
+    stops = _hard_stops(policy, s, w, now, harm)
+    if any(r.outcome == "fail" for r in stops):
         return Evidence(Verdict("fail", tuple(stops), policy.digest), samples=samples, silent=False)
     fresh, split = _freshness(policy, w, {v: x / 100 for v, x in s.weights.items()}, now), _split(policy, w, s.weights)
     if bad := [r for r in (fresh, split) if r.outcome == "error"]:
         return Evidence(Verdict("error", tuple(bad), policy.digest), samples=samples, silent=fresh.outcome != "pass")
-    found = [_judge(g, v, w, now, harm) for v in variants for g in policy.canary]
-    reasons = (fresh, split, *_enough(policy, s, samples, now), *found)
-    return Evidence(Verdict(worst([r.outcome for r in reasons]), reasons, policy.digest), samples=samples, silent=fresh.outcome != "pass" or not samples)  # fmt: skip
+    found = [_judge(g, v, w, now, harm, _share(s, v)) for v in variants for g in policy.canary]
+    reasons = (*stops, fresh, split, *_enough(policy, s, samples, now), *found)
+    harmed = any(r.outcome == "fail" for r in found)  # whatever else both have in common
+    outcome = "fail" if harmed else worst([r.outcome for r in reasons])
+    return Evidence(Verdict(outcome, reasons, policy.digest), samples=samples, silent=fresh.outcome != "pass" or not samples)  # fmt: skip
 
 
 def _enough(policy: RolloutPolicy, s: RolloutState, samples: int, now: float) -> list[RuleResult]:

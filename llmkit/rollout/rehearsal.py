@@ -21,7 +21,8 @@ from .arms import Arm
 from .assign import SLOTS
 from .policy import RolloutPolicy, read_rollout
 from .store import Fold
-from .window import UNITS
+from .users import Crowd
+from .presence import UNITS
 
 # %% ../../nbs/09_rollout/13_rehearsal.ipynb #d88e4022
 @dataclass(frozen=True)
@@ -151,6 +152,12 @@ class _People:
         self.known[what][who[first]] = True
         return first
 
+    def _tries(self, fold: Fold, a: Arm, metric: str, who: np.ndarray, hits: np.ndarray) -> None:
+        "Requests of users, where users are counted, in a rate that is judged."
+        if isinstance(a, Crowd) and metric in fold.window.judged:
+            for u, hit in zip(who.tolist(), hits.tolist(), strict=True):
+                a.trial(metric, u + 1, hit)
+
     def _answer(self, fold: Fold, variant: str, t: Traffic, who: np.ndarray, medians: Sequence[float], slower: float, kinds: Sequence[str], now: float) -> None:  # fmt: skip
         "What came of the requests of some users in one arm."
         if not len(who):
@@ -159,18 +166,16 @@ class _People:
         a.last, a.release = now, variant
         drawn = lambda key: rng.random(len(who)) < self.share(t, key)[who]
         failed, cancelled, fallback, refused = map(drawn, ("errors", "cancelled", "fallbacks", "refusals"))
-        i = self._once(fold, "request", who)
+        i, everybody = self._once(fold, "request", who), np.arange(len(who))
         a.n += len(i)
-        ok = i[~failed[i]]
-        for metric, hit in (
-            ("error_rate", failed[i]),
-            ("cancel_rate", cancelled[i]),
-            ("fallback_rate", fallback[i]),
-            ("refusal_rate", refused[ok]),
-        ):
-            _hits(a, metric, hit)
-        for metric, share in _others(fold, t).items():
-            _hits(a, metric, rng.random(len(i)) < share)
+        ok, answers = i[~failed[i]], everybody[~failed]
+        others = {m: (rng.random(len(who)) < share, i, everybody) for m, share in _others(fold, t).items()}
+        for metric, (hit, counted, every) in (others | {
+            "error_rate": (failed, i, everybody), "cancel_rate": (cancelled, i, everybody),
+            "fallback_rate": (fallback, i, everybody), "refusal_rate": (refused, ok, answers),
+        }).items():  # fmt: skip
+            _hits(a, metric, hit[counted])
+            self._tries(fold, a, metric, who[every], hit[every])
         stratum = rng.integers(len(medians), size=len(who))
         own, rest = t.habits**0.5 * self.pace[who], (1 - t.habits) ** 0.5 * rng.standard_normal(len(who))
         seconds = np.array(medians)[stratum] * t.latency * slower * np.exp(t.spread * (own + rest))
@@ -183,11 +188,12 @@ class _People:
             ("task_success_rate", "success", t.labelled),
             ("user_satisfaction", "thumbs_up", t.rated),
         ):
-            some = np.flatnonzero(~failed & (rng.random(len(who)) < share))
-            some = some[self._once(fold, key, who[some])]
-            good = drawn(key)[some]
+            every = np.flatnonzero(~failed & (rng.random(len(who)) < share))
+            liked, some = drawn(key), every[self._once(fold, key, who[every])]
+            good = liked[some]
             if metric == "task_success_rate":
                 _hits(a, metric, good)
+                self._tries(fold, a, metric, who[every], liked[every])
             for x in good if metric == "user_satisfaction" else ():
                 a.means[metric] = add(a.means.get(metric, Running()), float(x))
 
