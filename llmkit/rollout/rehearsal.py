@@ -20,9 +20,9 @@ from ..gate.sequential import BUCKETS, GROWTH, SHORTEST, Running, add, histogram
 from .arms import Arm
 from .assign import SLOTS
 from .policy import RolloutPolicy, read_rollout
+from .presence import UNITS
 from .store import Fold
 from .users import Crowd
-from .presence import UNITS
 
 # %% ../../nbs/09_rollout/13_rehearsal.ipynb #d88e4022
 @dataclass(frozen=True)
