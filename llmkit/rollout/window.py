@@ -19,12 +19,13 @@ from ..gate.sequential import BUCKETS, Running
 from .arms import Arm, Seen, read_seen, stratum_of
 from .event import failed, stalled
 from .feedback import Feedback
+from .pairs import Pairs, remember
 from .policy import METRICS, PAIRS, RolloutPolicy
 from .presence import Presence
 from .users import Crowd, read_tally
 
 # %% ../../nbs/09_rollout/05_window.ipynb #7f4ff2e5
-class Window(Presence, Feedback):
+class Window(Presence, Feedback, Pairs):
     "The statistics of one stage, one event at a time."
 
     def __init__(
@@ -33,7 +34,7 @@ class Window(Presence, Feedback):
         stage: int = 0,  # which stage of the rollout
         since: float = 0.0,  # when it began, seconds since the epoch
     ):
-        Presence.__init__(self, policy), Feedback.__init__(self, policy.label_lag)
+        Presence.__init__(self, policy), Feedback.__init__(self, policy.label_lag), Pairs.__init__(self, self.by_user)
         self.stage, self.since = stage, since
         self.strata = policy.strata
         self.early: Window | None = None  # of requests that were over before `since`, by their times
@@ -43,12 +44,6 @@ class Window(Presence, Feedback):
         self.seen: dict[str, Seen] = {}  # unit user: what for → who was counted
         self.running: dict[str, list] = {}  # id → variant, stratum, when it began: has no end yet, after `stall_after`
         self.held: OrderedDict[int, list] = OrderedDict()  # user → when it counts, their first request so far
-        self.paired: dict[int, list] = {}  # user → when the request of their pair began, where in `pairs` it is
-        self.live: dict[str, list] = {}  # id → latency, error, begin, user: waits for its shadow
-        self.copies: dict[
-            str, list
-        ] = {}  # id → shadow's latency, error, agreement, exact, label_same, second live latency: waits for its live request
-        self.pairs: list[list] = []  # id, live latency, live error, and what the shadow said
         self.counts = {"ok": 0, "failed": 0, "dropped": 0, "late": 0, "before": 0, "early": 0, "unloaded": 0, "sampled": 0, "nobody": 0, "users wait": 0, "queue full": 0}  # fmt: skip
 
     def told(self, now: float) -> None:
@@ -92,11 +87,7 @@ def _request(self: Window, e: Mapping[str, Any]) -> None:
         return
     if (late := stalled(e, self.policy.stall_after)) is not None:
         self._trial(a, "stall_rate", who, late)
-    live = [e["latency"], int(failed(e)), began, who]
-    if e["id"] in self.copies:
-        self._pair(e["id"], live, self.copies.pop(e["id"]))
-    else:
-        _remember(self.live, e["id"], live, PAIRS)
+    self._answered(e["id"], [e["latency"], int(failed(e)), began, who])
     if e["status"] == "ok" and self.labelled:
         self.mature(min(ended, self.now))
         self._await(e["id"], [e["variant"], None, None, ended, who], began)
@@ -156,7 +147,7 @@ def _runs(self: Window, e: Mapping[str, Any]) -> None:
         if first:
             self.held.pop(found[1], None)
     row = [e["variant"], stratum_of(e["prompt_tokens"], self.strata), e["time"], first]
-    _remember(self.running, e["id"], row, PAIRS)
+    remember(self.running, e["id"], row, PAIRS)
 
 
 ENDLESS = 1e18  # seconds since the epoch
@@ -216,13 +207,6 @@ def _answer(self: Window, a: Arm, e: Mapping[str, Any]) -> None:
             a.mean(metric, e[key], METRICS[metric].low, self.most[metric])
 
 
-def _remember(table: dict, key: str, value: Any, most: int) -> None:
-    "Keep a value, and forget the oldest one beyond `most`."
-    table[key] = value
-    if len(table) > most:
-        table.pop(next(iter(table)))
-
-
 Window._request, Window._take, Window._waited, Window._answer = _request, _take, _waited, _answer
 Window._trial, Window._new, Window._try = _trial, _new, _try
 Window._unended, Window._stall, Window._runs, Window.so_far = _unended, _stall, _runs, so_far
@@ -277,7 +261,7 @@ def _count(self: Window, variant: str, rating: float | None, success: bool | Non
 
 Window._feedback, Window._count = _feedback, _count
 
-# %% ../../nbs/09_rollout/05_window.ipynb #53ebca6e
+# %% ../../nbs/09_rollout/05_window.ipynb #d0e4e9ec
 def _shadow(self: Window, e: Mapping[str, Any]) -> None:
     "Take in what became of a copy."
     a = self.arm("shadow")
@@ -285,36 +269,13 @@ def _shadow(self: Window, e: Mapping[str, Any]) -> None:
     self._ends_silence("shadow")
     self.counts[e["result"]] += 1
     self.counts["sampled"] += e.get("reason") == "sampled"
-    if e["result"] == "dropped":
-        if (why := e.get("reason")) in ("users wait", "queue full"):
-            self.counts[why] += 1
-        return
-    said = [
-        e["latency"],
-        int(e["result"] == "failed"),
-        *map(e.get, ("agreement", "exact", "label_same", "live_latency")),
-    ]
-    if e["id"] in self.live:
-        self._pair(e["id"], self.live.pop(e["id"]), said)
-    else:
-        _remember(self.copies, e["id"], said, PAIRS)
+    if e["result"] != "dropped":
+        self._copied(e)
+    elif (why := e.get("reason")) in ("users wait", "queue full"):
+        self.counts[why] += 1
 
 
-def _pair(self: Window, id: str, live: list, said: list) -> None:
-    "Keep a pair, up to the bound."
-    said, second = said[:5], said[5] if len(said) > 5 else None  # an older snapshot has five
-    row, (began, who) = [id, live[0] if second is None else second, live[1], *said], live[2:] or (0.0, None)
-    had = self.paired.get(who) if self.by_user else None
-    if had is not None:
-        if began < had[0]:
-            had[0], self.pairs[had[1]] = began, row
-    elif len(self.pairs) < PAIRS:
-        if self.by_user:
-            self.paired[who] = [began, len(self.pairs)]
-        self.pairs.append(row)
-
-
-Window._shadow, Window._pair = _shadow, _pair
+Window._shadow = _shadow
 
 # %% ../../nbs/09_rollout/05_window.ipynb #c80bfb85
 _PLAIN = ("stage", "since", "pairs", "counts", "live", "copies", "labels")
