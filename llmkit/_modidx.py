@@ -2230,6 +2230,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'llmkit.rollout.analysis._judge': ( '09_rollout/analysis.html#_judge',
                                                                              'llmkit/rollout/analysis.py'),
                                          'llmkit.rollout.analysis._rare': ('09_rollout/analysis.html#_rare', 'llmkit/rollout/analysis.py'),
+                                         'llmkit.rollout.analysis._requests': ( '09_rollout/analysis.html#_requests',
+                                                                                'llmkit/rollout/analysis.py'),
                                          'llmkit.rollout.analysis._sentence': ( '09_rollout/analysis.html#_sentence',
                                                                                 'llmkit/rollout/analysis.py'),
                                          'llmkit.rollout.analysis._share': ( '09_rollout/analysis.html#_share',

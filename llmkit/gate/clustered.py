@@ -55,8 +55,9 @@ def crowd_difference(
     return Gap(q - p, low, high, alpha, m, n, "users as clusters, asymptotic confidence sequence")
 
 # %% ../../nbs/02_gate/09b_clustered.ipynb #9b5922a2
-_BETS = 2.0 ** np.arange(-3, 5)  # c: how much more often a user is the candidate's for each failure
-_KEPT = 0.05  # share of the stake that is not bet
+_BETS = 4.0 ** np.arange(-2, 5)  # c: how much more often a user is the candidate's for each failure
+_KEPT = 0.02  # share of the stake that is not bet
+_SCALES = 1.0, 6.0, 36.0  # excesses that are looked for, in margins, at a third of `beyond` each
 
 
 def _equal_capital(baseline: np.ndarray, candidate: np.ndarray, share: float) -> float:
@@ -77,6 +78,8 @@ def crowd_excess(
     beyond: float = 0.05,  # chance that the true excess is ever below the lower bound, where users are not few
 ) -> Gap:
     "Bounds of candidate minus baseline rate; the lower is -1 until an excess over the margin is shown."
-    gap = crowd_difference(baseline, candidate, margin, beyond)
+    gaps = [crowd_difference(baseline, candidate, margin * x, beyond / len(_SCALES)) for x in _SCALES]
+    gap = max(gaps, key=lambda g: g.low)
     shown = gap.low > margin and _equal_capital(baseline, candidate, share) >= -np.log(alpha)
-    return gap if shown else Gap(gap.value, -1.0, 1.0, beyond, gap.n, gap.n_baseline, gap.method)
+    low, high = (gap.low, min(g.high for g in gaps)) if shown else (-1.0, 1.0)
+    return Gap(gap.value, low, high, beyond, gap.n, gap.n_baseline, gap.method)

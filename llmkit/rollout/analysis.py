@@ -11,9 +11,11 @@ import math
 from collections import Counter
 from dataclasses import asdict, replace
 
+import numpy as np
+
 from ..core.digests import digest_json
 from ..core.report import report_digest
-from ..gate.clustered import crowd_difference, crowd_excess
+from ..gate.clustered import MOST, crowd_difference, crowd_excess
 from ..gate.judge import judge
 from ..gate.policy import Policy, Rule
 from llmkit.gate.sequential import (
@@ -148,24 +150,36 @@ MUCH = 0.1  # share of the requests that one unit may make before it is told of
 
 
 def _hard_stops(policy: RolloutPolicy, s: RolloutState, w: Window, now: float, alpha: float) -> list[RuleResult]:
-    "Guardrails whose absolute limit is exceeded, at `alpha` each; an error where the baseline fails too and may be no better."
+    "Guardrails whose absolute limit is exceeded, at `alpha` each; an error where it may not be the candidate's doing."
     out = []
     for g in policy.canary:
         for v in _candidates(s) if g.hard_stop and not g.dry_run else ():
-            cand, most = w.so_far(v, now), g.hard_stop.max
-            k, n = cand.rates.get(g.metric, (0, 0))
-            if n < g.hard_stop.min_n or (low := rate_sequence(k, n, alpha).low) <= most:
+            cand, base, most = w.so_far(v, now), w.so_far("baseline", ENDLESS), g.hard_stop.max
+            (k, n), of_users = _requests(cand, g.metric), cand.rates.get(g.metric, (0, 0))
+            exceeded = max(rate_sequence(*x, alpha).low for x in ((k, n), of_users))
+            if n < g.hard_stop.min_n or exceeded <= most:
                 continue
-            base = w.so_far("baseline", ENDLESS)
-            j, m = base.rates.get(g.metric, (0, 0))
-            both = j and not compare(g, base, cand, g.alpha).high < 0
-            text = f"{v} {g.metric} is {k / n:.4g} ({k} of {n}), at least {low:.4g} at every look: "
-            if both:
+            shown, (j, m) = rate_sequence(*of_users, alpha).low > most, _requests(base, g.metric)
+            text, outcome = (
+                f"{v} {g.metric} is {k / n:.4g} ({k} of {n}), at least {exceeded:.4g} at every look: ",
+                "error",
+            )
+            if j and not compare(g, base, cand, g.alpha).high < 0:
                 text += f"above the hard stop at {most:g}. But that of baseline is {j / m:.4g} ({j} of {m}), and {v} is not shown to be worse: what both have in common may fail. When it is mended, abort and retry, which counts anew"
+            elif not shown:
+                text += f"above the hard stop at {most:g}. But these are requests of few users, and whether it is they or {v} is not shown: look, then abort or resume"
             else:
-                text += f"the hard stop at {most:g} acts at once"
-            out.append(RuleResult(f"{v} {g.metric}: hard stop {most:g}", "error" if both else "fail", text, g.metric, v, test="max", value=k / n, low=low, limit=most, n=n))  # fmt: skip
+                text, outcome = text + f"the hard stop at {most:g} acts at once", "fail"
+            out.append(RuleResult(f"{v} {g.metric}: hard stop {most:g}", outcome, text, g.metric, v, test="max", value=k / n, low=exceeded, limit=most, n=n))  # fmt: skip
     return out
+
+
+def _requests(a: Arm, metric: str) -> tuple[int, int]:
+    "Hits and requests that count in a rate."
+    if not isinstance(a, Crowd):
+        return tuple(a.rates.get(metric, (0, 0)))
+    table, each = a.table(metric), np.arange(MOST + 1)
+    return int(table.sum(0) @ each), int(table.sum(1) @ each)
 
 
 def _candidates(s: RolloutState) -> list[str]:

@@ -7,6 +7,7 @@ import pytest
 from fastapi.testclient import TestClient
 from rollout_road import CANARY, RELEASES, H, World
 
+from llmkit.gate.sequential import rate_excess
 from llmkit.rollout.judge_server import answer, judge_app
 from llmkit.rollout.policy import read_rollout
 from llmkit.rollout.rehearsal import Traffic, rehearse
@@ -149,3 +150,51 @@ def test_one_user_who_makes_much_of_the_traffic_is_told_of_where_requests_are_co
     assert str(view(w.store.load("r1"), w.now)) == str(view(w.c.fold, w.now))
     w.store.snapshot("r1", w.c.fold)
     assert str(view(w.store.load("r1"), w.now)) == str(view(w.c.fold, w.now))
+
+
+def stage(folder, unit, n, users, rates, heavy=0.0, seed=0, every=20):
+    "Where a stage ends in which users have their own error rates, and one of them may make much of the traffic."
+    rule = {"metric": "error_rate", "margin": 0.03, "alpha": 0.05}
+    steps = [{"setWeight": 40}, {"analysis": {"min_duration": "4h", "max_duration": "48h", "min_samples": 400}}]
+    w = World(folder, CANARY | {"unit": unit, "canary": [rule], "alpha": 0.05 / 12, "steps": steps})
+    rng = np.random.default_rng(seed)
+    own = rng.beta(0.95, 18.05, users) / 0.05
+    for i in range(n):
+        who = 0 if rng.random() < heavy else int(rng.integers(users))
+        rate = [min(1.0, r * own[who]) for r in rates] if who or not heavy else (0.6, 0.6)
+        w.request(errors=rate, unit=f"u{who}")
+        if i % every == 0 and w.c.step().finished:
+            return w.c.state, i
+    return w.c.state, n
+
+
+def test_users_who_repeat_themselves_show_harm_sooner_than_their_first_requests_would(tmp_path):
+    state, asked = stage(tmp_path, "user", 4000, 400, (0.05, 0.2))
+    assert state.aborted and asked < 2500
+    assert "users as clusters" in state.reason
+    # the first requests of four hundred users show nothing
+    assert rate_excess((12, 240), (32, 160), 0.03, 0.05 / 12).low < 0.03
+
+
+@pytest.mark.parametrize("salt", range(3))
+def test_one_user_with_two_fifths_of_the_traffic_does_not_abort_an_equal_challenger(tmp_path, salt):
+    state, _ = stage(tmp_path, "user", 1500, 60, (0.03, 0.03), heavy=0.4, seed=salt, every=100)
+    assert not state.aborted
+
+
+OUTAGES = {"both alike": (0.5, 0.5, 20, False), "the challenger worse": (0.25, 0.6, 20, True), "a baseline with little traffic": (0.5, 0.5, 90, False), "the challenger alone": (0.01, 0.5, 20, True)}  # fmt: skip
+
+
+@pytest.mark.parametrize("unit", ["request", "user"])
+@pytest.mark.parametrize("what", OUTAGES)
+def test_an_outage_of_both_arms_pauses_and_one_of_the_challenger_aborts(tmp_path, what, unit):
+    base, cand, weight, aborts = OUTAGES[what]
+    steps = [{"setWeight": weight}, *CANARY["steps"][1:]]
+    w = World(tmp_path, CANARY | {"unit": unit, "steps": steps})
+    w.traffic(300)  # all is well
+    w.traffic(3000, step=5, errors=(base, cand))
+    assert w.c.state.aborted == aborts, w.c.state.reason
+    if not aborts:
+        assert w.c.state.phase == "Paused" and w.c.state.reason.startswith("error: ") and "both have in common" in w.c.state.reason  # fmt: skip
+        w.traffic(2000, step=5, errors=(0.01, 0.5))  # it is over, and the challenger still fails: not in a pause either
+        assert w.c.state.aborted
