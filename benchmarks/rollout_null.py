@@ -8,7 +8,7 @@ thing at a time is made worse in the canary, and it must be aborted before it ha
     python benchmarks/rollout_null.py --users 60 5000 [--habits 0.17] [--times 60] [--bad 15]
 
 Users who differ: each has an error rate of their own (Beta, correlation --habits within a user) and asks as often as is
-their habit. For `unit: request` and `unit: user`: how many equal challengers were found to do harm, how many were
+their habit (lognormal, so that a few ask most). For `unit: request` and `unit: user`: how many equal challengers were found to do harm, how many were
 promoted, and how soon errors of 1 → 5 % are found.
 """
 

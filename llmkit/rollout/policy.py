@@ -237,7 +237,7 @@ class RolloutPolicy:
     validity: Validity
     on: Mapping[str, str]  # fail, error, inconclusive → abort or pause
     digest: str  # of the section as written
-    unit: Literal["request", "user"] = "request"  # what counts once in the tests
+    unit: Literal["request", "user"] = "request"  # what the tests take for one draw
     settle: float = 30.0  # unit user: seconds within which the first of a user's requests is looked for
     stall_after: float = STALL  # seconds without a token after which a request counts in `stall_rate`
 

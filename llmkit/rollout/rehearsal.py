@@ -20,9 +20,9 @@ from ..gate.sequential import BUCKETS, GROWTH, SHORTEST, Running, add, histogram
 from .arms import Arm
 from .assign import SLOTS
 from .policy import RolloutPolicy, read_rollout
-from .presence import UNITS
 from .store import Fold
-from .users import Crowd
+from .users import Crowd, Tally
+from .presence import UNITS
 
 # %% ../../nbs/09_rollout/13_rehearsal.ipynb #d88e4022
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ def _arrive(fold: Fold, variant: str, t: Traffic, n: int, cells: Sequence[np.nda
         old = arm.rates.get(metric, (0, 0))
         if m:
             arm.rates[metric] = [old[0] + int(k), old[1] + int(m)]
+        if m and isinstance(arm, Crowd) and metric in fold.window.judged:
+            arm.tallies.setdefault(metric, Tally()).table[1, :2] += [int(m - k), int(k)]  # each is a new user
     for x in rng.random(ratings) < t.thumbs_up:
         arm.means["user_satisfaction"] = add(arm.means.get("user_satisfaction", Running()), float(x))
     for kind in kinds:
@@ -225,9 +227,6 @@ def rehearse_once(
     seed: int = 0,
 ) -> Ending:
     "One rollout on simulated traffic; raises `KitError` on what is not simulated."
-    if policy.unit == "user" and not traffic.users:
-        fix = "Say how many there are: Traffic(users=…), `llmkit rollout plan --users`"
-        raise KitError("this policy counts users", key="rollout.unit", value="user", remedy=fix)
     if traffic.users < 0 or not 0 <= traffic.habits < 1:
         raise KitError("users are a number, and habits lie between 0 and 1", value=(traffic.users, traffic.habits))
     if odd := [g.metric for g in policy.canary if g.metric not in _SEEN and g.metric.rpartition("_p")[0] not in _TIMES]:
