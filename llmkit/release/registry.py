@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TAG', 'RETRAIN_ID', 'dvc_md5', 'file_md5', 'dvc_reference', 'source_uri', 'Version', 'outside_training',
            'registry_client', 'holder_of', 'Unanswered', 'answering', 'versions', 'locked_registry', 'find_versions',
-           'register', 'public_uri', 'receipt', 'registry_uri', 'register_release', 'list_releases', 'disagreements']
+           'register', 'public_uri', 'receipt', 'registry_uri', 'register_release']
 
 # %% ../../nbs/07_release/11_registry.ipynb #8cd18eb3
 import hashlib
@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,10 +23,10 @@ from urllib.parse import urlsplit
 from ..core.artifact import open_artifact
 from ..core.digests import digest_json, short
 from ..core.errors import KitError
-from ..core.files import held, locked, read_json, write_json
+from ..core.files import held, locked, write_json
 from ..core.plugins import need
 from ..core.settings import Settings, load_settings, sqlite_file, sqlite_uri
-from .ledger import Entry, append, holder, read_ledger
+from .ledger import append, read_ledger
 from .release import Release, read_release
 
 # %% ../../nbs/07_release/11_registry.ipynb #d8c31f4d
@@ -298,6 +298,9 @@ def register_release(
     settings: str = "settings.ini",  # where the registry is
 ) -> int:
     "Register a release in the registry of the profile; the same release again changes nothing."
+    if alias == "champion":
+        fix = "Write challenger; `llmkit rollout start` leads from there, with --first where there is no champion yet"
+        raise KitError("a registration makes no champion", key="alias", value=alias, remedy=fix)
     conf, release = load_settings(settings), read_release(folder)
     shipped, uri = open_artifact(bundle, "bundle"), registry_uri(load_settings(settings))
     if shipped.digest != release.bundle:
@@ -310,37 +313,3 @@ def register_release(
     write_json(out, receipt(v, uri, alias))
     print(f"{v.model} version {v.version}, alias {', '.join(v.aliases) or 'none'}, release {short(v.release)}")
     return 0
-
-# %% ../../nbs/07_release/11_registry.ipynb #2a6077c6
-def list_releases(
-    model: str = "",  # the registered name; default: that of the last receipt
-    *,
-    settings: str = "settings.ini",  # where the registry is
-    last: str = "artifacts/register/receipt.json",  # where the last receipt is
-) -> int:
-    "List the registered versions of a model with their aliases and digests; exit code 1 where the ledger knows nothing of an alias or an entry."
-    model, conf = model or read_json(last)["name"], load_settings(settings)
-    found, ledger = versions(registry_uri(conf), model), conf.get("ledger", "ledger.jsonl")
-    print("| version | alias | release | bundle | verdict | delta | dataset |\n|--:|---|---|---|---|---|---|")
-    for v in found:
-        parts = [short(v.tags.get(k, "")) for k in ("release", "bundle", "verdict", "delta", "dataset")]
-        print(f"| {v.version} | {', '.join(v.aliases)} | {' | '.join(parts)} |")
-    bad = disagreements(found, read_ledger(ledger))
-    for line in bad:
-        print(f"{line}: {ledger} or the registry was put back or edited")
-    return 1 if bad else 0
-
-
-def disagreements(
-    found: Sequence[Version],  # of one model
-    entries: list[Entry],  # of the ledger
-) -> list[str]:
-    "What a registry says that the ledger does not, one line each."
-    known, out = {e.digest for e in entries}, []
-    for v in found:
-        if (said := v.tags.get("ledger", "")) and said not in known:
-            out.append(f"version {v.version}: its entry {short(said)} is not in the ledger")
-        for alias in v.aliases:
-            if (held := holder(entries, v.model, alias)) != v.release:
-                out.append(f"version {v.version} is {alias}, and by the ledger {short(held) if held else 'nobody'} is")
-    return out

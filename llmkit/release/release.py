@@ -31,12 +31,16 @@ class Release:
     reports: Mapping[str, str] = field(default_factory=dict)  # name → digest of each report in the bundle
     lineage: Mapping[str, str] = field(default_factory=dict)  # role → digest: base, dataset, delta, model, engine
     records: Mapping[str, str] = field(default_factory=dict)  # stage → digest of its executed notebook
-    approvals: tuple[Mapping[str, Any], ...] = ()  # who agreed; empty until somebody does
+
+    @property
+    def body(self) -> dict[str, Any]:
+        "What its digest is of. `llmkit.release/1` has a place for approvals, which is empty: they come afterwards."
+        return {**asdict(self), "approvals": []}
 
     @property
     def digest(self) -> str:
         "What it is known by."
-        return digest_json(asdict(self))
+        return digest_json(self.body)
 
     def _repr_markdown_(self) -> str:
         parts = {"bundle": self.bundle, "verdict": self.verdict, "card": self.card, **self.lineage}
@@ -82,7 +86,7 @@ def write_release(
     "Write a release as an artifact whose parents are what it binds."
     parents = {"bundle": release.bundle, "verdict": release.verdict, "card": release.card}
     with build(folder, "release", parents, meta={"release": release.digest}) as out:
-        write_json(out / "release.json", {"schema": SCHEMA, "digest": release.digest, **asdict(release)})
+        write_json(out / "release.json", {"schema": SCHEMA, "digest": release.digest, **release.body})
     return open_artifact(folder, "release")
 
 
@@ -93,7 +97,7 @@ def read_release(folder: str | Path) -> Release:
     schema, said = body.pop("schema", None), body.pop("digest", None)
     if schema != SCHEMA:
         raise KitError("unknown release schema", file=path, key="schema", value=schema)
-    release = Release(**{**body, "approvals": tuple(body["approvals"])})
-    if release.digest != said:
+    release = Release(**{k: v for k, v in body.items() if k != "approvals"})
+    if (release.digest, release.body["approvals"]) != (said, body.get("approvals")):
         raise KitError("the digest does not match the content", file=path, key="digest", value=said)
     return release

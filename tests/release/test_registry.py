@@ -24,13 +24,13 @@ from llmkit.release.lineage import read_lineage, show_lineage
 from llmkit.release.registry import (
     dvc_md5,
     dvc_reference,
-    list_releases,
     locked_registry,
     register,
     register_release,
     versions,
 )
 from llmkit.release.release import Release, read_release
+from llmkit.release.releases import list_releases
 
 RELEASE, RECEIPT = "artifacts/register/release", "artifacts/register/receipt.json"
 
