@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Kind', 'METRICS', 'SHADOW_METRICS', 'PAIRS', 'seconds', 'Metric', 'HardStop', 'Guardrail', 'read_guardrail', 'Step',
-           'read_step', 'Validity', 'RolloutPolicy', 'read_rollout', 'read_stall']
+           'read_step', 'Validity', 'RolloutPolicy', 'read_rollout', 'read_stall', 'read_approvals']
 
 # %% ../../nbs/09_rollout/01_policy.ipynb #97975585
 import re
@@ -15,6 +15,7 @@ from typing import Any, Literal
 from ..core.digests import digest_json
 from ..core.params import ParamsError, check_section, conform, did_you_mean
 from ..gate.policy import PAIRED, Rule, read_rule
+from ..release.approvals import ApprovalRule
 from ..serve.events import STALL
 
 # %% ../../nbs/09_rollout/01_policy.ipynb #1974a089
@@ -240,6 +241,7 @@ class RolloutPolicy:
     unit: Literal["request", "user"] = "request"  # what the tests take for one draw
     settle: float = 30.0  # unit user: seconds within which the first of a user's requests is looked for
     stall_after: float = STALL  # seconds without a token after which a request counts in `stall_rate`
+    approvals: ApprovalRule = ApprovalRule()  # whose agreement a promotion needs
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -250,8 +252,10 @@ class RolloutPolicy:
 _SECTION = {
     "alpha": float, "label_lag": str, "strata": list[int], "steps": list[Any], "shadow": list[Any], "canary": list[Any],
     "validity": dict[str, Any], "on": dict[str, Any], "unit": Literal["request", "user"], "settle": str, "stall_after": str,
+    "approvals": dict[str, Any],
 }  # fmt: skip
-_OPTIONAL = ("unit", "settle", "stall_after")
+_OPTIONAL = ("unit", "settle", "stall_after", "approvals")
+_APPROVALS = {"required": int, "distinct_from_author": bool, "expires": str}
 _VALIDITY = {"srm_alpha": float, "stale_after": str, "on_no_data": Literal["inconclusive", "error"]}
 _ON = {"fail": Literal["abort", "pause"], "error": Literal["pause", "abort"], "inconclusive": Literal["pause", "abort"]}
 
@@ -271,7 +275,7 @@ def read_rollout(
     policy = RolloutPolicy(
         s["alpha"], seconds(s["label_lag"], "rollout.label_lag"), tuple(s["strata"]), steps, rules, rails,
         Validity(**valid), on, digest_json(section), s.get("unit", "request"), seconds(s.get("settle", "30s"), "rollout.settle"),
-        read_stall(s),
+        read_stall(s), read_approvals(s),
     )  # fmt: skip
     if "settle" in s and policy.unit == "request":
         fix = "Write unit: user, or leave settle out"
@@ -286,6 +290,21 @@ def read_stall(
 ) -> float:  # seconds
     "How long a request may wait for a token before it has stalled; raises `ParamsError`."
     return seconds(section["stall_after"], "rollout.stall_after") if "stall_after" in section else STALL
+
+
+def read_approvals(
+    section: Mapping[str, Any],  # the `rollout` section
+) -> ApprovalRule:
+    "Whose agreement a promotion needs; nobody's where the section says nothing. Raises `ParamsError`."
+    if "approvals" not in section:
+        return ApprovalRule()
+    given = check_section(section["approvals"], _APPROVALS, "rollout.approvals")
+    given["expires"] = seconds(given["expires"], "rollout.approvals.expires")
+    rule = ApprovalRule(**given)
+    if rule.required < 0 or not rule.expires > 0:
+        fix = "Write how many people have to agree, and for how long that counts: required: 2 and expires: 14d"
+        raise ParamsError("approvals that cannot be given", key="rollout.approvals", value=section["approvals"], remedy=fix)  # fmt: skip
+    return rule
 
 
 def _shadow_rule(entry: Any, alpha: float, key: str) -> Rule:
