@@ -19,11 +19,14 @@ from typing import Any, Protocol
 from ..core.digests import short
 from ..core.errors import KitError
 from ..core.files import locked
+from ..release.approvals import Tally, tally
 from ..release.ledger import append as append_ledger
+from ..release.ledger import read_ledger
 from ..release.registry import Version, find_versions, holder_of, locked_registry, registry_client
 from .assign import SLOTS, assign, slot
 from .event import readable
 from .outbox import Promise
+from .policy import RolloutPolicy
 from .reducer import Event
 from .state import Effect, RolloutState
 from .store import Store
@@ -33,6 +36,10 @@ class Registry(Protocol):
     "Where aliases are moved; moving one again changes nothing. Raises `Displaced` when somebody else moved the champion."
 
     def move(self, effect: Effect) -> None: ...
+
+    def approvals(self, policy: RolloutPolicy, model: str, release: str, now: float) -> Tally:
+        "Who agreed to a promotion: asked where the policy requires it."
+        ...
 
 
 class Unregistered(KitError):
@@ -67,6 +74,10 @@ class MlflowRegistry:
             if e.alias not in found[0].aliases:
                 client.set_registered_model_alias(e.model, e.alias, str(found[0].version))
             append_ledger(self.ledger, e.model, e.alias, e.release, e.evidence, e.action, e.who or "policy")
+
+    def approvals(self, policy: RolloutPolicy, model: str, release: str, now: float) -> Tally:
+        "Who agreed to a promotion, by the ledger; raises `KitError` on a broken one."
+        return tally(read_ledger(self.ledger), policy.approvals, policy.digest, model, release, now)
 
 
 def _unmoved(e: Effect, here: list[Version]) -> None:
@@ -291,6 +302,11 @@ def _decide(self: Controller, event: Event) -> None:
 def _propose(self: Controller, event: Event) -> RolloutState | None:
     "Plan on the newest state and append; None when another was quicker. A tick that changes nothing is not written down."
     new, effects, evidence = self.fold.plan(event)
+    if (policy := self.fold.policy).approvals.required and (up := [e for e in effects if e.action == "promote"]):
+        found = self.registry.approvals(policy, up[-1].model, up[-1].release, event["time"])
+        if not found.enough:
+            event = {**event, "unapproved": str(found)}  # it stands in the log, so a replay decides the same
+            new, effects, evidence = self.fold.plan(event)
     if event["kind"] == "tick" and new == self.state:
         return self.state
     return new if self.store.append(self.id, self.fold.seq, event, new, effects, evidence) else None

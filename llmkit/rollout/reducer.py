@@ -25,6 +25,8 @@ COMMANDS = ("start", "pause", "resume", "promote", "abort", "retry", "undo")
 # %% ../../nbs/09_rollout/04_reducer.ipynb #a102ca5c
 def _enter(policy: RolloutPolicy, s: RolloutState, step: int, e: Event, evidence: str) -> Next:
     "Carry out steps from `step` on, up to the first that waits."
+    if step >= len(policy.steps) and (why := e.get("unapproved")):  # whoever promotes has asked the ledger
+        return replace(s, phase="Paused", paused_by="policy", reason=f"not promoted: {why}", verdict=evidence), ()
     now, slots, mirror, stage = e["time"], s.slots, s.mirror, s.stage
     while step < len(policy.steps) and policy.steps[step].kind in ("shadow", "setWeight"):
         todo = policy.steps[step]
