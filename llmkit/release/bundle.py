@@ -310,12 +310,23 @@ def verify_bundle(folder: str | Path, digest: str = "") -> Artifact:
     return open_artifact(folder, "bundle", verify=False)
 
 # %% ../../nbs/07_release/02_bundle.ipynb #8602e45a
+def _named(folder: str) -> None:
+    "Raise `KitError` where nothing is, or something whole of another kind; what is damaged is told with all its faults."
+    try:
+        whole = open_artifact(folder, verify=False).kind
+    except (KitError, KeyError, TypeError, AttributeError):
+        whole = "" if (Path(folder) / MANIFEST).is_file() else "nothing"
+    if whole not in ("bundle", ""):
+        open_artifact(folder, "bundle", verify=False)
+
+
 def check_bundle(
     folder: str,  # a bundle
     *,
     digest: str = "",  # the digest that it must have, from the registry
 ) -> int:
     "Check every byte of a bundle; exit code 1 when one is changed, missing or extra."
+    _named(folder)
     bad = faults(folder, digest)
     for line in bad:
         print(line)

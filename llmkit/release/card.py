@@ -222,6 +222,8 @@ def check_card(
     path = Path(file)
     if not path.is_file():
         raise KitError("no such file", file=file, remedy="Make it with `dvc repro card`")
+    if not Path(root).is_dir():
+        raise KitError("no such folder", file=root, key="root", remedy="Name the project that the evidence lies in")
     text = read_text(path)
     bad = card_faults(text, root)
     if (path.parent / MANIFEST).is_file():  # the card as it was made, and its page beside it

@@ -148,6 +148,10 @@ def show_lineage(
 ) -> int:
     "Show which artifact was made from which; exit code 1 when a parent is missing."
     line = read_lineage(folder, verify=verify)
+    if not line.nodes:
+        raise KitError(
+            "no artifact in it", file=folder, remedy="Name a folder of artifacts, or make them with `dvc repro`"
+        )
     if of:
         line = ancestors(line, line.find(of).digest)
     print(mermaid(line) if graph else table(line), end="")

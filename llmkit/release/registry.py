@@ -285,8 +285,11 @@ def receipt(v: Version, uri: str, alias: str) -> dict[str, Any]:
 
 
 def registry_uri(settings: Settings) -> str:
-    "The registry of a profile: `registry_uri`, or the tracking server when it names none."
-    return settings.get("registry_uri") or settings["tracking_uri"]
+    "The registry of a profile: `registry_uri`, or the tracking server when it names none; raises `KitError` on an empty address."
+    if uri := settings.get("registry_uri") or settings["tracking_uri"]:
+        return uri
+    fix = "Write it in settings.ini; LLMKIT_TRACKING_URI may be set to nothing, as from an unset secret"
+    raise KitError("an empty address names no registry", key="tracking_uri", value=uri, remedy=fix)
 
 # %% ../../nbs/07_release/11_registry.ipynb #fc153a61
 def register_release(
