@@ -38,15 +38,15 @@ def tail(level: float, sided: Side = "two") -> float:
     return (1 - level) / 2 if sided == "two" else 1 - level
 
 
-def _check_counts(successes: int, n: int) -> None:
+def _check_counts(successes: float, n: float) -> None:
     "Refuse counts that cannot be."
-    if n < 1 or not 0 <= successes <= n:
-        raise KitError("needs 0 ≤ successes ≤ n and n ≥ 1", value=(successes, n))
+    if not (n > 0 and 0 <= successes <= n):
+        raise KitError("needs 0 ≤ successes ≤ n and n > 0", value=(successes, n))
 
 # %% ../../nbs/02_gate/01_intervals.ipynb #abec78e0
 def clopper_pearson(
-    successes: int,  # how many of the n
-    n: int,  # how many items
+    successes: float,  # how many of the n; need not be whole where n is an effective number
+    n: float,  # how many items
     level: float = 0.95,  # confidence
     sided: Side = "two",  # which ends are bounded
 ) -> Interval:
@@ -59,8 +59,8 @@ def clopper_pearson(
 
 # %% ../../nbs/02_gate/01_intervals.ipynb #7833aa9c
 def wilson(
-    successes: int,  # how many of the n
-    n: int,  # how many items
+    successes: float,  # how many of the n; need not be whole where n is an effective number
+    n: float,  # how many items
     level: float = 0.95,  # confidence
     sided: Side = "two",  # which ends are bounded
 ) -> Interval:
@@ -207,7 +207,7 @@ def effective(
 ) -> float:
     "How many clusters of equal size say as much as these (Kish 1965)."
     n = np.asarray(sizes, float)
-    return float(n.sum() ** 2 / (n**2).sum()) if len(n) else 0.0
+    return float(n.sum() ** 2 / (n**2).sum()) if n.any() else 0.0
 
 
 def freedom(

@@ -12,23 +12,24 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from scipy.special import bdtr, bdtrc
+from scipy.special import betainc
 
 from ..core.errors import KitError
 from ..core.params import did_you_mean
 from ..core.report import Measurement, Report, report_digest
+from .clusters import effective_items
 from llmkit.gate.limits import (
     QUANTILE,
     Unmeasured,
     find,
     judge_limit,
     number_text,
+    rate_behind,
     refuse_beyond,
     refuse_disagreement,
     refuse_narrow,
     rule_result,
     slice_text,
-    successes,
 )
 from .paired import FEW, Difference, Outcome3, holm, noninferiority, paired_scores, superiority
 from .plan import interval_needed, pairs_needed, scores_needed
@@ -62,8 +63,8 @@ def _below(r: Rule, reports: Mapping[str, Report]) -> Difference | None:
     m, ref = (find(reports, s, r.metric, r.slice) for s in (r.on, r.against))
     if not (m.samples and ref.samples) or QUANTILE.search(m.metric):
         return None
-    old, new, _ = _by_item(r, m, ref, reports)
-    return paired_scores(new, r.limit * np.asarray(old), r.alpha)
+    old, new, clusters = _by_item(r, m, ref, reports)
+    return paired_scores(new, r.limit * np.asarray(old), r.alpha, clusters)
 
 
 def bound_ratio(
@@ -137,11 +138,13 @@ def _by_item(
     r: Rule, m: Measurement, ref: Measurement, reports: Mapping[str, Report]
 ) -> tuple[list[float], list[float], list[str] | None]:
     "The baseline's and the candidate's values of each item, and its cluster."
-    new, old = paired_values(reports[r.on], m, r.cluster), paired_values(reports[r.against], ref)
+    told = "cluster" in reports[r.on].samples.get(m.samples.partition("/")[0], {})
+    column = r.cluster or ("cluster" if told else None)
+    new, old = paired_values(reports[r.on], m, column), paired_values(reports[r.against], ref)
     if new.keys() != old.keys():
         raise KitError(f"cannot be paired: {len(new.keys() ^ old.keys())} ids stand in only one of the two reports")
     ids = sorted(new, key=str)
-    clusters = [str(new[i][1]) for i in ids] if r.cluster else None
+    clusters = [str(new[i][1]) for i in ids] if column else None
     return [old[i][0] for i in ids], [new[i][0] for i in ids], clusters
 
 
@@ -212,7 +215,8 @@ def _pairs_that_decide(r: Rule, margin: float, d: Difference) -> int | None:
         return None  # a spread between so few is hardly known
     if not d.exact:
         return scores_needed(margin, d.sd * ((d.clusters or d.n) / d.n) ** 0.5, d.value, r.alpha)
-    return pairs_needed(margin, d.discordance, d.value, r.alpha, test="score" if margin else "mcnemar")
+    pairs = pairs_needed(margin, d.discordance, d.value, r.alpha, test="score" if margin else "mcnemar")
+    return math.ceil(pairs * d.effect * d.clusters / d.n) if pairs and d.clusters else pairs
 
 
 _FOUND = {
@@ -273,7 +277,7 @@ def _judge_one(r: Rule, reports: Mapping[str, Report]) -> tuple[RuleResult, floa
             p = d.p_fail
         else:
             result = (_judge_ratio if r.test == "max_ratio" else judge_limit)(r, reports)
-            p = _p_fail(r, find(reports, r.on, r.metric, r.slice)) if r.adjust else None
+            p = _p_fail(r, reports[r.on]) if r.adjust else None
     except Unmeasured as e:
         return rule_result(r, "fail", f"{r}: not measured, so it fails; {e}"), None
     except KitError as e:
@@ -287,10 +291,12 @@ def _too_few(r: Rule, result: RuleResult) -> RuleResult:
     return replace(result, outcome="inconclusive", sentence=text, needs=max(result.needs or 0, r.min_n))
 
 
-def _p_fail(r: Rule, m: Measurement) -> float:
-    "Exact one-sided p-value against 'the rate is on the good side of the limit'."
-    k = successes(m)
-    return float(bdtr(k, m.n, r.limit)) if r.test == "min" else float(bdtrc(k - 1, m.n, r.limit)) if k else 1.0
+def _p_fail(r: Rule, report: Report) -> float:
+    "Exact one-sided p-value against 'the rate is on the good side of the limit', on as many items as its clusters are worth."
+    flags, clusters = rate_behind(r, report, find({r.on: report}, r.on, r.metric, r.slice))
+    n, limit = effective_items(flags, clusters, r.alpha)[0], r.limit
+    bad, limit = (1 - np.mean(flags), 1 - limit) if r.test == "min" else (np.mean(flags), limit)
+    return float(betainc(n * bad, n * (1 - bad) + 1, limit)) if bad else 1.0
 
 
 def _adjusted(r: Rule, pairs: Sequence[tuple[RuleResult, float | None]]) -> list[RuleResult]:

@@ -15,6 +15,7 @@ import numpy as np
 from scipy.special import bdtr, ndtr, ndtri, stdtrit
 
 from ..core.errors import KitError
+from .clusters import effective_items
 from .intervals import clopper_pearson, cluster_numbers, effective, freedom, resample_mean
 
 # %% ../../nbs/02_gate/02_paired.ipynb #fe0d5d2e
@@ -62,9 +63,9 @@ def score(
 
 
 def score_lower(
-    b: int,  # items that only the candidate got right
-    c: int,  # items that only the baseline did
-    n: int,  # all items
+    b: float,  # items that only the candidate got right
+    c: float,  # items that only the baseline did
+    n: float,  # all items
     level: float = 0.95,  # one-sided confidence
     correct: bool = True,  # half a step of continuity correction
 ) -> float:
@@ -77,9 +78,9 @@ def score_lower(
 
 # %% ../../nbs/02_gate/02_paired.ipynb #bcc58365
 def score_p(
-    b: int,  # items that only the candidate got right
-    c: int,  # items that only the baseline did
-    n: int,  # all items
+    b: float,  # items that only the candidate got right
+    c: float,  # items that only the baseline did
+    n: float,  # all items
     margin: float,  # largest loss that is accepted
 ) -> tuple[float, float]:
     "One-sided p-values: against a loss of at least the margin, and against a loss of at most the margin."
@@ -106,6 +107,7 @@ class Difference:
     p_fail: float  # one-sided p-value against "the loss is within the margin"
     exact: bool = True  # counts of rights and wrongs; False for what was resampled
     clusters: int | None = None  # how many, where items hang together
+    effect: float = 1.0  # how many pairs say as much as one that stands alone; resampled bounds hold it in `sd`
 
     def against(self, margin: float) -> Outcome3:
         "The finding at a margin."
@@ -117,15 +119,16 @@ def paired_rates(
     candidate: Sequence,  # (n,) 0 or 1, same items
     alpha: float = 0.05,  # one-sided
     margin: float = 0.0,  # for the p-value
+    clusters: Sequence | None = None,  # (n,) label of each item's cluster
 ) -> Difference:
     "The difference of two accuracies with score bounds."
     (b, c), n = discordant(baseline, candidate), len(baseline)
-    low, high = score_lower(b, c, n, 1 - alpha), -score_lower(c, b, n, 1 - alpha)
-    share, diff = (b + c) / n, (b - c) / n
-    method = f"paired score bound, {b} better, {c} worse"
-    return Difference(
-        diff, low, high, 1 - alpha, n, share, (share - diff**2) ** 0.5, method, score_p(b, c, n, margin)[1]
-    )
+    items, how = effective_items(np.asarray(candidate, float) - np.asarray(baseline, float), clusters, alpha)
+    e, k = n / items, len(set(clusters)) if clusters is not None else None
+    low, high = score_lower(b / e, c / e, items, 1 - alpha), -score_lower(c / e, b / e, items, 1 - alpha)
+    share, diff, p = (b + c) / n, (b - c) / n, score_p(b / e, c / e, items, margin)[1]
+    how = f"paired score bound, {b} better, {c} worse{how}"
+    return Difference(diff, low, high, 1 - alpha, n, share, (share - diff**2) ** 0.5, how, p, True, k, e)
 
 # %% ../../nbs/02_gate/02_paired.ipynb #adadfc6f
 def skew_alpha(
@@ -156,10 +159,11 @@ def paired_scores(
     d, n, whole = y - x, len(x), 1.0 if rates else float(max(np.abs(x).max(), np.abs(y).max()))
     inv = cluster_numbers(n, clusters)
     sizes = np.bincount(inv)
-    units, differ = len(sizes), effective(sizes[sorted(set(inv[d != 0]))])
+    moved = np.abs(np.bincount(inv, d)) > 1e-12 * np.abs(d).max()  # gains and losses may cancel within a cluster
+    units, differ = len(sizes), effective(sizes[moved])
     asked, share = skew_alpha(alpha, max(differ, 1)), float((d != 0).mean())
     low, high, p_fail, k = 0.0, 0.0, float(margin >= 0), units if clusters is not None else None
-    how = f"identical on every item, {units} {'items' if k is None else 'clusters'}"
+    how = f"identical on every {'item' if k is None or not share else 'cluster'}, {units} {'items' if k is None else 'clusters'}"
     if differ:
         found = resample_mean(d, clusters, times, seed)
         (low, high), p_fail, how = found.bounds(asked), found.p_below(-margin) * alpha / asked, f"paired {found.method}"
@@ -197,8 +201,9 @@ def noninferiority(
     sign = 1 if direction == "higher" else -1
     x, y = np.asarray(baseline, float), np.asarray(candidate, float)
     binary = np.isin(x, (0, 1)).all() and np.isin(y, (0, 1)).all()
-    if binary and clusters is None:
-        return paired_rates(x, y, alpha, margin) if sign > 0 else paired_rates(1 - x, 1 - y, alpha, margin)
+    if binary:
+        x, y = (x, y) if sign > 0 else (1 - x, 1 - y)
+        return paired_rates(x, y, alpha, margin, clusters)
     return paired_scores(sign * x, sign * y, alpha, clusters, seed=seed, margin=margin)
 
 # %% ../../nbs/02_gate/02_paired.ipynb #519aa3e7
@@ -218,11 +223,11 @@ def superiority(
     binary = np.isin(x, (0, 1)).all() and np.isin(y, (0, 1)).all()
     if direction == "lower":
         x, y = (1 - x, 1 - y) if binary else (-x, -y)
-    if not binary or clusters is not None:
+    if not binary:
         d = paired_scores(x, y, alpha, clusters, seed=seed, margin=-lead)
         return d.against(-lead), d
-    d, (b, c) = paired_rates(x, y, alpha, -lead), discordant(x, y)
-    if lead:
+    d, (b, c) = paired_rates(x, y, alpha, -lead, clusters), discordant(x, y)
+    if lead or d.clusters not in (None, d.n):
         return d.against(-lead), d
     better, worse = mcnemar_better(b, c), mcnemar_better(c, b)
     how = f"exact McNemar, {b} better, {c} worse, one-sided p = {better:.3g}"

@@ -33,7 +33,9 @@ class Rule:
     bound: Bound | None = None  # how uncertainty counts; None compares the bare value
     alpha: float = 0.05  # one-sided error of every bound
     min_n: int = 1  # fewer items are inconclusive
-    cluster: str | None = None  # column of the per-sample table by which items hang together
+    cluster: str | None = (
+        None  # column of the per-sample table by which items hang together; None: `cluster`, where there is one
+    )
     adjust: Literal["holm"] | None = None  # over the slices of a "*"
     if_absent: Literal["fail", "skip"] = "fail"  # when the whole report of `on` or `against` is not there
     because: str = ""  # why the rule is there, for whoever meets it at three in the morning
@@ -120,7 +122,7 @@ def _contradiction(r: Rule) -> tuple[str, str, str | None] | None:
         (r.test == "max_ratio" and rate, "bound", "a ratio is bounded by 'interval' or not at all", "Write bound: interval"),
         (rate and r.metric.startswith("worst_"), "bound", "the lowest of several groups is no single rate, and chance alone fails it", "Use 'bound: interval', or the metric on 'group=*' with 'adjust: holm'"),
         (rate and not 0 <= r.limit <= 1, r.test, "a rate lies between 0 and 1", "Write a share, 0.8 for 80 %"),
-        (r.cluster and not paired, "cluster", "'cluster' belongs to noninferiority and superiority", out),
+        (r.cluster and not (rate or paired), "cluster", "'cluster' belongs to noninferiority, superiority and bounded rates: an interval got its clusters when it was measured", out),
         (r.adjust and not r.slice.endswith("=*"), "adjust", "'adjust' is for the slices of a '*'", "Leave it out, or write a slice such as group=*"),
         (r.adjust and not (rate or paired), "adjust", "'adjust' needs a test with p-values: noninferiority, superiority or a bounded rate", out),
         (r.slice != "all" and not all(r.slice.partition("=")), "slice", "a slice is 'all' or 'column=value'", "Write it as group=over_60"),

@@ -6,6 +6,7 @@
 __all__ = ['Usage', 'collect', 'decide', 'gate_run', 'plan_rule', 'gate_plan', 'baseline_set']
 
 # %% ../../nbs/02_gate/08_run.ipynb #4b84d1c8
+import math
 import os
 import shutil
 import sys
@@ -19,8 +20,9 @@ from ..core.files import atomic_folder
 from ..core.params import load_params
 from ..core.ranges import check_ranges
 from ..core.report import Report, read_report, write_report
+from .clusters import design_effect
 from .judge import compare, judge, ratio_needed
-from .limits import least_values
+from .limits import find, least_values, rate_behind
 from .paired import Difference
 from .plan import about, interval_needed, pairs_needed, power_each, rate_needed, scores_needed
 from .policy import PAIRED, Policy, Rule, read_policy
@@ -130,7 +132,18 @@ def plan_rule(
     if r.metric.endswith("_corrected"):
         need = rate_needed(r.limit, value, r.alpha, power)
         return need, f"a true rate of {value:.4g}, by a detector without errors; one that errs needs more"
-    return rate_needed(r.limit, value, r.alpha, power, r.bound), f"a true rate of {value:.4g}"
+    need, effect = rate_needed(r.limit, value, r.alpha, power, r.bound), _effect_now(r, reports)
+    return need and math.ceil(need * effect), f"a true rate of {value:.4g}" + (f", with the measured design effect of {effect:.2f}" if effect > 1 else "")  # fmt: skip
+
+
+def _effect_now(r: Rule, reports: Mapping[str, Report] | None) -> float:
+    "By how much clusters multiply the items that a rate needs, 1 where that was not measured."
+    if not reports or r.on not in reports:
+        return 1.0
+    try:
+        return design_effect(*rate_behind(r, reports[r.on], find(reports, r.on, r.metric, r.slice)))
+    except KitError:
+        return 1.0
 
 
 def _measured_need(
@@ -158,7 +171,8 @@ def _pairs_for(r: Rule, discordance: float, lead: float, power: float, reports: 
         return need, f"{said} whose differences spread by {d.sd:.3g}, measured on {d.n:,}"
     share, how = (d.discordance, f" of {d.n:,}, measured") if d and d.discordance else (discordance, ", assumed")
     test = "score" if margin else "mcnemar"
-    return pairs_needed(margin, max(share, gain), gain, r.alpha, power, test), f"{said} that differ on {share:.1%}{how}"
+    need = pairs_needed(margin, max(share, gain), gain, r.alpha, power, test)
+    return need and math.ceil(need * (d.effect if d else 1)), f"{said} that differ on {share:.1%}{how}"
 
 
 def _compared_now(r: Rule, reports: Mapping[str, Report]) -> Difference | None:
