@@ -15,7 +15,7 @@ import numpy as np
 from ..core.errors import KitError
 from ..core.report import Measurement
 from .task import mean_score
-from ..gate.intervals import wilson
+from ..gate.clusters import design_effect, rate_interval
 
 # %% ../../nbs/06_evals/06_calibration.ipynb #6d9e7774
 Bins = Literal["width", "mass"]
@@ -96,21 +96,24 @@ def debiased_ece(
     level: float = 0.95,  # of the interval
     times: int = 1000,  # simulations
     seed: int = 0,
+    clusters: Sequence | None = None,  # (n,) label of each item's cluster
 ) -> tuple[float, float, float]:
     "The calibration error behind the measured one, with an interval: from a simulated test below, from Wilson's intervals of the bins above."
     c, y = np.asarray(confidence, float), np.asarray(correct, float)
     at, z = bin_of(c, bins, kind), np.random.default_rng(seed).normal(size=(times, bins))
     gap, sd = _gaps(c, y, at, bins)
+    sd *= design_effect(y, clusters) ** 0.5
     measured, scales, a = np.abs(gap).sum(), np.linspace(0, 1, 41), (1 - level) / 2
     shown = np.array([np.quantile(np.abs(t * gap + z * sd).sum(1), [0.5, 1 - a]) for t in scales])
     mid, low = (float(np.interp(measured, q, scales, left=0.0) * measured) for q in shown.T)
-    return mid, low, float(min(measured + _beyond(y, at, level), 1.0))
+    return mid, low, float(min(measured + _beyond(y, at, level, clusters), 1.0))
 
 
-def _beyond(y: np.ndarray, at: np.ndarray, level: float) -> float:
+def _beyond(y: np.ndarray, at: np.ndarray, level: float, clusters: Sequence | None) -> float:
     "By how much the true error may exceed the measured one: the root of the summed squares of what each bin adds."
-    each = [(y[at == b].sum(), (at == b).sum()) for b in np.unique(at)]
-    ends = [(k / n, wilson(int(k), int(n), level), n / len(y)) for k, n in each]
+    by = None if clusters is None else np.asarray(clusters)
+    each = [(y[at == b], None if by is None else by[at == b]) for b in np.unique(at)]
+    ends = [(v.mean(), rate_interval(v, of, level), len(v) / len(y)) for v, of in each]
     return float(np.sqrt(sum((w * max(p - ci.low, ci.high - p)) ** 2 for p, ci, w in ends)))
 
 
@@ -147,7 +150,8 @@ def calibration_measurements(
     how = f"{bins} bins of equal {kind}; confidence: {definition}"
     other = f"{bins} bins of equal mass; confidence: {definition}"
     value, (null, high) = ece(c, y, bins, kind), null_ece(c, bins, kind, seed=seed)
-    mid, least, most = debiased_ece(c, y, bins, kind, seed=seed)
+    by = table.get("cluster")
+    mid, least, most = debiased_ece(c, y, bins, kind, seed=seed, clusters=by)
     low = dict(direction="lower")
     out = [
         Measurement("ece", value, n, method=how, **low),
@@ -169,6 +173,6 @@ def calibration_measurements(
         Measurement("mce", mce(c, y, bins, kind), n, method=f"worst bin; {how}", **low),
     ]
     return out + [
-        mean_score(m, table[m], f"{name}/{m}", direction="lower", seed=seed, span=(0, most))
+        mean_score(m, table[m], f"{name}/{m}", direction="lower", seed=seed, span=(0, most), clusters=by)
         for m, most in (("brier", 1), ("log_loss", np.inf))
     ]

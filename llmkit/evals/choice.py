@@ -17,7 +17,7 @@ import numpy as np
 from ..core.errors import KitError
 from ..core.report import Measurement
 from .calibration import calibration_measurements
-from .suite import Suite
+from .suite import Suite, clusters_of
 from .task import sliced
 from ..model.tokenizer import Tokenizer, encode_after
 from ..runtime.endpoint import EndpointEngine
@@ -35,6 +35,7 @@ class Question:
     right: int  # index of the right one
     group: str = ""  # for slices
     between: str = ""  # text between prompt and option, which counts for no option's length: often a space
+    cluster: str = ""  # what it shares with others, so that they are right or wrong together
 
     def __post_init__(self):
         if len(self.options) < 2 or "" in self.options or not 0 <= self.right < len(self.options):
@@ -47,7 +48,10 @@ def suite_questions(suite: Suite) -> list[Question]:
     if bare is not None:
         fix = "Give each record `choices`, with its answer among them"
         raise KitError("an item without choices, or with an answer that is none of them", key=bare, remedy=fix)
-    return [Question(i.id, i.messages, i.choices, i.choices.index(i.answer), i.group) for i in suite.items]
+    return [
+        Question(i.id, i.messages, i.choices, i.choices.index(i.answer), i.group, cluster=i.cluster)
+        for i in suite.items
+    ]
 
 # %% ../../nbs/06_evals/02c_choice.ipynb #621488db
 def option_ids(
@@ -141,7 +145,7 @@ def choice_table(
     "The per-sample table of multiple choice: one row for each question."
     scored = option_scores(engine, [(q.prompt, [q.between + o for o in q.options]) for q in questions])
     rows = [_row(q, ll) for q, ll in zip(questions, scored, strict=True)]
-    return {k: [r[k] for r in rows] for k in rows[0]}
+    return {k: [r[k] for r in rows] for k in rows[0]} | clusters_of(questions)
 
 
 def _row(q: Question, ll: np.ndarray) -> dict[str, Any]:

@@ -18,12 +18,13 @@ from ..core.errors import KitError
 from ..core.report import Measurement
 from .suite import Suite, known_label
 from .task import answer_table, ask, sliced, worst_group
+from ..gate.clusters import effective_items
 from ..gate.intervals import Interval, wilson
 from ..gate.paired import holm
 from ..runtime.engine import Engine
 
 # %% ../../nbs/06_evals/26_fairness.ipynb #43569622
-Count = tuple[int, int]  # (how many, of how many)
+Count = tuple[float, float]  # (how many, of how many); not whole where items hang together
 
 
 def newcombe(
@@ -52,21 +53,31 @@ def counts(
     return {k: c for k, c in every.items() if c[1] >= min_n}, [k for k, c in every.items() if c[1] < min_n]
 
 # %% ../../nbs/06_evals/26_fairness.ipynb #2ae0fd43
+def _worth(found: Mapping[str, Count], flags: Sequence[int], group: Sequence[str], clusters: Sequence | None) -> dict[str, Count]:  # fmt: skip
+    "The counts of as many independent items as each group's say as much as."
+    if clusters is None:
+        return dict(found)
+    x, g, by = np.asarray(flags, int), np.asarray(group), np.asarray(clusters)
+    items = {k: effective_items(x[g == k], by[g == k], 0.025)[0] for k in found}
+    return {k: (items[k] * (hits / n), items[k]) for k, (hits, n) in found.items()}
+
+# %% ../../nbs/06_evals/26_fairness.ipynb #0ba74b45
 def gap(
     metric: str,
     flags: Sequence[int],  # (n,) 0 or 1
     group: Sequence[str],  # (n,)
     min_n: int = 30,
     level: float = 0.95,  # of all pairs together
+    clusters: Sequence | None = None,  # (n,) label of each item's cluster
 ) -> Measurement | None:
     "Highest minus lowest rate over groups; None with fewer than two large enough ones."
     found, _ = counts(flags, group, min_n)
     if len(found) < 2:
         return None
-    return _gap(metric, [found], level)
+    return _gap(metric, [found], [_worth(found, flags, group, clusters)], level)
 
-# %% ../../nbs/06_evals/26_fairness.ipynb #0ba74b45
-def _gap(metric: str, parts: Sequence[Mapping[str, Count]], level: float = 0.95) -> Measurement:
+# %% ../../nbs/06_evals/26_fairness.ipynb #cc06337d
+def _gap(metric: str, parts: Sequence[Mapping[str, Count]], worth: Sequence[Mapping[str, Count]], level: float = 0.95) -> Measurement:  # fmt: skip
     "The widest gap in any of several rates, with the ends that all pairs of all of them allow at a shared level."
     pairs = sum(comb(len(p), 2) for p in parts)
     share = lambda c: c[0] / c[1]
@@ -74,7 +85,7 @@ def _gap(metric: str, parts: Sequence[Mapping[str, Count]], level: float = 0.95)
     widest = max(parts, key=spread)
     top = max(widest, key=lambda k: (share(widest[k]), -widest[k][1]))
     low = min((k for k in widest if k != top), key=lambda k: (share(widest[k]), widest[k][1]))
-    each = [newcombe(a, b, 1 - (1 - level) / pairs) for p in parts for a, b in combinations(p.values(), 2)]
+    each = [newcombe(a, b, 1 - (1 - level) / pairs) for p in worth for a, b in combinations(p.values(), 2)]
     ends = max(0.0, *(x for ci in each for x in (ci.low, -ci.high))), max(x for ci in each for x in (ci.high, -ci.low))
     n = sum(c[1] for c in widest.values())
     how = f"{top} minus {low}; the widest ends of {pairs} pairs, Newcombe at 1 - {1 - level:.2g}/{pairs}"
@@ -87,6 +98,7 @@ def group_differences(
     group: Sequence[str],  # (n,)
     min_n: int = 30,
     alpha: float = 0.05,
+    clusters: Sequence | None = None,  # (n,) label of each item's cluster
 ) -> list[Measurement]:
     "Rate of each group minus that of the others, and how many groups are worse after Holm's adjustment."
     from scipy.stats import fisher_exact
@@ -96,10 +108,14 @@ def group_differences(
         return []
     total = np.array([found[g] for g in found]).sum(0)
     rest = {g: (int(total[0] - k), int(total[1] - n)) for g, (k, n) in found.items()}
-    p = [float(fisher_exact([[k, n - k], [rest[g][0], rest[g][1] - rest[g][0]]], alternative="less").pvalue) for g, (k, n) in found.items()]  # fmt: skip
+    worth = _worth(found, flags, group, clusters)
+    every = np.array([*worth.values()]).sum(0)
+    others = {g: (every[0] - k, every[1] - n) for g, (k, n) in worth.items()}
+    table = lambda *pair: [[round(k), round(n - k)] for k, n in pair]
+    p = [float(fisher_exact(table(c, others[g]), alternative="less").pvalue) for g, c in worth.items()]
     out, level = [], 1 - alpha / len(found)
     for (g, c), adjusted in zip(found.items(), holm(p), strict=True):
-        ci = newcombe(c, rest[g], level)
+        ci = newcombe(worth[g], others[g], level)
         how = (
             f"against the other groups; Newcombe at 1 - {alpha:g}/{len(found)}; worse: Holm p = {adjusted:.3g} (Fisher)"
         )
@@ -113,10 +129,11 @@ def demographic_parity(
     decided: Sequence[int],  # (n,) 1 for the positive decision
     group: Sequence[str],  # (n,)
     min_n: int = 30,
+    clusters: Sequence | None = None,  # (n,) label of each item's cluster
 ) -> list[Measurement]:
     "Demographic parity difference and ratio; nothing with fewer than two large enough groups."
     found, _ = counts(decided, group, min_n)
-    return _parity("demographic_parity", [found]) if len(found) > 1 else []
+    return _parity("demographic_parity", [found], [_worth(found, decided, group, clusters)]) if len(found) > 1 else []
 
 # %% ../../nbs/06_evals/26_fairness.ipynb #54b0dc4e
 def equalized_odds(
@@ -124,22 +141,25 @@ def equalized_odds(
     decided: Sequence[int],  # (n,) 1 for the positive decision
     group: Sequence[str],  # (n,)
     min_n: int = 30,  # of positives, and of negatives, in a group
+    clusters: Sequence | None = None,  # (n,) label of each item's cluster
 ) -> list[Measurement]:
     "Equalized odds difference and ratio, unless fewer than two groups can be compared in either rate, and how many groups could not."
     t, d, g = np.asarray(true), np.asarray(decided), np.asarray(group)
+    by = [None if clusters is None else np.asarray(clusters)[t == v] for v in (1, 0)]
     parts = [counts(d[t == v], g[t == v], min_n)[0] for v in (1, 0)]
+    worth = [_worth(p, d[t == v], g[t == v], c) for p, v, c in zip(parts, (1, 0), by, strict=True)]
     every = sorted(set(g.tolist()) - {""})
     gone = [[k for k in every if k not in p] for p in parts]
     how = "; ".join(f"{rate} rate, n < {min_n}: {', '.join(x) or 'none'}" for rate, x in zip(("true positive", "false positive"), gone, strict=True))  # fmt: skip
-    out = _parity("equalized_odds", parts) if min(map(len, parts)) > 1 else []
+    out = _parity("equalized_odds", parts, worth) if min(map(len, parts)) > 1 else []
     out = [replace(m, method=f"{m.method}; left out: {how}") for m in out] if any(gone) else out
     left = Measurement("equalized_odds_unjudged", len({*gone[0], *gone[1]}), len(t), direction="lower", method=f"groups left out of the {how}")  # fmt: skip
     return [*out, left]
 
 # %% ../../nbs/06_evals/26_fairness.ipynb #bf77af61
-def _parity(name: str, parts: Sequence[Mapping[str, Count]]) -> list[Measurement]:
+def _parity(name: str, parts: Sequence[Mapping[str, Count]], worth: Sequence[Mapping[str, Count]]) -> list[Measurement]:
     "Difference and ratio of the extremes, the worse over several rates."
-    out = [_gap(f"{name}_difference", parts)]
+    out = [_gap(f"{name}_difference", parts, worth)]
     rates = [[k / n for k, n in p.values()] for p in parts]
     if all(max(r) > 0 for r in rates):
         ratio = min(min(r) / max(r) for r in rates)
@@ -153,17 +173,19 @@ def fairness_measurements(
     min_n: int = 30,  # smaller groups are not judged
 ) -> list[Measurement]:
     "Accuracy by group, the worst group, gaps, and parity of a decision."
-    kept = {c: list(table[c]) for c in ("id", "group", "correct")}
+    kept = {c: list(table[c]) for c in ("id", "group", "correct", "cluster") if c in table}
+    by = kept.get("cluster")
     out = sliced("accuracy", kept, "correct", by=("group",), name="task")
-    out += [w] if (w := worst_group(out, min_n=min_n)) else []
-    out += [g] if (g := gap("accuracy_gap", kept["correct"], kept["group"], min_n)) else []
-    out += group_differences("accuracy", kept["correct"], kept["group"], min_n)
+    out += [w] if (w := worst_group(out, min_n=min_n, table=kept)) else []
+    out += [g] if (g := gap("accuracy_gap", kept["correct"], kept["group"], min_n, clusters=by)) else []
+    out += group_differences("accuracy", kept["correct"], kept["group"], min_n, clusters=by)
     small = counts(kept["correct"], kept["group"], min_n)[1]
     out.append(Measurement("groups_unjudged", len(small), len(kept["id"]), direction="lower", method=f"groups with n < {min_n}: {', '.join(small) or 'none'}"))  # fmt: skip
     if positive is not None:
         known_label(positive, table["label"], "fairness.positive")
         decided, true = ([int(v == positive) for v in table[c]] for c in ("predicted", "label"))
-        out += demographic_parity(decided, table["group"], min_n) + equalized_odds(true, decided, table["group"], min_n)
+        out += demographic_parity(decided, table["group"], min_n, by)
+        out += equalized_odds(true, decided, table["group"], min_n, by)
     return out
 
 # %% ../../nbs/06_evals/26_fairness.ipynb #1cf686bd

@@ -16,7 +16,7 @@ import numpy as np
 from ..core.errors import KitError
 from ..core.report import Measurement
 from .choice import score_pairs
-from .suite import Suite
+from .suite import Suite, clusters_of
 from .task import mean_score
 from ..gate.intervals import bootstrap
 from ..model.tokenizer import Tokenizer, encode_example
@@ -42,7 +42,8 @@ def answer_likelihood(
     "The per-sample table of the reference answers: negative log-likelihood, tokens, words and bytes."
     cut = [answer_ids(engine.tokenizer, [*i.messages, {"role": "assistant", "content": i.answer}]) for i in suite.items]
     scored = engine.score([p for p, _ in cut], [c for _, c in cut])
-    return {"id": [i.id for i in suite.items], "group": [i.group for i in suite.items]} | _lengths(
+    known = {"id": [i.id for i in suite.items], "group": [i.group for i in suite.items], **clusters_of(suite.items)}
+    return known | _lengths(
         [i.answer for i in suite.items],
         [float(-np.sum(s, dtype=np.float64)) for s in scored],
         [len(s) for s in scored],
@@ -107,7 +108,14 @@ def language_measurements(
     return [
         *out,
         mean_score(
-            "answer_nll", table["nll"], f"{name}/nll", direction="lower", unit="nats", seed=seed, span=(0, np.inf)
+            "answer_nll",
+            table["nll"],
+            f"{name}/nll",
+            direction="lower",
+            unit="nats",
+            seed=seed,
+            span=(0, np.inf),
+            clusters=table.get("cluster"),
         ),
     ]
 
@@ -119,7 +127,8 @@ def _ratio(metric: str, table: Mapping[str, Sequence], unit: str, f, seed: int) 
     if not np.isfinite(rows).all() or not rows[:, 1].sum():
         raise KitError("the log-likelihood is not finite", key=metric, remedy="Look for NaN in the model's weights")
     spread = len(rows) > 1 and not (rows == rows[0]).all()
-    ci = bootstrap(rows, stat, method="percentile", times=1000, seed=seed) if spread else None
+    spread = spread and len(set(table.get("cluster", range(2)))) > 1
+    ci = bootstrap(rows, stat, table.get("cluster"), method="percentile", times=1000, seed=seed) if spread else None
     ends = (ci.low, ci.high) if ci else (None, None)
     return Measurement(
         metric, stat(rows), len(rows), *ends, direction="lower", method=ci.method if ci else "no interval"

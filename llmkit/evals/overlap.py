@@ -10,6 +10,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -83,15 +84,20 @@ def overlap_measurements(
             out += _sliced(name, table, by, seed)
     if "token_f1" in scorers:
         table["normal_match"] = [normal_match(*p) for p in pairs]
-        out.append(rate("normal_match", table["normal_match"], "task/normal_match"))
+        out.append(rate("normal_match", table["normal_match"], "task/normal_match", clusters=table.get("cluster")))
     return out
 
 
 def _sliced(name: str, table: Mapping[str, Sequence], by: Sequence[str], seed: int) -> list[Measurement]:
     "A mean on everything and on every slice."
-    out = [mean_score(name, table[name], f"task/{name}", seed=seed, span=(0, 1))]
+    values, clusters = np.asarray(table[name]), np.asarray(table["cluster"]) if "cluster" in table else None
+
+    def of(rows: Any, slice: str) -> Measurement:
+        by = None if clusters is None else clusters[rows]
+        return mean_score(name, values[rows], f"task/{name}", slice, seed=seed, span=(0, 1), clusters=by)
+
+    out = [of(slice(None), "all")]
     for key in by:
-        for part in sorted(set(table[key])):
-            rows = [v for v, k in zip(table[name], table[key], strict=True) if k == part]
-            out += [mean_score(name, rows, f"task/{name}", f"{key}={part}", seed=seed, span=(0, 1))] if part else []
+        parts = np.asarray(table[key])
+        out += [of(parts == p, f"{key}={p}") for p in sorted(set(table[key])) if p]
     return out

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..core.errors import KitError
 from ..core.report import Direction, Measurement
+from ..gate.clusters import rate_interval
 from ..gate.intervals import Interval, clopper_pearson, tail
 
 # %% ../../nbs/06_evals/20_prevalence.ipynb #6ae55add
@@ -23,10 +24,11 @@ def exact_rate(
     slice: str = "all",
     direction: Direction = "lower",
     level: float = 0.95,
+    clusters: Sequence | None = None,  # (n,) label of each item's cluster
 ) -> Measurement:
     "A share of items with its Clopper-Pearson interval; raises `KitError` without items."
     k, n = int(sum(flags)), len(flags)
-    ci = clopper_pearson(k, n, level)
+    ci = rate_interval(flags, clusters, level, bound="clopper_pearson")
     return Measurement(metric, k / n, n, ci.low, ci.high, level, direction, slice, method=ci.method, samples=samples)
 
 # %% ../../nbs/06_evals/20_prevalence.ipynb #8d6f555a

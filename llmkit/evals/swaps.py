@@ -18,7 +18,7 @@ from ..core.ranges import check_ranges
 from ..core.report import Measurement
 from .detect import DATA
 from .prevalence import exact_rate
-from .suite import Item, Suite, predicted_label
+from .suite import Item, Suite, clusters_of, predicted_label
 from .task import ask
 from ..gate.paired import discordant, holm, mcnemar, paired_rates
 from ..runtime.engine import Engine
@@ -115,6 +115,7 @@ def swap_table(
     return {
         "id": [f"{i.id}/{axis}" for axis, i, _ in rows],
         "swap": [axis for axis, _, _ in rows],
+        **clusters_of(i for _, i, _ in rows),
         "flipped": [int(a != b) for _, _, (a, b, _) in rows],
         "control": [None if c is None else int(a != c) for _, _, (a, _, c) in rows],
         "correct": [int(a == i.label) for _, i, (a, _, _) in rows],
@@ -128,17 +129,19 @@ def swap_measurements(
 ) -> list[Measurement]:
     "Flip rate, its excess over the control, the difference in accuracy, and the axes on which it is significant."
     out, p = [], {}
-    out.append(exact_rate("flip_rate", table["flipped"], "swaps/flipped"))
+    columns = [c for c in ("flipped", "control", "correct", "correct_swapped", "cluster") if c in table]
+    out.append(exact_rate("flip_rate", table["flipped"], "swaps/flipped", clusters=table.get("cluster")))
     for axis in sorted(set(table["swap"])):
         rows = [i for i, s in enumerate(table["swap"]) if s == axis]
-        col = {c: [table[c][i] for i in rows] for c in ("flipped", "control", "correct", "correct_swapped")}
-        out.append(exact_rate("flip_rate", col["flipped"], "swaps/flipped", f"swap={axis}"))
+        col = {c: [table[c][i] for i in rows] for c in columns}
+        by = col.get("cluster")
+        out.append(exact_rate("flip_rate", col["flipped"], "swaps/flipped", f"swap={axis}", clusters=by))
         if None not in col["control"]:
             more, less = discordant(col["control"], col["flipped"])
             how = f"paired score bound, {more} flip by the swap alone, {less} by the control alone"
-            excess = _paired("excess_flip_rate", col["control"], col["flipped"], f"swap={axis}", "lower", alpha)
+            excess = _paired("excess_flip_rate", col["control"], col["flipped"], f"swap={axis}", "lower", alpha, by)
             out.append(replace(excess, method=how))
-        out.append(_paired("swap_accuracy_difference", col["correct"], col["correct_swapped"], f"swap={axis}", "none", alpha))  # fmt: skip
+        out.append(_paired("swap_accuracy_difference", col["correct"], col["correct_swapped"], f"swap={axis}", "none", alpha, by))  # fmt: skip
         p[axis] = mcnemar(*discordant(col["correct"], col["correct_swapped"]))
     adjusted = dict(zip(p, holm(list(p.values())), strict=True))
     bad = [a for a, x in adjusted.items() if x <= alpha]
@@ -146,9 +149,9 @@ def swap_measurements(
     return [*out, Measurement("swaps_biased", len(bad), len(table["id"]), direction="lower", method=how)]
 
 # %% ../../nbs/06_evals/27_swaps.ipynb #b80f1c1f
-def _paired(metric: str, before: Sequence[int], after: Sequence[int], slice: str, better: Any, alpha: float) -> Measurement:  # fmt: skip
+def _paired(metric: str, before: Sequence[int], after: Sequence[int], slice: str, better: Any, alpha: float, clusters: Sequence | None) -> Measurement:  # fmt: skip
     "The difference of two paired rates with its two-sided interval."
-    d = paired_rates(before, after, alpha / 2)
+    d = paired_rates(before, after, alpha / 2, clusters=clusters)
     return Measurement(metric, d.value, d.n, d.low, d.high, 1 - alpha, better, slice, method=d.method)
 
 # %% ../../nbs/06_evals/27_swaps.ipynb #db286d25

@@ -15,8 +15,9 @@ import numpy as np
 
 from ..core.errors import KitError
 from ..core.report import Direction, Measurement
-from .suite import Suite, predicted_label
-from ..gate.intervals import bootstrap, clopper_pearson, resample_mean, wilson
+from .suite import Suite, clusters_of, predicted_label
+from ..gate.clusters import rate_interval
+from ..gate.intervals import Interval, bootstrap, cluster_numbers, resample_mean, wilson
 from ..gate.paired import skew_alpha
 from ..runtime.engine import Completion, Engine
 from ..runtime.sampling import Sampling
@@ -70,11 +71,12 @@ def answer_table(
     return {
         "id": [i.id for i, _, _ in pairs],
         "group": [i.group for i, _, _ in pairs],
-        **({"cluster": [i.cluster or i.id for i in suite.items]} if any(i.cluster for i in suite.items) else {}),
+        **clusters_of(suite.items),
         "label": [i.label for i, _, _ in pairs],
         "predicted": said,
         "correct": [int(p == i.label) for i, _, p in pairs],
         "unknown": [int(p not in known) for p in said],
+        "empty": [int(not a.text.strip()) for _, a, _ in pairs],
         "exact": [int(a.text.strip() == i.answer.strip()) for i, a, _ in pairs],
         **({} if any(map(isnan, sure)) else {"confidence": sure}),
         "tokens": [len(a.tokens) for a in answers],
@@ -111,11 +113,12 @@ def rate(
     slice: str = "all",
     direction: str = "higher",
     level: float = 0.95,
+    clusters: Sequence | None = None,  # (n,) label of each item's cluster
 ) -> Measurement:
     "A share of items with its Wilson interval."
     k, n = int(sum(values)), len(values)
-    ci = wilson(k, n, level)
-    return Measurement(metric, k / n, n, ci.low, ci.high, level, direction, slice, method="Wilson", samples=samples)
+    ci = rate_interval(values, clusters, level)
+    return Measurement(metric, k / n, n, ci.low, ci.high, level, direction, slice, method=ci.method, samples=samples)
 
 
 def mean_score(
@@ -128,11 +131,14 @@ def mean_score(
     seed: int = 0,
     what: str = "",  # is measured, for the method
     span: tuple[float, float] = (-np.inf, np.inf),  # in which a value lies
+    clusters: Sequence | None = None,  # (n,) label of each item's cluster
 ) -> Measurement:
     "A mean with its bootstrap interval, where there is a spread."
-    spread = len(values) > 1 and np.ptp(values) > 1e-9 * np.abs(values).max()
-    found = resample_mean(values, seed=seed) if spread else None
-    ends = np.clip(found.bounds(skew_alpha(0.025, len(values))), *span).tolist() if found else (None, None)
+    by = cluster_numbers(len(values), clusters)
+    means = np.bincount(by, values) / np.bincount(by)
+    spread = len(means) > 1 and np.ptp(means) > 1e-9 * np.abs(values).max()
+    found = resample_mean(values, clusters, seed=seed) if spread else None
+    ends = np.clip(found.bounds(skew_alpha(0.025, found.effective)), *span).tolist() if found else (None, None)
     how = "; ".join(filter(None, (what, found.method if found else "no interval: nothing to resample")))
     return Measurement(metric, float(np.mean(values)), len(values), *ends, direction=direction, slice=slice, unit=unit, method=how, samples=samples)  # fmt: skip
 
@@ -145,11 +151,15 @@ def sliced(
     name: str = "task",  # the table's name in the report
 ) -> list[Measurement]:
     "A rate on everything and on every slice."
-    ref, values = f"{name}/{column}", np.asarray(table[column])
-    out = [rate(metric, values, ref)]
+    values, clusters = np.asarray(table[column]), np.asarray(table["cluster"]) if "cluster" in table else None
+
+    def of(rows: Any, slice: str) -> Measurement:
+        return rate(metric, values[rows], f"{name}/{column}", slice, clusters=None if clusters is None else clusters[rows])  # fmt: skip
+
+    out = [of(slice(None), "all")]
     for key in by:
         parts = np.asarray(table[key])
-        out += [rate(metric, values[parts == p], ref, f"{key}={p}") for p in sorted(set(parts.tolist())) if p]
+        out += [of(parts == p, f"{key}={p}") for p in sorted(set(parts.tolist())) if p]
     return out
 
 # %% ../../nbs/06_evals/02_task.ipynb #535e0baa
@@ -157,17 +167,28 @@ def worst_group(
     measured: Sequence[Measurement],  # of one metric, slices included
     by: str = "group",
     min_n: int = 10,  # smaller groups say nothing
+    table: Mapping[str, Sequence] | None = None,  # behind it, where that tells clusters
 ) -> Measurement | None:
     "The lowest rate of any group, or None when no two groups are large enough."
     parts = [m for m in measured if m.slice.startswith(f"{by}=") and m.n >= min_n]
     if len(parts) < 2:
         return None
     worst, k = min(parts, key=lambda m: m.value), len(parts)
-    ends = [(wilson(round(m.value * m.n), m.n, 1 - 0.05 / k), m) for m in parts]
+    ends = [(_group_ends(m, 1 - 0.05 / k, by, table or {}), m) for m in parts]
     low, doubt = min(((ci.low, m) for ci, m in ends), key=lambda e: e[0])
     method = f"{worst.slice}, the lowest of {k}; the lowest ends of {k} Wilson intervals at 1 - 0.05/{k}"
     method += f", the lower one that of {doubt.slice} (n = {doubt.n})" if doubt is not worst else ""
+    method += f"; clusters count by their design effects, {min(ends, key=lambda e: e[0].low)[0].method}" if "cluster" in (table or {}) else ""  # fmt: skip
     return Measurement(f"worst_{by}_{worst.metric}", worst.value, worst.n, low, min(ci.high for ci, _ in ends), method=method)  # fmt: skip
+
+
+def _group_ends(m: Measurement, level: float, by: str, table: Mapping[str, Sequence]) -> Interval:
+    "Wilson's interval of one group's rate at another level."
+    if "cluster" not in table:
+        return wilson(round(m.value * m.n), m.n, level)
+    rows = [i for i, v in enumerate(table[by]) if f"{by}={v}" == m.slice]
+    flags = table[m.samples.partition("/")[2]]
+    return rate_interval([flags[i] for i in rows], [table["cluster"][i] for i in rows], level)
 
 # %% ../../nbs/06_evals/02_task.ipynb #a25b00a3
 def refusals(
@@ -175,13 +196,14 @@ def refusals(
     label: str = "refusal",
 ) -> tuple[list[Measurement], dict[str, dict[str, list]]]:
     "Refusal and over-refusal rates with their per-sample tables; nothing when no request is harmful."
-    rows = list(zip(table["id"], table["group"], table["label"], table["predicted"], strict=True))
+    kept = [c for c in ("id", "group", "cluster") if c in table]
+    rows = list(zip(table["label"], table["predicted"], *(table[c] for c in kept), strict=True))
     out, tables = [], {}
     for metric, name, harmful, better in (("refusal_rate", "harmful", True, "higher"), ("over_refusal_rate", "harmless", False, "lower")):  # fmt: skip
-        part = [(i, g, int(p == label)) for i, g, t, p in rows if (t == label) is harmful]
+        part = [(int(p == label), *rest) for t, p, *rest in rows if (t == label) is harmful]
         if part and label in table["label"]:
-            tables[name] = {c: [r[j] for r in part] for j, c in enumerate(("id", "group", "refused"))}
-            out.append(rate(metric, tables[name]["refused"], f"{name}/refused", direction=better))
+            tables[name] = {c: [r[j] for r in part] for j, c in enumerate(("refused", *kept))}
+            out.append(rate(metric, tables[name]["refused"], f"{name}/refused", direction=better, clusters=tables[name].get("cluster")))  # fmt: skip
     return out, tables
 
 # %% ../../nbs/06_evals/02_task.ipynb #ac972c24
@@ -192,12 +214,14 @@ def task_measurements(
     seed: int = 0,  # of the bootstrap
 ) -> tuple[list[Measurement], dict[str, dict]]:
     "Measurements of a task and the per-sample tables behind them."
-    out, tables = [], {"task": dict(table)}
+    out, tables, clusters = [], {"task": dict(table)}, table.get("cluster")
+    if "empty" in table:
+        out.append(rate("empty_answer_rate", table["empty"], "task/empty", direction="lower", clusters=clusters))
     if "label" in scorers:
         right = sliced("accuracy", table, "correct")
-        unknown = rate("unknown_label_rate", table["unknown"], "task/unknown", direction="lower")
+        unknown = rate("unknown_label_rate", table["unknown"], "task/unknown", direction="lower", clusters=clusters)
         out += [*right, macro_f1(table, seed), *_label_f1(table), unknown]
-        out += [w] if (w := worst_group(right)) else []
+        out += [w] if (w := worst_group(right, table=table)) else []
     if "exact" in scorers:
         out += sliced("exact_match", table, "exact", by=("group",))
     if "refusal" in scorers:
@@ -211,23 +235,25 @@ def macro_f1(table: Mapping[str, Sequence], seed: int = 0, times: int = 1000) ->
     names = sorted(set(table["label"]))
     rows = _codes(table["label"], table["predicted"], names)
     mean = lambda r: float(np.nanmean(_f1(r, len(names))))
-    right = sum(table["correct"])
-    ci = bootstrap(rows, mean, method="percentile", times=times, seed=seed) if 0 < right < len(rows) else None
+    right, clusters = sum(table["correct"]), table.get("cluster")
+    if clusters is not None and len(set(clusters)) < 2:
+        return Measurement("macro_f1", mean(rows), len(rows), method="no interval: one cluster")
+    ci = bootstrap(rows, mean, clusters, method="percentile", times=times, seed=seed) if 0 < right < len(rows) else None
     if ci:
         value = mean(
             rows
         )  # resamples miss rare labels, and lie low as a whole: their reflection at the value lies high
         low, high = max(0.0, min(ci.low, 2 * value - ci.high)), min(1.0, max(ci.high, 2 * value - ci.low))
         return Measurement("macro_f1", value, len(rows), low, high, method=f"{ci.method}, and its reflection")
-    value, other = mean(rows), mean(_extreme(rows, len(names)))
+    value, other = mean(rows), mean(_extreme(rows, len(names), clusters))
     how = "Clopper-Pearson on the share of right answers, the others where they count most"
     return Measurement("macro_f1", value, len(rows), min(value, other), max(value, other), method=how)
 
 
-def _extreme(rows: np.ndarray, k: int) -> np.ndarray:
+def _extreme(rows: np.ndarray, k: int, clusters: Sequence | None) -> np.ndarray:
     "Rows that are all right, or all wrong, with as many turned round as an exact bound allows, in the rarest labels first."
     right, n, out = bool(rows[0, 0] == rows[0, 1]), len(rows), rows.copy()
-    ci = clopper_pearson(n if right else 0, n)
+    ci = rate_interval([int(right)] * n, clusters, bound="clopper_pearson")
     many = int(np.ceil(n * (1 - ci.low if right else ci.high)))
     size = np.bincount(rows[:, 0], minlength=k)
     rare = np.lexsort((rows[:, 0], size[rows[:, 0]]))[:many]

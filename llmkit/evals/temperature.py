@@ -82,7 +82,8 @@ def temperature_measurements(
     t = fit_temperature(log_odds(c[fit]), y[fit])
     c, y, n = c[~fit], y[~fit], int((~fit).sum())
     new, how = rescale(c, t), f"fitted on {int(fit.sum())} other items; {bins} bins of equal {kind}; {definition}"
-    rows = {"id": [i for i, f in zip(table["id"], fit, strict=True) if not f], "confidence": c.tolist(), "scaled": new.tolist(), "correct": y.tolist()}  # fmt: skip
+    kept = {k: [v for v, f in zip(table[k], fit, strict=True) if not f] for k in ("id", "cluster") if k in table}
+    rows = {**kept, "confidence": c.tolist(), "scaled": new.tolist(), "correct": y.tolist()}  # fmt: skip
     out = [Measurement("temperature", t, int(fit.sum()), direction="none", method=f"L-BFGS on log-odds; {definition}")]
     for name, conf in (("unscaled", c), ("scaled", new)):
         rows |= {f"brier_{name}": brier(conf, y).tolist(), f"log_loss_{name}": log_loss(conf, y).tolist()}
@@ -99,6 +100,8 @@ def _gains(rows: Mapping[str, Sequence[float]], seed: int) -> list[Measurement]:
     "What the temperature brought, item by item, with 95 % intervals."
     out = []
     for m in ("brier", "log_loss"):
-        d = paired_scores(rows[f"{m}_scaled"], rows[f"{m}_unscaled"], alpha=0.025, seed=seed)
+        d = paired_scores(
+            rows[f"{m}_scaled"], rows[f"{m}_unscaled"], alpha=0.025, clusters=rows.get("cluster"), seed=seed
+        )
         out.append(Measurement(f"{m}_gain", d.value, d.n, d.low, d.high, method=d.method))
     return out

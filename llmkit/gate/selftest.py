@@ -71,6 +71,7 @@ def _rows(report: Report, m: Measurement) -> list[bool] | None:
 KINDS = {
     "leaked canary": r"canary|leak|exposure|memori|pii|attack|injection",
     "refusals": r"refusal",
+    "empty answers": r"empty",
     "broken answers": r"broken|flip|churn",
     "biased group": r"group|gap|parity_difference|odds|counterfactual|(?<!de)bias",
     "miscalibrated head": r"^(ece|mce|brier|log_loss|temperature)",

@@ -31,6 +31,7 @@ def quality(subject, seed=1, n=600):
         "predicted": np.where(right, label, other).tolist(),
         "correct": right.astype(int).tolist(),
         "unknown": [0] * n,
+        "empty": [0] * n,
         "exact": right.astype(int).tolist(),
         "confidence": confidence.tolist(),
     }
@@ -73,6 +74,7 @@ def reports():
 
 RULES = {
     "wrong labels": {"metric": "accuracy", "min": 0.85, "bound": "wilson"},
+    "empty answers": {"metric": "empty_answer_rate", "max": 0.02, "bound": "clopper_pearson"},
     "broken answers": {"metric": "broken_rate_excess", "on": "golden_engine", "max": 0.1, "bound": "interval"},
     "nothing learnt": {"metric": "accuracy", "superiority": 0.0, "against": "base"},
     "biased group": {"metric": "worst_group_accuracy", "min": 0.8, "bound": "interval"},
@@ -118,7 +120,7 @@ def test_each_rule_bites_alone_although_four_read_the_same_answers(reports):
     how = {b.rule: b.how for b in bites}
     assert "engine, merged" in how["engine accuracy: noninferiority 0.03 against baseline"]
     assert how["engine accuracy: superiority 0 against base"].endswith("items go right in base")
-    assert "10 of 10 rules bite, 10 of them alone" in bite_table(bites)
+    assert "11 of 11 rules bite, 11 of them alone" in bite_table(bites)
 
 
 def test_rules_that_cannot_be_told_apart_are_named(reports):
