@@ -18,7 +18,6 @@ from ..core.report import Measurement
 from .choice import score_pairs
 from .suite import Suite, clusters_of
 from .task import mean_score
-from ..gate.intervals import bootstrap
 from ..model.tokenizer import Tokenizer, encode_example
 from ..runtime.engine import Engine
 
@@ -127,9 +126,10 @@ def _ratio(metric: str, table: Mapping[str, Sequence], unit: str, f, seed: int) 
     if not np.isfinite(rows).all() or not rows[:, 1].sum():
         raise KitError("the log-likelihood is not finite", key=metric, remedy="Look for NaN in the model's weights")
     spread = len(rows) > 1 and not (rows == rows[0]).all()
-    spread = spread and len(set(table.get("cluster", range(2)))) > 1
-    ci = bootstrap(rows, stat, table.get("cluster"), method="percentile", times=1000, seed=seed) if spread else None
-    ends = (ci.low, ci.high) if ci else (None, None)
-    return Measurement(
-        metric, stat(rows), len(rows), *ends, direction="lower", method=ci.method if ci else "no interval"
-    )
+    total, units = rows.sum(0)
+    rest = rows[:, 0] - total / units * rows[:, 1]  # a ratio's error is that of the mean of these, over the mean unit
+    found = mean_score(metric, rest, "", seed=seed, clusters=table.get("cluster")) if spread else None
+    if found is None or found.low is None or found.high is None:
+        return Measurement(metric, stat(rows), len(rows), direction="lower", method="no interval")
+    ends = [float(f(np.clip((total + len(rows) * e) / units, 0, 700.0))) for e in (found.low, found.high)]
+    return Measurement(metric, stat(rows), len(rows), *ends, direction="lower", method=found.method)

@@ -112,3 +112,15 @@ def test_a_mute_engine_is_named_by_a_rule_of_its_own():
 def test_a_suite_without_clusters_has_no_such_column():
     record = {"id": 1, "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a: b"}]}
     assert make_suite("s", 1, [record]).items[0].cluster == ""
+
+
+def test_perplexity_of_heavy_tails_misses_little_more_than_it_says():
+    "Answers whose log-likelihoods have a log-normal spread: the percentile bootstrap missed one in eleven, almost all on one side."
+    rng, misses, times = np.random.default_rng(5), 0, 120
+    truth = float(np.exp(np.exp(-1 + 1.5**2 / 2)))
+    for _ in range(times):
+        tokens = rng.integers(3, 40, 300)
+        nll = tokens * rng.lognormal(-1, 1.5, 300)
+        [m] = [m for m in language_measurements({"nll": nll, "tokens": tokens, "words": tokens, "bytes": tokens}) if m.metric == "perplexity"]  # fmt: skip
+        misses += not m.low <= truth <= m.high
+    assert misses / times <= 0.11
