@@ -23,7 +23,8 @@ from ..core.digests import short
 from ..core.settings import load_settings
 from ..gate.verdict import Verdict, read_verdict
 from .state import Overview, Seen, overview
-from ..rollout.store import Fold, Store, rollouts_file
+from ..rollout.fold import Fold
+from ..rollout.store import Store, rollouts_file
 from ..rollout.view import View, duration, next_orders, status_line, view
 from ..serve.events import Events, events_file
 

@@ -19,10 +19,10 @@ from ..core.ranges import check_ranges
 from ..gate.sequential import BUCKETS, GROWTH, SHORTEST, Running, add, histogram
 from .arms import Arm
 from .assign import SLOTS
+from .fold import Fold
 from .policy import RolloutPolicy, read_rollout
-from .store import Fold
-from .users import Crowd, Tally
 from .presence import UNITS
+from .users import Crowd, Tally
 
 # %% ../../nbs/09_rollout/13_rehearsal.ipynb #d88e4022
 @dataclass(frozen=True)

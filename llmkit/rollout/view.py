@@ -17,9 +17,10 @@ from ..core.digests import short
 from ..core.plugins import need
 from ..gate.verdict import Picture, Verdict, as_markdown, as_text
 from .analysis import left_out
+from .fold import Fold
 from .policy import RolloutPolicy, Step
 from .state import RolloutState
-from .store import Fold, Store
+from .store import Store
 
 # %% ../../nbs/09_rollout/11_view.ipynb #2a941085
 def duration(
