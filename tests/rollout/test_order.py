@@ -10,7 +10,7 @@ import pytest
 from rollout_road import CANARY
 from ruamel.yaml import YAML
 
-from llmkit.release.ledger import read_ledger
+from llmkit.release.ledger import actor, read_ledger
 from llmkit.release.registry import register
 from llmkit.release.release import Release
 from llmkit.rollout.store import Store
@@ -59,6 +59,20 @@ def test_an_order_reaches_the_service_and_says_who_and_why(order):
     ]  # fmt: skip
     assert {p.name for p in order.service.iterdir()} >= {"mlflow.db", "rollouts.db", "ledger.jsonl"}
     assert {p.name for p in order.checkout.iterdir()} == {"params.yaml", "settings.ini"}  # nothing was begun here
+
+
+def test_an_approval_is_given_in_the_name_of_who_orders_it(order):
+    rules = {"rollout": CANARY | {"approvals": {"required": 1, "distinct_from_author": True, "expires": "14d"}}}
+    YAML().dump(rules, order.checkout / "params.yaml")
+    code, said, _ = order("start", "more intents", LLMKIT_ACTOR="bob")
+    assert code == 1 and "0 of 1 approvals" in said
+    code, said, _ = order("approve", "read the card", LLMKIT_ACTOR=actor())
+    assert code == 2 and "does not approve" in said  # who registered it
+    code, said, summary = order("approve", "read the card")
+    assert code == 0 and "1 of 1 approvals: ann" in said and "approve, by ann" in summary, said
+    last = read_ledger(order.service / "ledger.jsonl")[-1]
+    assert (last.action, last.who, last.terms.why) == ("approve", "ann", "read the card")
+    assert order("start", "more intents")[0] == 0
 
 
 def test_a_refused_order_fails_the_job_and_its_summary_says_why(order):
