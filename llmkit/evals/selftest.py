@@ -24,7 +24,7 @@ from .regression import open_golden, regression_report
 from .suite import SCORERS, Suite, make_suite
 from ..gate.judge import judge
 from ..gate.policy import read_policy
-from ..gate.run import collect
+from ..gate.run import collect, policy_file
 from ..gate.selftest import bite_table, selftest
 from ..gate.verdict import EXIT_CODES, Verdict, as_text
 from ..runtime.engine import Engine
@@ -94,7 +94,10 @@ def gate_selftest(
 ) -> int:
     "Plant regressions and see the gate bite; exits 1 when it does not."
     try:
-        section, places = load_params(policy, "gates"), replace(Places(), reports=reports, parity=parity, delta=delta)
+        section, places = (
+            load_params(policy_file(policy), "gates"),
+            replace(Places(), reports=reports, parity=parity, delta=delta),
+        )
         healthy, settings = _healthy(reports, parity, baseline), load_params(policy, "evaluate")
         bites = selftest(section, healthy)
         damages = catch_all(section, healthy, settings.get("scorers", SCORERS))

@@ -88,7 +88,7 @@ def test_usage_errors(folder, capsys):
     policy(folder, "{metric: accuracy, min: 0.9}")
     assert gate_run(reports="nowhere") == 2
     assert "no report here" in capsys.readouterr().err
-    assert gate_run(policy="nowhere.yaml", reports="reports") == 4
+    assert gate_run(policy="nowhere.yaml", reports="reports") == 2
 
 
 def test_one_failing_rule_fails_the_whole(folder):

@@ -51,6 +51,10 @@ image build {} tag
 FILES = """
 retrain {}
 eval {}
+eval task --engine FOLDER --params {}
+gate run --policy {}
+gate plan --policy {}
+gate selftest --policy {}
 smoke x --questions {}
 serve --target x --policy {}
 approve r --model m --settings {}
