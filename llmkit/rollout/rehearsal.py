@@ -22,7 +22,7 @@ from .assign import SLOTS
 from .fold import Fold
 from .policy import RolloutPolicy, read_rollout
 from .presence import UNITS
-from .users import Crowd, Tally
+from .users import Crowd, Trials
 
 # %% ../../nbs/09_rollout/13_rehearsal.ipynb #d88e4022
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _arrive(fold: Fold, variant: str, t: Traffic, n: int, cells: Sequence[np.nda
         if m:
             arm.rates[metric] = [old[0] + int(k), old[1] + int(m)]
         if m and isinstance(arm, Crowd) and metric in fold.window.judged:
-            arm.tallies.setdefault(metric, Tally()).table[1, :2] += [int(m - k), int(k)]  # each is a new user
+            arm.trials.setdefault(metric, Trials()).table[1, :2] += [int(m - k), int(k)]  # each is a new user
     for x in rng.random(ratings) < t.thumbs_up:
         arm.means["user_satisfaction"] = add(arm.means.get("user_satisfaction", Running()), float(x))
     for kind in kinds:

@@ -22,7 +22,7 @@ from .feedback import Feedback
 from .pairs import Pairs, remember
 from .policy import METRICS, PAIRS, RolloutPolicy
 from .presence import Presence
-from .users import Crowd, read_tally
+from .users import Crowd, read_trials
 
 # %% ../../nbs/09_rollout/05_window.ipynb #7f4ff2e5
 class Window(Presence, Feedback, Pairs):
@@ -302,7 +302,7 @@ def _arm_json(a: Arm) -> dict[str, Any]:
     "An arm as a JSON value; empty buckets are left out."
     times = {m: {s: {str(i): int(c[i]) for i in np.flatnonzero(c)} for s, c in t.items()} for m, t in a.times.items()}
     last = a.last if math.isfinite(a.last) else None
-    return {"n": a.n, "last": last, "release": a.release, "rates": a.rates, "times": times, "means": {m: list(astuple(r)) for m, r in a.means.items()}} | ({"users": {m: t.text() for m, t in a.tallies.items()}} if isinstance(a, Crowd) else {})  # fmt: skip
+    return {"n": a.n, "last": last, "release": a.release, "rates": a.rates, "times": times, "means": {m: list(astuple(r)) for m, r in a.means.items()}} | ({"users": {m: t.text() for m, t in a.trials.items()}} if isinstance(a, Crowd) else {})  # fmt: skip
 
 
 def read_window(
@@ -329,7 +329,7 @@ def read_window(
         a.n, a.release, a.last = said["n"], said["release"], -math.inf if said["last"] is None else said["last"]
         a.rates, a.means = dict(said["rates"]), {m: Running(*r) for m, r in said["means"].items()}
         for m, text in said.get("users", {}).items():  # an older snapshot has none
-            a.tallies[m] = read_tally(text)
+            a.trials[m] = read_trials(text)
         for m, strata in said["times"].items():
             for s, cells in strata.items():
                 counts = a.times.setdefault(m, {})[s] = np.zeros(BUCKETS, np.int64)
