@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..core.errors import KitError
 from ..core.files import read_json
+from ..core.params import ParamsError
 from .dag import RECEIPTS
 from .notebook import find_checkout, find_stages, read_stage
 from .plan import cache_folder
@@ -22,7 +23,7 @@ def lost(
 ) -> list[str]:
     "The stages whose outputs in `dvc.lock` are neither here nor in DVC's cache: they run again, though nothing changed."
     project, file, cache = Path(project), Path(project) / "dvc.lock", cache_folder(project)
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     paths = re.findall(r"^ *- path: (.+)$", text, re.M)
     if paths and all((project / path).exists() for path in paths):
         return []  # seen without parsing, which takes longer
@@ -30,7 +31,11 @@ def lost(
     def here(out: dict) -> bool:
         return (project / out["path"]).exists() or out["path"] in RECEIPTS.values() or _cached(cache, out["md5"])
 
-    return [name for name, entry in locked(project).items() if not all(map(here, entry.get("outs", [])))]
+    try:
+        stages = locked(project)
+    except ParamsError:
+        return []  # DVC says what is wrong with it
+    return [name for name, entry in stages.items() if not all(map(here, entry.get("outs", [])))]
 
 
 def _cached(cache: Path | None, md5: str) -> bool:

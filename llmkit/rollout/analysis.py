@@ -154,24 +154,30 @@ def _hard_stops(policy: RolloutPolicy, s: RolloutState, w: Window, now: float, a
     out = []
     for g in policy.canary:
         for v in _candidates(s) if g.hard_stop and not g.dry_run else ():
-            cand, base, most = w.so_far(v, now), w.so_far("baseline", ENDLESS), g.hard_stop.max
-            (k, n), of_users = _requests(cand, g.metric), cand.rates.get(g.metric, (0, 0))
-            exceeded = max(rate_sequence(*x, alpha).low for x in ((k, n), of_users))
-            if n < g.hard_stop.min_n or exceeded <= most:
+            cand, most = w.so_far(v, now), g.hard_stop.max
+            k, n = _requests(cand, g.metric)
+            low = max(rate_sequence(*x, alpha).low for x in ((k, n), cand.rates.get(g.metric, (0, 0))))
+            if n < g.hard_stop.min_n or low <= most:
                 continue
-            shown, (j, m) = rate_sequence(*of_users, alpha).low > most, _requests(base, g.metric)
-            text, outcome = (
-                f"{v} {g.metric} is {k / n:.4g} ({k} of {n}), at least {exceeded:.4g} at every look: ",
-                "error",
+            excuse = _excuse(g, v, w.so_far("baseline", ENDLESS), cand, alpha)
+            then = (
+                f"above the hard stop at {most:g}. But {excuse}"
+                if excuse
+                else f"the hard stop at {most:g} acts at once"
             )
-            if j and not compare(g, base, cand, g.alpha).high < 0:
-                text += f"above the hard stop at {most:g}. But that of baseline is {j / m:.4g} ({j} of {m}), and {v} is not shown to be worse: what both have in common may fail. When it is mended, abort and retry, which counts anew"
-            elif not shown:
-                text += f"above the hard stop at {most:g}. But these are requests of few users, and whether it is they or {v} is not shown: look, then abort or resume"
-            else:
-                text, outcome = text + f"the hard stop at {most:g} acts at once", "fail"
-            out.append(RuleResult(f"{v} {g.metric}: hard stop {most:g}", outcome, text, g.metric, v, test="max", value=k / n, low=exceeded, limit=most, n=n))  # fmt: skip
+            text = f"{v} {g.metric} is {k / n:.4g} ({k} of {n}), at least {low:.4g} at every look: {then}"
+            out.append(RuleResult(f"{v} {g.metric}: hard stop {most:g}", "error" if excuse else "fail", text, g.metric, v, test="max", value=k / n, low=low, limit=most, n=n))  # fmt: skip
     return out
+
+
+def _excuse(g: Guardrail, variant: str, base: Arm, cand: Arm, alpha: float) -> str:
+    "Why a rate above its hard stop may not be the candidate's doing; empty where nothing speaks for that."
+    most, (j, m) = g.hard_stop.max, _requests(base, g.metric)
+    if j > most * m and not compare(g, base, cand, g.alpha).high < 0:
+        return f"that of baseline is {j / m:.4g} ({j} of {m}), and {variant} is not shown to be worse: what both have in common may fail. When it is mended, abort and retry, which counts anew"
+    if rate_sequence(*cand.rates.get(g.metric, (0, 0)), alpha).low <= most:
+        return f"these are requests of few users, and whether it is they or {variant} is not shown: look, then abort or resume"
+    return ""
 
 
 def _requests(a: Arm, metric: str) -> tuple[int, int]:

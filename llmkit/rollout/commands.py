@@ -91,10 +91,10 @@ def rollout_start(
     _settled(store, registry, model)  # first: it may move the champion
     found = versions(registry_uri(load_settings(settings)), model)
     new, old = named(found, model, canary), holder_of(found, "champion")
+    if first or old is None:
+        return _first(new, old, first, registry, _rules(policy))
     section = load_params(policy, "rollout")
     rules = read_rollout(section, policy)
-    if first or old is None:
-        return _first(new, old, first, registry, rules)
     if old.release == new.release:
         raise KitError("the challenger is the champion already", key=model, value=short(new.release), remedy="Register another release first")  # fmt: skip
     releases = {"baseline": old.release} | {v: new.release if v == "canary" else named(found, model, v).release for v in rules.variants}  # fmt: skip
@@ -148,7 +148,13 @@ def named(found: list[Version], model: str, name: str) -> Version:
     )
 
 
-def _first(new: Version, old: Version | None, first: bool, registry: Registry, policy: RolloutPolicy) -> int:
+def _rules(policy: str) -> RolloutPolicy | None:
+    "The policy of a project; None where it has none, as a first release can do without."
+    given = {} if policy == "params.yaml" and not Path(policy).exists() else load_params(policy)
+    return read_rollout(given["rollout"], policy) if "rollout" in given else None
+
+
+def _first(new: Version, old: Version | None, first: bool, registry: Registry, policy: RolloutPolicy | None) -> int:
     "Put the first release of a model in service."
     if old is not None and old.release == new.release:
         print(f"{new.model} version {new.version} is the champion already: release {short(new.release)}")
@@ -158,7 +164,7 @@ def _first(new: Version, old: Version | None, first: bool, registry: Registry, p
     if not first:
         fix = "llmkit rollout start --first puts the challenger in service without a comparison"
         raise KitError("there is no champion to compare with", key=new.model, remedy=fix)
-    if not _agreed(registry, policy, new.model, {"canary": new.release}):
+    if policy and not _agreed(registry, policy, new.model, {"canary": new.release}):
         return 1
     registry.move(Effect("champion", new.release, "promote", new.tags.get("verdict", ""), new.model, actor()))
     print(f"{new.model} version {new.version} is the champion, the first one: release {short(new.release)}")

@@ -58,7 +58,7 @@ def test_a_crashing_canary_is_stopped_at_once(tmp_path):
 
 def test_a_hard_stop_needs_no_comparison(tmp_path):
     w = World(tmp_path)
-    w.traffic(400, step=5, errors=(0.4, 0.4))
+    w.traffic(400, step=5, errors=(0.15, 0.5))
     assert w.c.state.aborted and "hard stop" in w.c.state.reason and 30 <= w.n < 500
 
 
