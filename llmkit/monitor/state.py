@@ -22,7 +22,7 @@ from ..core.report import Measurement, Report
 from ..core.settings import load_settings
 from ..gate.verdict import RuleResult, Verdict
 from ..rollout.commands import open_store
-from ..rollout.store import rollouts_file
+from ..rollout.store import newest_of_each, rollouts_file
 from ..serve.store import Store
 
 # %% ../../nbs/10_monitor/05_state.ipynb #e6ce53e4
@@ -292,9 +292,7 @@ def phases(
     "Model → phase of its newest rollout: Progressing, Paused, Healthy or Degraded; empty where none was begun."
     if not rollouts_file(load_settings(settings)).is_file():
         return {}
-    store, out = open_store(settings), {}
-    for id in store.ids():
-        state = store.load(id).state
-        out.setdefault(state.model, state.phase)
+    store = open_store(settings)
+    out = {model: state.phase for model, state in newest_of_each(store).items()}
     store.close()
     return out

@@ -156,7 +156,7 @@ def _hard_stops(policy: RolloutPolicy, s: RolloutState, w: Window, now: float, a
         for v in _candidates(s) if g.hard_stop and not g.dry_run else ():
             cand, most = w.so_far(v, now), g.hard_stop.max
             k, n = _requests(cand, g.metric)
-            low = max(rate_sequence(*x, alpha).low for x in ((k, n), cand.rates.get(g.metric, (0, 0))))
+            low = max(rate_sequence(*x, alpha).low for x in {(k, n), tuple(cand.rates.get(g.metric, (0, 0)))})
             if n < g.hard_stop.min_n or low <= most:
                 continue
             excuse = _excuse(g, v, w.so_far("baseline", ENDLESS), cand, alpha)

@@ -19,6 +19,7 @@ from ..core.digests import short
 from ..core.errors import KitError
 from ..core.files import read_json
 from ..core.params import did_you_mean, load_params
+from ..core.project import params_if_any
 from ..core.settings import Settings, load_settings
 from ..release.ledger import actor
 from ..release.registry import Version, holder_of, outside_training, registry_uri, versions
@@ -150,7 +151,7 @@ def named(found: list[Version], model: str, name: str) -> Version:
 
 def _rules(policy: str) -> RolloutPolicy | None:
     "The policy of a project; None where it has none, as a first release can do without."
-    given = {} if policy == "params.yaml" and not Path(policy).exists() else load_params(policy)
+    given = params_if_any(policy)
     return read_rollout(given["rollout"], policy) if "rollout" in given else None
 
 

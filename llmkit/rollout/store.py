@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ODD', 'MOVES', 'rollouts_file', 'Store', 'create', 'append', 'load', 'catch_up', 'replay', 'history', 'standing',
-           'snapshot', 'expire', 'abort', 'displaced', 'Receipt', 'ids', 'under_way', 'newest', 'receive']
+           'snapshot', 'expire', 'abort', 'displaced', 'Receipt', 'ids', 'under_way', 'newest', 'newest_of_each',
+           'receive']
 
 # %% ../../nbs/09_rollout/08d_store.ipynb #5d3bfc3a
 import json
@@ -254,6 +255,18 @@ def newest(
         state = store.standing(id)
         if state is not None and state.model == model:
             return id, state
+    return found
+
+
+def newest_of_each(
+    store: Store,
+    latest: int | None = None,  # rollouts that are looked at; None for all
+) -> dict[str, RolloutState]:
+    "Model → the rollout in which something was decided last."
+    found: dict[str, RolloutState] = {}
+    for id in store.ids()[:latest]:
+        state = store.standing(id)
+        found.setdefault(state.model, state)
     return found
 
 
