@@ -14,7 +14,8 @@ from llmkit.core.errors import KitError
 from llmkit.core.files import read_jsonl, write_jsonl
 from llmkit.core.report import Measurement, Report, read_report, write_report
 from llmkit.evals.battery import Surroundings, run_suite
-from llmkit.evals.regression import RANKS, keep_golden, learnt_prompts, open_golden, since_release
+from llmkit.evals.disagreement import RANKS
+from llmkit.evals.regression import keep_golden, learnt_prompts, open_golden, since_release
 from llmkit.evals.selftest import gate_selftest
 from llmkit.evals.suite import make_suite
 from llmkit.flow.dag import data_deps

@@ -12,20 +12,8 @@ from scipy import stats
 
 from llmkit.core.report import Report, read_report, write_report
 from llmkit.evals.battery import Surroundings, run_suite
-from llmkit.evals.load import (
-    Clock,
-    FakeClock,
-    Objective,
-    Trace,
-    arrivals,
-    busy_periods,
-    busy_rate,
-    drive_engine,
-    drive_url,
-    load_engine_report,
-    load_report,
-    load_run,
-)
+from llmkit.evals.drive import Clock, FakeClock, Trace, arrivals, drive_engine, drive_url
+from llmkit.evals.load import Objective, busy_periods, busy_rate, load_engine_report, load_report, load_run
 from llmkit.evals.suite import make_suite
 from llmkit.gate.intervals import quantile_interval, wilson
 from llmkit.gate.judge import judge

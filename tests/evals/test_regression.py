@@ -12,17 +12,8 @@ from word_engine import engine
 
 from llmkit.core.errors import KitError
 from llmkit.core.report import read_report, write_report
-from llmkit.evals.regression import (
-    disagreements,
-    in_other_batches,
-    keep_golden,
-    kendall_tau,
-    rank_biased_overlap,
-    record_golden,
-    regression,
-    regression_report,
-    since_release,
-)
+from llmkit.evals.disagreement import disagreements, kendall_tau, rank_biased_overlap, record_golden
+from llmkit.evals.regression import in_other_batches, keep_golden, regression, regression_report, since_release
 from llmkit.evals.suite import make_suite
 from llmkit.gate.judge import judge
 from llmkit.runtime.endpoint import EndpointEngine

@@ -7,8 +7,9 @@ import pytest
 from sklearn.metrics import brier_score_loss, log_loss
 
 from llmkit.evals.calibration import calibration_measurements
+from llmkit.evals.drive import Trace
 from llmkit.evals.fairness import fairness_measurements
-from llmkit.evals.load import Objective, Trace, load_report
+from llmkit.evals.load import Objective, load_report
 from llmkit.evals.regression import rate_measurements
 from llmkit.evals.swaps import swap_measurements
 from llmkit.evals.task import task_measurements
