@@ -53,6 +53,13 @@ class Surroundings:
             raise KitError("this suite asks the task's questions", key="questions", remedy="Name a dataset")
         return self.questions
 
+    def labelled(self) -> Suite:
+        "The task's questions, where what they are scored by is a label; raises `KitError`."
+        if "label" not in self.task().scorers:
+            fix = "Leave this suite out, or give the records labels and add the scorer label"
+            raise KitError("this suite counts right labels, and the task is not scored by any", key="evaluate.scorers", value=[*self.task().scorers], remedy=fix)  # fmt: skip
+        return self.task()
+
     def split(self, name: str) -> list[dict]:
         "The records of a split; raises `KitError` without a dataset."
         if self.dataset is None:
@@ -127,7 +134,7 @@ def fairness(
     min_n: int = 30,  # items of a group, below which it is not compared
 ) -> Report:
     "Groups compared on the task's questions."
-    found = run_fairness(engine, around.task(), positive, min_n)
+    found = run_fairness(engine, around.labelled(), positive, min_n)
     return _report("fairness", engine, str(around.task()), found, around, around.task().digest, positive, min_n)
 
 
@@ -140,7 +147,7 @@ def swaps(
     items: int | None = None,  # the first so many of the task's questions; null for all
 ) -> Report:
     "The task's questions, asked by somebody of another name, gender or dialect."
-    some = replace(around.task(), items=around.task().items[:items])
+    some = replace(around.labelled(), items=around.task().items[:items])
     ways = load_axes(axes) if axes else load_axes()
     found = run_swaps(engine, some, ways, alpha)
     return _report("swaps", engine, f"swaps({around.task()})", found, around, some.digest, [asdict(a) for a in ways], alpha)  # fmt: skip

@@ -27,7 +27,7 @@ from .cost import Price, cost_measurements, cost_per_success
 from .language import answer_likelihood, language_measurements
 from .overlap import overlap_measurements
 from .speed import speed_report
-from .suite import Suite
+from .suite import Suite, predicted_label
 from .task import CONFIDENCE, answer_table, ask, task_measurements
 from .temperature import temperature_measurements
 from ..model.tiny import quiet
@@ -56,7 +56,8 @@ def evaluate(
             measured += more
         if overlaps := set(suite.scorers) & {"rouge_l", "token_f1"}:
             tables["task"]["reference"] = [i.answer for i in suite.items]
-            measured += overlap_measurements(tables["task"], overlaps, seed=seed)
+            by = ("group", "label") if _labelled(suite) else ("group",)
+            measured += overlap_measurements(tables["task"], overlaps, by, seed=seed)
     if "choice" in suite.scorers:
         tables["choice"] = choice_table(engine, suite_questions(suite))
         measured += choice_measurements(tables["choice"], calibration="calibration" not in suite.scorers, seed=seed)
@@ -71,6 +72,11 @@ def evaluate(
         "seed": seed,
     }
     return Report(subject, i.digest, str(suite), tuple(measured), tables, context)
+
+
+def _labelled(suite: Suite) -> bool:
+    "Whether its labels are some, and not the beginnings of texts."
+    return "label" in suite.scorers or any(i.label != predicted_label(i.answer) for i in suite.items)
 
 # %% ../../nbs/06_evals/07_evaluate.ipynb #3229a3de
 _OF_ALL = ("unknown_label_rate",)  # an item's value depends on the labels of all items, and so on how many there are

@@ -23,8 +23,8 @@ from ..data.records import folded, prompt_text
 from .disagreement import RANKS, RATES, disagreements, prompt_digest, record_golden
 from .prevalence import exact_rate
 from .suite import Item, Suite
-from .task import mean_score
-from ..gate.paired import discordant, paired_rates, paired_scores
+from .task import mean_difference, mean_score
+from ..gate.paired import discordant, paired_rates
 from ..runtime.engine import EngineBase
 
 # %% ../../nbs/06_evals/10_regression.ipynb #819f2f88
@@ -44,8 +44,7 @@ def regression_report(
     for m in ranks:
         out.append(mean_score(m, found[m], f"golden/{m}", seed=seed))
         out.append(mean_score(f"{m}_noise", noise[m], f"noise/{m}", direction="none", seed=seed))
-        d = paired_scores(found[m], noise[m], alpha=0.025, seed=seed)
-        out.append(Measurement(f"{m}_excess", d.value, d.n, d.low, d.high, direction="lower", method=d.method))
+        out.append(mean_difference(f"{m}_excess", found[m], noise[m], direction="lower", seed=seed))
     out += rate_measurements(found, noise)
     context: dict[str, Any] = {"prompts": len(golden)}
     if not _breakable(found):

@@ -8,7 +8,7 @@ __all__ = ['SCORERS', 'KNOWN_SCORERS', 'Item', 'clusters_of', 'predicted_label',
 
 # %% ../../nbs/06_evals/01_suite.ipynb #d4044347
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,11 +169,11 @@ def task_suite(
     "The questions of a project; raises `ParamsError` on a mistyped key."
     said = {k: conform(section[k], kind, f"evaluate.{k}", file) for k, kind in _ASKED.items() if k in section}
     how = {"suite": "task", "version": 1, "max_tokens": 32, "scorers": SCORERS, **said}
-    how["scorers"] = tuple(how["scorers"])
-    return _sound(make_suite(how.pop("suite"), how.pop("version"), records, **how))
+    how["scorers"], records = tuple(how["scorers"]), list(records)
+    return _sound(make_suite(how.pop("suite"), how.pop("version"), records, **how), records)
 
 
-def _sound(suite: Suite) -> Suite:
+def _sound(suite: Suite, records: Sequence[Mapping[str, Any]]) -> Suite:
     "The suite; raises `KitError` on a question that stands twice, and where labels are scored and a record's own answer, read as a model's is, does not give its label."
     first: dict[str, str] = {}
     if copy := next((i for i in suite.items if first.setdefault(digest_json(list(i.messages)), i.id) != i.id), None):
@@ -182,6 +182,15 @@ def _sound(suite: Suite) -> Suite:
     if "label" in suite.scorers and (odd := next((i for i in suite.items if predicted_label(i.answer) != i.label), None)):  # fmt: skip
         fix = f"Its answer reads as {predicted_label(odd.answer)!r}: begin it with the label and a colon (a label holds none), or leave the scorer label out"
         raise KitError("even the record's own answer would be wrong", key=f"record {odd.id}.label", value=odd.label, remedy=fix)  # fmt: skip
+    kinds, n = len({i.label for i in suite.items}), len(suite.items)
+    if (
+        "label" in suite.scorers
+        and n >= 30
+        and not 1 < kinds <= n / 2
+        and all(r.get("label") in (None, "") for r in records)
+    ):
+        fix = "Give the records a label, or leave the scorer label out and name exact, rouge_l or token_f1"
+        raise KitError("no record has a label, and these look like texts", key=f"{suite.name}.scorers", value=suite.items[0].label[:60], remedy=fix)  # fmt: skip
     return suite
 
 # %% ../../nbs/06_evals/01_suite.ipynb #44fbeafc
@@ -206,7 +215,8 @@ def load_suite(
         fix = f"Name some of {', '.join(KNOWN_SCORERS)}"
         raise KitError("a suite without scorers measures nothing", file=path, key="scorers", remedy=fix)
     try:
-        suite = _sound(make_suite(records=read_jsonl(source), **lists, **given))
+        records = list(read_jsonl(source))
+        suite = _sound(make_suite(records=records, **lists, **given), records)
         if "refusal" in suite.scorers:
             known_label(suite.refusal, (i.label for i in suite.items), "refusal", path)
         return suite

@@ -15,7 +15,7 @@ from ..core.digests import digest_json
 from ..core.errors import KitError
 from ..core.report import Measurement
 from .calibration import Bins, brier, ece, log_loss, null_ece
-from ..gate.paired import paired_scores
+from .task import mean_difference
 
 # %% ../../nbs/06_evals/06b_temperature.ipynb #303d78f0
 LIMITS = (0.02, 50.0)  # temperatures that are looked at; answers that are all right drive it to the lower end
@@ -78,7 +78,8 @@ def temperature_measurements(
     fit = in_first_half(table["id"], seed)
     c, y = np.asarray(table["confidence"], float), np.asarray(table["correct"], int)
     if fit.sum() < 2 or (~fit).sum() < 2:
-        raise KitError("too few items to fit on one half and judge on the other", value=len(fit))
+        fix = "Leave the scorer temperature out, or bring more items"
+        raise KitError("too few items to fit on one half and judge on the other", key="temperature", value=len(fit), remedy=fix)  # fmt: skip
     t = fit_temperature(log_odds(c[fit]), y[fit])
     c, y, n = c[~fit], y[~fit], int((~fit).sum())
     new, how = rescale(c, t), f"fitted on {int(fit.sum())} other items; {bins} bins of equal {kind}; {definition}"
@@ -100,8 +101,6 @@ def _gains(rows: Mapping[str, Sequence[float]], seed: int) -> list[Measurement]:
     "What the temperature brought, item by item, with 95 % intervals."
     out = []
     for m in ("brier", "log_loss"):
-        d = paired_scores(
-            rows[f"{m}_scaled"], rows[f"{m}_unscaled"], alpha=0.025, clusters=rows.get("cluster"), seed=seed
-        )
-        out.append(Measurement(f"{m}_gain", d.value, d.n, d.low, d.high, method=d.method))
+        both = rows[f"{m}_scaled"], rows[f"{m}_unscaled"]
+        out.append(mean_difference(f"{m}_gain", *both, clusters=rows.get("cluster"), seed=seed))
     return out
