@@ -19,8 +19,9 @@ from scipy import stats
 from scipy.special import ndtr, ndtri, stdtrit
 
 from llmkit.core.files import write_json
+from llmkit.gate.clusters import rate_interval
 from llmkit.gate.intervals import _few_counts, bootstrap, clopper_pearson, resample_mean, wilson
-from llmkit.gate.paired import holm, mcnemar_better, paired_scores, score, skew_alpha
+from llmkit.gate.paired import holm, mcnemar_better, paired_rates, paired_scores, score, skew_alpha
 from llmkit.gate.plan import pairs_needed, scores_needed
 
 ALPHA, POWER = 0.05, 0.80
@@ -199,6 +200,62 @@ def clusters_not_told(times: int) -> Iterator[dict]:
     yield {"passes": float(np.mean(low > -0.02))}
 
 
+CLUSTERED = {  # sizes of the clusters, and their intraclass correlation
+    "480 templates of 2": ([2] * 480, 0.3),
+    "120 templates of 5": ([5] * 120, 0.1),
+    "40 clusters of 12": ([12] * 40, 0.1),
+    "40 clusters of 12, much alike": ([12] * 40, 0.4),
+    "40 clusters of 1 to 60": ([1 + round(59 * (i / 39) ** 3) for i in range(40)], 0.1),
+    "120 clusters of 1 to 40": ([1 + round(39 * (i / 119) ** 4) for i in range(120)], 0.3),
+}
+
+
+def _drawn(rng: np.random.Generator, sizes: list[int], share: float, alike: float) -> np.ndarray:
+    "Rights and wrongs of clusters, whose shares spread by a beta distribution of that intraclass correlation."
+    of = rng.beta(share * (1 / alike - 1), (1 - share) * (1 / alike - 1), len(sizes))
+    return (rng.random(sum(sizes)) < np.repeat(of, sizes)).astype(int)
+
+
+def clusters_at_the_margin(times: int) -> Iterator[dict]:
+    "Non-inferiority of a model at the margin, whose losses come in clusters: as the gate counts them, and as if items stood alone; a fifth of the evaluations."
+    for name, (sizes, alike) in CLUSTERED.items():
+        by, rng, passes, alone = np.repeat(np.arange(len(sizes)), sizes), np.random.default_rng(0), 0, 0
+        for _ in range(times // 5):
+            lost, gained = _drawn(rng, sizes, 0.08, alike), _drawn(rng, sizes, 0.03, alike)
+            models = 1 - gained, 1 - lost  # the baseline misses what the candidate gains
+            passes += paired_rates(*models, ALPHA, clusters=by).low > -0.05
+            alone += paired_rates(*models, ALPHA).low > -0.05
+        row = {"clusters": name, "alike": alike, "items": len(by)}
+        yield row | {"passes": passes * 5 / times, "as if alone": alone * 5 / times}
+
+
+def clustered_means_at_the_margin(times: int) -> Iterator[dict]:
+    "Mean differences at the margin, skewed to losses, in clusters that share half of their spread; a fifth of the evaluations."
+    for name, (sizes, _) in CLUSTERED.items():
+        by, rng, passes, alone = np.repeat(np.arange(len(sizes)), sizes), np.random.default_rng(0), 0, 0
+        for _ in range(times // 5):
+            shared, own = rng.exponential(0.1, len(sizes)), rng.exponential(0.1, len(by))
+            d = 0.2 - np.repeat(shared, sizes) - own - 0.02
+            passes += paired_scores(np.zeros(len(by)), d, ALPHA, by).low > -0.02
+            alone += d.mean() - stdtrit(len(by) - 1, 1 - ALPHA) * d.std() / len(by) ** 0.5 > -0.02
+        yield {"clusters": name, "items": len(by), "passes": passes * 5 / times, "Student's t, as if alone": alone * 5 / times}  # fmt: skip
+
+
+def clustered_rates_at_the_limit(times: int) -> Iterator[dict]:
+    "Bounded rates of clusters whose truth is the limit: passing is an error, and so is failing; a fifth of the evaluations."
+    for name, (sizes, alike) in CLUSTERED.items():
+        for limit in (0.8, 0.95):
+            by, rng, found = np.repeat(np.arange(len(sizes)), sizes), np.random.default_rng(0), np.zeros(4)
+            for _ in range(times // 5):
+                flags = _drawn(rng, sizes, limit, alike)
+                ends = [rate_interval(flags, c, 1 - 2 * ALPHA, bound="clopper_pearson") for c in (by, None)]
+                found += [v for ci in ends for v in (ci.low >= limit, ci.high < limit)]
+            row = {"clusters": name, "alike": alike, "limit": limit}
+            yield row | dict(
+                zip(("pass", "fail", "pass alone", "fail alone"), (found * 5 / times).tolist(), strict=True)
+            )
+
+
 def holm_over_fair_groups(times: int) -> Iterator[dict]:
     "Twenty groups that are all exactly at the limit: how often any of them fails, without and with Holm's adjustment."
     rng, limit, n = np.random.default_rng(1), 0.8, 100
@@ -222,8 +279,8 @@ def intervals_of_rates(times: int) -> Iterator[dict]:
         yield row | {"misses": float(counts[missed].sum() / times), "exact misses": float(counts[off].sum() / times)}
 
 
-PARTS = (at_the_margin, equal_models, equal_scores, means_at_the_margin, rare_losses, clusters_not_told, rates_at_the_limit, superiority_of_equals, holm_over_fair_groups, intervals_of_rates)  # fmt: skip
-ERRORS = {"at_the_margin": ("passes",), "means_at_the_margin": ("passes",), "rare_losses": ("passes",), "superiority_of_equals": ("passes",), "rates_at_the_limit": ("pass", "fail")}  # fmt: skip
+PARTS = (at_the_margin, equal_models, equal_scores, means_at_the_margin, rare_losses, clusters_not_told, clusters_at_the_margin, clustered_means_at_the_margin, clustered_rates_at_the_limit, rates_at_the_limit, superiority_of_equals, holm_over_fair_groups, intervals_of_rates)  # fmt: skip
+ERRORS = {"at_the_margin": ("passes",), "means_at_the_margin": ("passes",), "rare_losses": ("passes",), "superiority_of_equals": ("passes",), "rates_at_the_limit": ("pass", "fail"), "clusters_at_the_margin": ("passes",), "clustered_means_at_the_margin": ("passes",), "clustered_rates_at_the_limit": ("pass", "fail")}  # fmt: skip
 FOR_SHOW = ("bound: wilson",)  # rows that show what goes wrong
 
 
