@@ -10,7 +10,7 @@ import getpass
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -50,11 +50,17 @@ class Entry:
     evidence: str  # digest of the verdict that allowed it, or of the approval that is withdrawn
     previous: str  # digest of the entry before, "" for the first
     terms: Terms | None = None  # of a word
+    signature: str = ""  # of a word: an SSH signature of its `statement`
 
     @property
     def body(self) -> dict[str, Any]:
-        "What its digest is of; a move says nothing of terms."
-        return {k: v for k, v in asdict(self).items() if (k, v) != ("terms", None)}
+        "What its digest is of; a move says nothing of terms, and a word that is not signed nothing of a signature."
+        return {k: v for k, v in asdict(self).items() if (k, v) not in (("terms", None), ("signature", ""))}
+
+    @property
+    def statement(self) -> bytes:
+        "What a signature is of: the line without it, and without the digest that stands for both."
+        return canonical_json(replace(self, signature="").body).encode()
 
     @property
     def digest(self) -> str:
@@ -68,8 +74,11 @@ def _read_entry(row: Mapping[str, Any]) -> Entry:
     entry = Entry(**{**row, "terms": terms})
     if (entry.action in ("approve", "withdraw")) != (terms is not None):
         raise ValueError("a word has terms, a move has none")
-    if entry.action == "approve" and datetime.fromisoformat(terms.until).tzinfo is None:
+    times = ([entry.when] if entry.signature else []) + ([terms.until] if entry.action == "approve" else [])
+    if None in (datetime.fromisoformat(t).tzinfo for t in times):
         raise ValueError("a time without its zone")
+    if not isinstance(entry.signature, str) or entry.signature and terms is None:
+        raise ValueError("a signature is a text, and of a word")
     return entry
 
 
@@ -121,10 +130,11 @@ def adding(
     with locked(path) as fd:
         entries = read_ledger(path)
 
-        def add(action: str, who: str, now: datetime, **said: Any) -> Entry:
-            "Write the next entry and return it."
+        def add(action: str, who: str, now: datetime, sign: Callable[[Entry], str] | None = None, **said: Any) -> Entry:
+            "Write the next entry, signed where somebody signs it, and return it."
             last = entries[-1].digest if entries else ""
             entry = Entry(len(entries) + 1, now.isoformat(timespec="seconds"), who, action, **said, previous=last)
+            entry = replace(entry, signature=sign(entry)) if sign else entry
             _write_line(fd, path, canonical_json({**entry.body, "digest": entry.digest}))
             entries.append(entry)
             return entry
