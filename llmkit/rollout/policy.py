@@ -255,7 +255,7 @@ _SECTION = {
     "approvals": dict[str, Any],
 }  # fmt: skip
 _OPTIONAL = ("unit", "settle", "stall_after", "approvals")
-_APPROVALS = {"required": int, "distinct_from_author": bool, "expires": str}
+_APPROVALS = {"required": int, "distinct_from_author": bool, "expires": str, "signers": str, "revoked": str}
 _VALIDITY = {"srm_alpha": float, "stale_after": str, "on_no_data": Literal["inconclusive", "error"]}
 _ON = {"fail": Literal["abort", "pause"], "error": Literal["pause", "abort"], "inconclusive": Literal["pause", "abort"]}
 
@@ -298,7 +298,7 @@ def read_approvals(
     "Whose agreement a promotion needs; nobody's where the section says nothing. Raises `ParamsError`."
     if "approvals" not in section:
         return ApprovalRule()
-    given = check_section(section["approvals"], _APPROVALS, "rollout.approvals")
+    given = check_section(section["approvals"], _APPROVALS, "rollout.approvals", optional=("signers", "revoked"))
     given["expires"] = seconds(given["expires"], "rollout.approvals.expires")
     rule = ApprovalRule(**given)
     if rule.required < 0 or not rule.expires > 0:
