@@ -9,6 +9,7 @@ set -euo pipefail
 packages=(
     podman runc conmon catatonit netavark aardvark-dns iptables # images of a release, built and started
     redis-server                                                # streams of requests
+    openssh-client                                              # signatures of approvals and bundles
     prometheus prometheus-alertmanager                          # metrics, rules and alerts
     chromium chromium-driver                                    # pages, as their readers see them
 )

@@ -24,6 +24,7 @@ KEYS = {  # every setting that the kit reads; the file need mention none of them
     "registry_uri": "MLflow's registry, where it is another server",
     "experiment": "the MLflow experiment that stage runs are logged under",
     "ledger": "the file that says who registered and promoted what",
+    "signing_key": "the SSH key that approvals and bundles are signed with: its file",
     "host": "where the server listens",
     "port": "its port",
     "origins": "whose web pages may ask the server",

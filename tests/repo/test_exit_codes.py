@@ -34,6 +34,7 @@ eval safety --engine {}
 data diff {} {}
 tokenizer lint {}
 bundle verify {}
+bundle sign {} --key x
 lineage --folder {}
 smoke {}
 ask {} hello
