@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'find_reports', 'require_pass', 'pick_prompts', 'self_test', 'place', 'require_room', 'find_licences',
-           'package', 'readme', 'faults', 'verify_bundle', 'check_bundle']
+           'package', 'readme', 'faults', 'verify_bundle']
 
 # %% ../../nbs/07_release/02_bundle.ipynb #92fee374
 import json
@@ -256,8 +256,8 @@ def faults(
     "All that is wrong with a bundle, one line each; empty when it is whole."
     try:
         art = open_artifact(folder, "bundle", verify=False)
-    except (KitError, KeyError, TypeError, AttributeError) as e:
-        return [str(e) if isinstance(e, KitError) else f"{Path(folder) / MANIFEST}: not a manifest"]
+    except KitError as e:
+        return [str(e)]
     links = (f"{n} is extra: no file, and no folder" for n in strangers(art.path))  # a bundle holds its files itself
     bad = list(dict.fromkeys([*damage(art), *links]))
     if (art.path / MANIFEST).read_bytes() != _spelling(art):
@@ -308,29 +308,3 @@ def verify_bundle(folder: str | Path, digest: str = "") -> Artifact:
         fix = "Make it again with `dvc repro package`, or copy it again"
         raise ArtifactError(f"not whole: {'; '.join(bad)}", file=folder, remedy=fix)
     return open_artifact(folder, "bundle", verify=False)
-
-# %% ../../nbs/07_release/02_bundle.ipynb #8602e45a
-def _named(folder: str) -> None:
-    "Raise `KitError` where nothing is, or something whole of another kind; what is damaged is told with all its faults."
-    try:
-        whole = open_artifact(folder, verify=False).kind
-    except (KitError, KeyError, TypeError, AttributeError):
-        whole = "" if (Path(folder) / MANIFEST).is_file() else "nothing"
-    if whole not in ("bundle", ""):
-        open_artifact(folder, "bundle", verify=False)
-
-
-def check_bundle(
-    folder: str,  # a bundle
-    *,
-    digest: str = "",  # the digest that it must have, from the registry
-) -> int:
-    "Check every byte of a bundle; exit code 1 when one is changed, missing or extra."
-    _named(folder)
-    bad = faults(folder, digest)
-    for line in bad:
-        print(line)
-    if not bad:
-        art = open_artifact(folder, "bundle", verify=False)
-        print(f"whole: {len(art.files)} files, bundle {art.digest}")
-    return 1 if bad else 0

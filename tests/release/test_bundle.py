@@ -9,7 +9,8 @@ from release_road import POLICY, run_gate, run_package, write_reports
 from llmkit.core.artifact import open_artifact
 from llmkit.core.errors import KitError
 from llmkit.core.files import read_json, write_json
-from llmkit.release.bundle import check_bundle, faults, verify_bundle
+from llmkit.release.bundle import faults, verify_bundle
+from llmkit.release.signed import check_bundle
 
 BUNDLE = "artifacts/package/bundle"
 
