@@ -2806,6 +2806,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'llmkit/rollout/scrape.py'),
                                        'llmkit.rollout.scrape.Scrape.describe': ( '09_rollout/scrape.html#scrape.describe',
                                                                                   'llmkit/rollout/scrape.py'),
+                                       'llmkit.rollout.scrape.Scrape.newest': ( '09_rollout/scrape.html#scrape.newest',
+                                                                                'llmkit/rollout/scrape.py'),
                                        'llmkit.rollout.scrape._copies': ('09_rollout/scrape.html#_copies', 'llmkit/rollout/scrape.py'),
                                        'llmkit.rollout.scrape._timed': ('09_rollout/scrape.html#_timed', 'llmkit/rollout/scrape.py')},
             'llmkit.rollout.serve': { 'llmkit.rollout.serve._pushing': ('09_rollout/serve.html#_pushing', 'llmkit/rollout/serve.py'),

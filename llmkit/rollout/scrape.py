@@ -9,8 +9,10 @@ __all__ = ['Scrape']
 from collections import Counter
 from typing import Any, get_args
 
+from ..core.errors import KitError
 from ..core.plugins import need
-from .state import Phase
+from .state import Phase, RolloutState
+from .store import Store, newest
 
 # %% ../../nbs/09_rollout/13c_scrape.ipynb #688e8c52
 class Scrape:
@@ -20,7 +22,8 @@ class Scrape:
         self,
         live: Any,  # a `llmkit.rollout.live.Live`
     ):
-        self.live = live
+        self.live, self.store = live, Store(live.store.path)  # of its own: nobody is waited for
+        self.store.patience = 0.0
 
     def describe(self) -> list:
         "Nothing is known before the first scrape."
@@ -30,26 +33,37 @@ class Scrape:
         "Weights, copies by what became of them, and events by what was done with them."
         core, live = need("prometheus_client.core", "serve"), self.live
         weight = core.GaugeMetricFamily("llmkit_rollout_weight_ratio", "Share of users of a variant.", labels=["model", "variant"])  # fmt: skip
-        phase = core.GaugeMetricFamily("llmkit_rollout_phase", "1 for the phase of the rollout.", labels=["model", "phase"])  # fmt: skip
-        state = live.state
+        phase = core.GaugeMetricFamily("llmkit_rollout_phase", "1 for the phase of the newest rollout.", labels=["model", "phase"])  # fmt: skip
+        since = core.GaugeMetricFamily("llmkit_rollout_since_timestamp_seconds", "When its traffic changed last; of one that has ended, its end.", labels=["model"])  # fmt: skip
+        state, (last, read) = live.state, self.newest()
         for v, percent in (state.weights if state else {live.gateway.main: 100.0}).items():
             weight.add_metric([live.gateway.model, v], percent / 100)
         for name in ("none", *get_args(Phase)):
-            phase.add_metric([live.gateway.model, name], float(name == (state.phase if state else "none")))
+            phase.add_metric([live.gateway.model, name], float(name == (last.phase if last else "none")))
+        if last:
+            since.add_metric([live.gateway.model], last.stage_since)
         timed = core.GaugeMetricFamily("llmkit_rollout_timed_pause", "1 while a pause of the policy ends by itself.", labels=["model"])  # fmt: skip
-        timed.add_metric([live.gateway.model], float(_timed(live)))
+        timed.add_metric([live.gateway.model], float(_timed(live, last)))
         copies = _copies(live)
         events = core.GaugeMetricFamily("llmkit_rollout_events", "Events of the rollout that runs, by what became of them.", labels=["result"])  # fmt: skip
         for result, n in (live.controller.counts if live.controller else {}).items():
             events.add_metric([result], n)
-        trouble = core.GaugeMetricFamily("llmkit_rollout_trouble", "1 while something cannot be done.", value=float(bool(live.trouble)))  # fmt: skip
-        return [weight, phase, timed, *copies, events, trouble]
+        trouble = core.GaugeMetricFamily("llmkit_rollout_trouble", "1 while something cannot be done.", value=float(bool(live.trouble) or not read))  # fmt: skip
+        return [weight, phase, since, timed, *copies, events, trouble]
+
+    def newest(self) -> tuple[RolloutState | None, bool]:
+        "The newest rollout of the model, and whether the log could be read; where it could not, the one in hand."
+        try:
+            found = newest(self.store, self.live.gateway.model)
+        except KitError:
+            return self.live.state, False
+        return (found[1] if found else None), True
 
 
-def _timed(live: Any) -> bool:
-    "Whether the rollout is in a pause of its policy that has a duration: nobody has to be called."
-    s, c = live.state, live.controller
-    waits = c and s and (s.phase, s.paused_by) == ("Paused", "step")
+def _timed(live: Any, s: RolloutState | None) -> bool:
+    "Whether a rollout is in a pause of its policy that has a duration: nobody has to be called."
+    c = live.controller or live.coming  # as it is loaded again after a restart
+    waits = c and s and (c.id, s.phase, s.paused_by) == (s.id, "Paused", "step")
     return bool(waits) and c.fold.policy.steps[s.step].duration is not None
 
 

@@ -283,3 +283,20 @@ def test_the_guide_lists_every_alert_and_no_other():
     [table] = [t for c in cells if "| alert | look at | then |" in (t := "".join(c["source"]))]
     listed = re.findall(r"`(Llmkit\w+)`", "\n".join(x.split("|")[1] for x in table.splitlines() if x.startswith("|")))
     assert sorted(listed) == sorted(a.name for a in FOUND)
+
+
+@needs("promtool")
+def test_an_abort_is_told_for_a_week_or_until_another_rollout_begins(tmp_path):
+    "Hours in place of minutes: the server is away for the first twelve, and started again after two days."
+    series = lambda phase: f'llmkit_rollout_phase{{phase="{phase}",model="m"}}'
+    since, hour = 'llmkit_rollout_since_timestamp_seconds{model="m"}', 60
+    firing = [({"model": "m", "phase": "Degraded"}, "1")]
+    away = "_ " * 12 * hour + "1 " * 36 * hour + "_ " * hour + "1 " * 11 * 24 * hour
+    times = (11 * hour, []), (12 * hour, firing), (72 * hour, firing), (167 * hour, firing), (169 * hour, [])
+    assert told(tmp_path, "LlmkitRolloutDegraded", {series("Degraded"): away, since: "0+0x20000"}, *times) == DONE
+    assert (
+        told(tmp_path, "LlmkitRolloutDegraded", {series("Degraded"): away}, (169 * hour, firing)) == DONE
+    )  # an older server
+    another = "1 " * 60 + "0 " * 60 + "1 " * 60
+    moved = {series("Degraded"): another, since: "0+0x59 3600+0x59 7200+0x60"}
+    assert told(tmp_path, "LlmkitRolloutDegraded", moved, (59, firing), (61, []), (125, firing)) == DONE

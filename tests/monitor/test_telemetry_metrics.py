@@ -6,6 +6,7 @@ from serve_server import until
 from telemetry_town import SHADOWED, lint, needs, town, window  # noqa: F401
 
 from llmkit.core.settings import Settings
+from llmkit.rollout.controller import Controller
 from llmkit.serve.keys import Keys
 from llmkit.serve.server import measure
 
@@ -91,3 +92,24 @@ def test_the_registered_bundle_shows_what_was_measured_before_its_release(make_g
     text = gateway.metrics.text().decode()
     assert total(text, "llmkit_hallucination_rate", source="baseline", report="grounding_engine") == 0.25
     assert "window" not in {s.labels["source"] for s in series(text)["llmkit_report_timestamp_seconds"]}
+
+
+@needs("promtool")
+def test_an_abort_is_told_whatever_restarted_meanwhile(town):  # noqa: F811
+    "Ordered while no server runs, again after a restart, and after both releases were given back; until another rollout begins."
+    phase = lambda t: next(s.labels["phase"] for s in series(t.metrics())["llmkit_rollout_phase"] if s.value)
+    with town.server() as t:
+        assert phase(t) == "none" and not series(t.metrics())["llmkit_rollout_since_timestamp_seconds"]
+    town.begin()
+    ended = Controller(town.store, "r1", town.registry).command("abort", "ann", because="a complaint").stage_since
+    for _ in range(2):
+        with town.server() as t:
+            assert t.live.state is None and phase(t) == "Degraded"
+            assert total(t.metrics(), "llmkit_rollout_since_timestamp_seconds", model="bank-support") == ended
+    with town.server() as t:
+        t.live.hold = 0.0
+        t.begin("r2")
+        until(lambda: t.live.controller and phase(t) == "Progressing", "the next rollout")
+        Controller(t.store, "r2", t.registry).command("abort", "ann", because="again")
+        until(lambda: t.live.state is None, "the releases given back")
+        assert phase(t) == "Degraded" and lint(t.metrics()) == (0, "")
