@@ -15,7 +15,6 @@ import numpy as np
 
 from ..core.digests import digest_json
 from ..core.report import report_digest
-from ..gate.clustered import MOST, crowd_difference, crowd_excess
 from ..gate.judge import judge
 from ..gate.policy import Policy, Rule
 from llmkit.gate.sequential import (
@@ -28,12 +27,13 @@ from llmkit.gate.sequential import (
     rate_sequence,
     ratio_mismatch_sequence,
 )
+from ..gate.sequential_users import MOST, user_rate_difference, user_rate_excess
 from ..gate.verdict import RuleResult, Verdict, worst
 from .arms import Arm
 from .policy import METRICS, Guardrail, RolloutPolicy
 from .reports import arm_report, shadow_reports
 from .state import Evidence, RolloutState
-from .users import Crowd
+from .users import UserArm
 from .window import AT_THE_END, ENDLESS, Window
 
 # %% ../../nbs/09_rollout/06_analysis.ipynb #adaaf271
@@ -52,8 +52,8 @@ def compare(
     if m.test == "quantile":
         kind, _, q = g.metric.rpartition("_p")
         return quantile_ratio(base.times.get(kind, {}), cand.times.get(kind, {}), int(q) / 100, alpha)
-    if m.test == "rate" and isinstance(cand, Crowd):
-        gap, scale = crowd_difference(base.table(g.metric), cand.table(g.metric), g.margin or _GAIN, alpha), 1.0
+    if m.test == "rate" and isinstance(cand, UserArm):
+        gap, scale = user_rate_difference(base.table(g.metric), cand.table(g.metric), g.margin or _GAIN, alpha), 1.0
     elif m.test == "rate":
         gap, scale = rate_difference(*(tuple(a.rates.get(g.metric, (0, 0))) for a in (base, cand)), alpha), 1.0
     else:
@@ -91,8 +91,8 @@ def harmful(
     if m.test != "rate" or g.role == "success":
         gap = compare(g, base, cand, alpha, most)
         return gap if finding(g, gap) == "fail" else None
-    if isinstance(cand, Crowd):
-        gap = crowd_excess(*(a.table(g.metric, m.better == "higher") for a in (base, cand)), g.margin, share, alpha, g.alpha)  # fmt: skip
+    if isinstance(cand, UserArm):
+        gap = user_rate_excess(*(a.table(g.metric, m.better == "higher") for a in (base, cand)), g.margin, share, alpha, g.alpha)  # fmt: skip
     else:
         bad = [tuple(a.rates.get(g.metric, (0, 0))) for a in (base, cand)]
         bad = [(n - k, n) for k, n in bad] if m.better == "higher" else bad
@@ -182,7 +182,7 @@ def _excuse(g: Guardrail, variant: str, base: Arm, cand: Arm, alpha: float) -> s
 
 def _requests(a: Arm, metric: str) -> tuple[int, int]:
     "Hits and requests that count in a rate."
-    if not isinstance(a, Crowd):
+    if not isinstance(a, UserArm):
         return tuple(a.rates.get(metric, (0, 0)))
     table, each = a.table(metric), np.arange(MOST + 1)
     return int(table.sum(0) @ each), int(table.sum(1) @ each)

@@ -14,7 +14,7 @@ from typing import Any
 from .arms import Arm
 from .event import digest
 from .policy import RolloutPolicy
-from .users import Crowd
+from .users import UserArm
 
 # %% ../../nbs/09_rollout/04e_presence.ipynb #87ef75b2
 UNITS = 20_000  # most units that are remembered
@@ -39,7 +39,7 @@ class Presence:
     def arm(self, variant: str) -> Arm:
         "The statistics of a variant, made when it is new."
         if variant not in self.arms:
-            self.arms[variant] = Crowd() if self.by_user else Arm()
+            self.arms[variant] = UserArm() if self.by_user else Arm()
         return self.arms[variant]
 
     def _heard(self, e: Mapping[str, Any], at: float) -> tuple[Arm, int | None]:

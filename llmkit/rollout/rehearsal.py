@@ -22,7 +22,7 @@ from .assign import SLOTS
 from .fold import Fold
 from .policy import RolloutPolicy, read_rollout
 from .presence import UNITS
-from .users import Crowd, Trials
+from .users import Trials, UserArm
 
 # %% ../../nbs/09_rollout/13_rehearsal.ipynb #d88e4022
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _arrive(fold: Fold, variant: str, t: Traffic, n: int, cells: Sequence[np.nda
         old = arm.rates.get(metric, (0, 0))
         if m:
             arm.rates[metric] = [old[0] + int(k), old[1] + int(m)]
-        if m and isinstance(arm, Crowd) and metric in fold.window.judged:
+        if m and isinstance(arm, UserArm) and metric in fold.window.judged:
             arm.trials.setdefault(metric, Trials()).table[1, :2] += [int(m - k), int(k)]  # each is a new user
     for x in rng.random(ratings) < t.thumbs_up:
         arm.means["user_satisfaction"] = add(arm.means.get("user_satisfaction", Running()), float(x))
@@ -156,7 +156,7 @@ class _People:
 
     def _tries(self, fold: Fold, a: Arm, metric: str, who: np.ndarray, hits: np.ndarray) -> None:
         "Requests of users, where users are counted, in a rate that is judged."
-        if isinstance(a, Crowd) and metric in fold.window.judged:
+        if isinstance(a, UserArm) and metric in fold.window.judged:
             for u, hit in zip(who.tolist(), hits.tolist(), strict=True):
                 a.trial(metric, u + 1, hit)
 

@@ -22,7 +22,7 @@ from .feedback import Feedback
 from .pairs import Pairs, remember
 from .policy import METRICS, PAIRS, RolloutPolicy
 from .presence import Presence
-from .users import Crowd, read_trials
+from .users import UserArm, read_trials
 
 # %% ../../nbs/09_rollout/05_window.ipynb #7f4ff2e5
 class Window(Presence, Feedback, Pairs):
@@ -114,7 +114,7 @@ def _new(self: Window, metric: str, who: int | None = None) -> bool:
     return not self.by_user or who is not None and self.seen.setdefault(metric, Seen()).add(who)
 
 
-def _try(self: Window, a: Crowd, metric: str, who: int, hit: bool) -> None:
+def _try(self: Window, a: UserArm, metric: str, who: int, hit: bool) -> None:
     "Count a request of a user, whichever it is, in a rate that is judged."
     if metric in self.judged:
         a.trial(metric, who, hit)
@@ -160,7 +160,7 @@ def so_far(
     at: float,  # seconds since the epoch; or `ENDLESS`
 ) -> Arm:
     "An arm, its requests that still run counted as if they ended well at a moment; endless ones are in no rate."
-    a = self.arms.get(variant) or (Crowd() if self.by_user else Arm())
+    a = self.arms.get(variant) or (UserArm() if self.by_user else Arm())
     if not (still := [(s, began, *first) for v, s, began, *first in self.running.values() if v == variant]):
         return a
     out, counted = copy.copy(a), [(s, began) for s, began, *first in still if all(first)]
@@ -302,7 +302,7 @@ def _arm_json(a: Arm) -> dict[str, Any]:
     "An arm as a JSON value; empty buckets are left out."
     times = {m: {s: {str(i): int(c[i]) for i in np.flatnonzero(c)} for s, c in t.items()} for m, t in a.times.items()}
     last = a.last if math.isfinite(a.last) else None
-    return {"n": a.n, "last": last, "release": a.release, "rates": a.rates, "times": times, "means": {m: list(astuple(r)) for m, r in a.means.items()}} | ({"users": {m: t.text() for m, t in a.trials.items()}} if isinstance(a, Crowd) else {})  # fmt: skip
+    return {"n": a.n, "last": last, "release": a.release, "rates": a.rates, "times": times, "means": {m: list(astuple(r)) for m, r in a.means.items()}} | ({"users": {m: t.text() for m, t in a.trials.items()}} if isinstance(a, UserArm) else {})  # fmt: skip
 
 
 def read_window(
