@@ -20,12 +20,12 @@ from ..core.errors import KitError
 from ..core.plugins import need
 from ..core.ranges import check_ranges
 from ..core.settings import load_settings
-from .analysis import left_out
 from .controller import SNAPSHOT
 from .database import Unreadable
 from .fold import Fold
 from .state import to_json
 from .store import Receipt, Store, rollouts_file
+from .validity import left_out
 from ..serve.http import careful, is_loopback, listening, read_request
 from ..serve.keys import Keys, keys_file
 from ..serve.wire import ApiError, checked

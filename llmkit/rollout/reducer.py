@@ -75,7 +75,7 @@ def _tick(policy: RolloutPolicy, s: RolloutState, e: Event, ev: Evidence) -> Nex
         s = replace(s, looks=s.looks + 1, look_n=ev.samples, found=ev.outcome)
     if ev.outcome == "fail":
         return _act(policy, s, e, ev, "fail", _first(ev))
-    if ev.outcome == "error" and s.phase == "Progressing":
+    if ev.outcome == "error" and (s.phase == "Progressing" or ev.withdraw):
         return _act(policy, s, e, ev, "error", _first(ev))
     step = policy.steps[s.step]
     if s.phase == "Paused":
@@ -107,7 +107,9 @@ def _act(policy: RolloutPolicy, s: RolloutState, e: Event, ev: Evidence, finding
     "What the policy says about a finding."
     if policy.on[finding] == "abort":
         return _aborted(s, e, f"{finding}: {reason}", ev.digest)
-    if (s.phase, s.paused_by) == ("Paused", "policy"):
+    if ev.withdraw:
+        s = replace(s, slots=NOBODY, stage=s.stage + 1, stage_since=e["time"])
+    elif (s.phase, s.paused_by) == ("Paused", "policy"):
         return s, ()
     return replace(s, phase="Paused", paused_by="policy", reason=f"{finding}: {reason}", verdict=ev.digest), ()
 
@@ -132,6 +134,11 @@ def _command(policy: RolloutPolicy, s: RolloutState, e: Event, ev: Evidence) -> 
     because = f"{who or 'somebody'}: {e.get('because') or kind}"
     if kind == "pause":
         return replace(s, phase="Paused", paused_by="person", reason=because), ()
+    if kind == "resume" and s.paused_by == "policy" and not s.stage_kind:  # its users were taken back
+        moves = [i for i in range(s.step) if policy.steps[i].kind in ("shadow", "setWeight")]
+        for i in moves:  # the same users as before
+            s = replace(s, slots=reweigh(s.slots, dict(policy.steps[i].weights)))
+        return _enter(policy, s, moves[-1], e, s.verdict)
     if kind == "resume":
         if policy.steps[s.step].kind == "pause":  # whoever holds it there
             if s.step + 1 == len(policy.steps):  # into a promotion

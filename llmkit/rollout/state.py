@@ -102,6 +102,7 @@ class Evidence:
     samples: int = 0  # requests of the canary, or pairs
     silent: bool = True  # no recent data: never a pass
     look: bool = False  # a look at the shadow was spent
+    withdraw: bool = False  # no user stays with the candidates until a person has looked
 
     @property
     def outcome(self) -> str:

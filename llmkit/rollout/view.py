@@ -16,11 +16,11 @@ from typing import Any
 from ..core.digests import short
 from ..core.plugins import need
 from ..gate.verdict import Picture, Verdict, as_markdown, as_text
-from .analysis import left_out
 from .fold import Fold
 from .policy import RolloutPolicy, Step
 from .state import RolloutState
 from .store import Store
+from .validity import left_out
 
 # %% ../../nbs/09_rollout/11_view.ipynb #2a941085
 def duration(

@@ -5,11 +5,11 @@ import pytest
 from fastapi.testclient import TestClient
 from rollout_road import CANARY, RELEASES, SECTION, H, World
 
-from llmkit.rollout.analysis import _freshness
 from llmkit.rollout.assign import assign
 from llmkit.rollout.fold import Fold
 from llmkit.rollout.judge_server import judge_app
 from llmkit.rollout.policy import read_rollout
+from llmkit.rollout.validity import check_freshness
 
 STAGE = {"min_duration": "1m", "max_duration": "1h", "min_samples": 400}
 ONE = CANARY | {
@@ -38,12 +38,12 @@ def test_a_long_stage_is_not_called_stale_by_chance():
     for _ in range(40):
         for w.silences["canary"], n in enumerate(rng.geometric(0.01, 1700)):
             w.without["canary"] = range(n)
-            if _freshness(fold.policy, w, {"baseline": 0.99, "canary": 0.01}, 1000.0).outcome == "error":
+            if check_freshness(fold.policy, w, {"baseline": 0.99, "canary": 0.01}, 1000.0).outcome == "error":
                 wrong += 1
                 break
     assert wrong <= 1
     w.without["canary"] = range(3000)  # and one that chance does not explain is seen at once
-    assert _freshness(fold.policy, w, {"baseline": 0.99, "canary": 0.01}, 1000.0).outcome == "error"
+    assert check_freshness(fold.policy, w, {"baseline": 0.99, "canary": 0.01}, 1000.0).outcome == "error"
 
 
 def first_seconds(seed, rate, answers, failures, until):

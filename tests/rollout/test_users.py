@@ -7,6 +7,7 @@ import pytest
 from fastapi.testclient import TestClient
 from rollout_road import CANARY, RELEASES, H, World
 
+from llmkit.core.errors import KitError
 from llmkit.gate.sequential import rate_excess
 from llmkit.rollout.judge_server import answer, judge_app
 from llmkit.rollout.policy import read_rollout
@@ -198,3 +199,39 @@ def test_an_outage_of_both_arms_pauses_and_one_of_the_challenger_aborts(tmp_path
         assert w.c.state.phase == "Paused" and w.c.state.reason.startswith("error: ") and "both have in common" in w.c.state.reason  # fmt: skip
         w.traffic(2000, step=5, errors=(0.01, 0.5))  # it is over, and the challenger still fails: not in a pause either
         assert w.c.state.aborted
+
+
+@pytest.mark.parametrize("unit", ["request", "user"])
+@pytest.mark.parametrize("salt", range(4))
+def test_a_challenger_that_fails_everybody_keeps_no_user_however_few_there_are(tmp_path, salt, unit):
+    "Of twenty users it has two to six: too few to accuse it by, and reason enough to take them back."
+    w = World(tmp_path, CANARY | {"unit": unit}, id=f"few{salt}")
+    for i in range(1500):
+        w.request(errors=(0.01, 1.0), unit=f"u{int(w.rng.integers(20))}")
+        if i % 5 == 0 and w.c.step().weights == {"baseline": 100.0}:
+            break
+    assert w.canary() == 0 and i < 1000, (w.c.state.reason, i)
+    assert w.c.state.aborted or unit == "user" and "few users" in w.c.state.reason, w.c.state.reason
+    assert w.store.replay(f"few{salt}").state == w.store.load(f"few{salt}").state == w.c.state
+
+
+def test_users_that_were_taken_back_come_again_by_a_resume_and_are_counted_anew(tmp_path):
+    w = World(tmp_path, CANARY | {"unit": "user"})
+    people = [f"u{k}" for k in range(60)]
+    mine, others = ([u for u in people if w.c.assign(u) == v] for v in ("canary", "baseline"))
+    for i in range(200):  # one user fails, whoever answers
+        w.request(errors=(0.0, 1.0), unit=mine[0] if i % 5 == 0 else others[i % len(others)])
+        w.c.step()
+    for bad in (mine[:1], mine[:3]):
+        for i in range(400):
+            w.request(errors=(0.0, 1.0), unit=bad[i % len(bad)] if i % 4 == 0 else others[i % len(others)])
+            if w.c.step().phase == "Paused":
+                break
+    assert w.c.state.phase == "Paused" and not w.c.state.aborted and "few users" in w.c.state.reason
+    assert not [u for u in people if w.c.assign(u) == "canary"]
+    with pytest.raises(KitError, match="nothing was measured"):
+        w.c.command("promote", "ann", full=True)
+    s = w.c.command("resume", "ann")
+    assert [u for u in people if w.c.assign(u) == "canary"] == mine and w.canary() == 0
+    assert (s.phase, s.step, s.step_since) == ("Progressing", 1, w.now)
+    assert w.store.replay("r1").state == s
