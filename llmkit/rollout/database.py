@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import KitError
-from ..serve.store import locked, make_tables, write_ahead
+from ..serve.store import file_of, locked, make_tables, write_ahead
 
 # %% ../../nbs/09_rollout/08b_database.ipynb #135d4956
 _TABLES = """
@@ -55,15 +55,6 @@ def _remedy(e: Exception) -> str:
     kind = getattr(e, "sqlite_errorname", "SQLITE_CANTOPEN").split("_")[1]
     return _REMEDIES.get(kind, _DAMAGED)
 
-
-def _file(path: Path) -> tuple[int, int] | None:
-    "Device and inode of a file; None when there is none."
-    try:
-        s = path.stat()
-    except FileNotFoundError:
-        return None
-    return s.st_dev, s.st_ino
-
 # %% ../../nbs/09_rollout/08b_database.ipynb #28f24402
 WAIT, PIECE = 60.0, 0.25  # seconds for another writer, and between two looks meanwhile
 
@@ -93,7 +84,7 @@ class Database:
             db.execute(f"pragma busy_timeout = {round(1000 * min(WAIT, PIECE))}")
         except (sqlite3.Error, OSError) as e:
             raise Unreadable(f"cannot open the rollouts: {e}", file=self.path, remedy=_remedy(e)) from e
-        self._file = _file(self.path)
+        self._file = file_of(self.path)
         return db
 
     @contextmanager
@@ -154,7 +145,7 @@ class Database:
         "Raise `KitError` when the file is gone, is another one than was opened, or cannot be read by whoever opens it now."
         with self._asked():
             self._db.execute("select 1")
-            if _file(self.path) != self._file:
+            if file_of(self.path) != self._file:
                 fix = "Put the file back, or start again what holds it: what it writes now is lost then"
                 raise Unreadable("the file that was opened is not here any more", file=self.path, remedy=fix)
             with closing(sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True, timeout=WAIT)) as db:

@@ -179,13 +179,17 @@ def parse(
     lp = got.get("logprobs") if kind == "completion" else (got.get("top_logprobs", 0) if got.get("logprobs") else None)
     if kind == "chat" and "top_logprobs" in got and not got.get("logprobs"):
         raise ApiError(400, "'top_logprobs' needs 'logprobs': true", param="top_logprobs", code="invalid_value")
+    most = {_whole(got[k]) for k in ("max_completion_tokens", "max_tokens") if k in got}
+    if len(most) > 1:
+        told = "'max_tokens' and its newer name 'max_completion_tokens' differ: leave one out"
+        raise ApiError(400, told, param="max_tokens", code="invalid_value")
     options = got.get("stream_options") or {}
     call = Call(
         kind,
         got["model"],
         prompts=_prompts(got.get("prompt")),
         messages=tuple(_message(m) for m in got.get("messages", ())),
-        max_tokens=_whole(got.get("max_completion_tokens", got.get("max_tokens"))),
+        max_tokens=next(iter(most), None),
         temperature=float(got.get("temperature", 1.0)),
         top_p=max(float(got.get("top_p", 1.0)), 1e-9),  # 0 means: only the likeliest
         top_k=max(0, int(got.get("top_k", 0))),

@@ -10,7 +10,6 @@ import asyncio
 import math
 import re
 import secrets
-import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,6 @@ from .guards import Blocked, Found, OutputGuard
 from .keys import Key
 from .limits import RateLimited, Reservation
 from .reply import Piece, Reply
-from .store import hurried
 from .wire import ApiError
 
 # %% ../../nbs/08_serve/10d_exchange.ipynb #8a673e3b
@@ -179,14 +177,10 @@ class Exchange:
         seen |= self.confidence.event(text) if whole else {}
         return seen | self.sampled
 
-    def sample(self) -> Mapping[str, Any]:
-        "What the sampler finds in the answer, which is whole."
-        try:
-            with hurried():
-                return self.gateway.sampler.look(self.reply.id, self.call, self.reply.texts.get(0, ""))
-        except (OSError, sqlite3.Error):  # as with the log: seen, and no answer is lost
-            self.gateway.metrics.event_failures.inc()
-            return {}
+    def sample(self, kept: list[tuple]) -> Mapping[str, Any]:
+        "What the sampler finds in the answer, which is whole; what it wants to write comes into a list."
+        look = self.gateway.sampler.look
+        return look(self.reply.id, self.call, self.reply.texts.get(0, ""), lambda *work: kept.append(work))
 
     def _tell(self, status: str) -> None:
         "To the log, the metrics and the router."
@@ -235,7 +229,10 @@ async def pieces(self: Exchange) -> AsyncIterator[Piece]:
             self.waits = self.gateway.timer()
         self.reply.usage = self.answer.usage
         if self.gateway.sampler is not None:
-            self.sampled = await by_size(self.call, self.sample)
+            kept: list[tuple] = []
+            self.sampled = await by_size(self.call, self.sample, kept)
+            for work in kept:
+                self.gateway.texts.add(*work)
     except (asyncio.CancelledError, GeneratorExit):
         self.end("cancelled", 499, "client_disconnected")
         raise

@@ -25,7 +25,7 @@ from .limits import Limits, RateLimited
 from .metrics import Metrics, best
 from .reply import Reply, fingerprint
 from .samples import Sampler
-from .store import Later, hurried, patiently
+from .store import Later, Store, hurried, patiently
 from .traces import Traces
 from .wire import ApiError, busy
 
@@ -93,7 +93,9 @@ class Gateway:
             self.refusal = refused
         self.running: set[Exchange] = set()  # requests that have not ended
         self.draining, self.adapters = False, set()  # names of variants that are asked for as a model
-        self.accounts, self.log = (Later(self.metrics.event_failures.inc) for _ in range(2))  # one database each
+        self.accounts, self.log, self.texts = (
+            Later(self.metrics.event_failures.inc) for _ in range(3)
+        )  # one database each
         self.meter = self.meter or best()
         self._joules = self.meter[1].read()
         for name in self.variants:
@@ -141,10 +143,12 @@ class Gateway:
         return self.meter[1].between(before, self._joules)
 
     def checkpoint(self) -> None:
-        "Empty the write-ahead files of the databases, so that no request has to."
-        parts = (self.keys, self.limits, self.events)
-        for store in {p.store.path: p.store for p in parts if p is not None}.values():
-            store.checkpoint()
+        "Empty the write-ahead files of the databases, so that no request has to; raises when one is not where it was opened."
+        parts = (self.keys, self.limits, self.events, getattr(self.sampler, "texts", None))
+        stores = {p.store.path: p.store for p in parts if p is not None}.values()
+        for do in (Store.checkpoint, Store.check):
+            for store in stores:
+                do(store)
 
     def routed(self, method: str, *args) -> Any:
         "Ask the router; its failure is counted and harms no request: the main variant answers."
@@ -284,7 +288,7 @@ async def drain(self: Gateway, timeout: float | None = 30.0) -> None:
 async def close(self: Gateway, timeout: float | None = 30.0) -> None:
     "Drain, and give everything back."
     await self.drain(timeout)
-    await asyncio.gather(self.accounts.close(timeout), self.log.close(timeout))
+    await asyncio.gather(*(later.close(timeout) for later in (self.accounts, self.log, self.texts)))
     if self.traces is not None:
         await asyncio.to_thread(self.traces.close)
 

@@ -9,6 +9,7 @@ __all__ = ['Fault', 'Check', 'ApiError', 'refused', 'busy', 'read_body', 'checke
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -61,14 +62,25 @@ def busy(
 def read_body(data: bytes) -> dict[str, Any]:
     "The object in a request's body; raises `ApiError`."
     try:
-        body = json.loads(data.decode("utf-8"), parse_constant=_no_constant)
+        body = json.loads(data.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_once)
         if b"\\u" in data:  # half a character can only have come as an escape
             json.dumps(body, ensure_ascii=False).encode("utf-8")
+    except ApiError:
+        raise
     except (ValueError, RecursionError) as e:  # the parser's, the decoder's and the encoder's errors are ValueErrors
         raise ApiError(400, "The body is not valid JSON in UTF-8", code="invalid_json") from e
     if not isinstance(body, dict):
         raise ApiError(400, "The body must be a JSON object", code="invalid_json")
     return body
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    "An object, each member of which is there once; raises `ApiError`."
+    if len(found := dict(pairs)) < len(pairs):
+        names = Counter(k for k, _ in pairs)
+        name = names.most_common(1)[0][0][:64].encode("utf-8", "replace").decode()
+        raise ApiError(400, f"'{name}' is given twice", param=name, code="invalid_json")
+    return found
 
 
 def _no_constant(name: str):

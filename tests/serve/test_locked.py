@@ -85,7 +85,7 @@ def test_others_write_while_old_events_are_deleted(tmp_path, monkeypatch):
             log.append({**old, "time": 99.0, "id": "new"})
         between.append(seconds)
 
-    monkeypatch.setattr("llmkit.serve.events.PORTION", 20)
-    monkeypatch.setattr("llmkit.serve.events.time.sleep", pause)
+    monkeypatch.setattr("llmkit.serve.store.PORTION", 20)
+    monkeypatch.setattr("llmkit.serve.store.time.sleep", pause)
     assert log.expire(50.0) == 50 and len(between) == 2
     assert [e["id"] for e in log.all()] == ["a"] * 10 + ["new"] * 2

@@ -172,7 +172,7 @@ def test_tokenizing_and_feedback_are_requests_of_the_account(make_gateway, tmp_p
 
 def test_a_sampler_that_reads_for_long_holds_up_nobody(make_gateway):
     class Slow:
-        def look(self, id, call, answer):
+        def look(self, id, call, answer, write):
             time.sleep(1.0)
             return {}
 
