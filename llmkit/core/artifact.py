@@ -95,14 +95,18 @@ def open_artifact(
     schema = m.get("schema") if isinstance(m, dict) else None
     if schema != SCHEMA:
         raise ArtifactError("unknown manifest schema", file=path / MANIFEST, key="schema", value=schema)
-    if lacks := [k for k in FIELDS if k not in m]:
+    if lacks := [k for k in FIELDS if not isinstance(m.get(k), str if k in ("kind", "digest") else dict)]:
         fix = "Make it again, or fetch it again with `dvc checkout`"
         raise ArtifactError("the manifest is not whole", file=path / MANIFEST, key=lacks[0], remedy=fix)
     art = Artifact(path, m["kind"], m["files"], m["parents"], m["recipe"], m["meta"])
     kinds = (kind,) if isinstance(kind, str) else kind
     if kinds and art.kind not in kinds:
         raise ArtifactError(f"is a {art.kind}, not a {' or '.join(kinds)}", file=path)
-    if art.digest != m["digest"]:
+    try:
+        edited = art.digest != m["digest"]
+    except KitError as e:  # NaN, or half of a character
+        raise ArtifactError(e.problem, file=path / MANIFEST, key=e.key, remedy=e.remedy) from e
+    if edited:
         raise ArtifactError("the manifest was edited: its digest does not match", file=path / MANIFEST)
     if verify and (bad := damage(art)):
         fix = "Make it again, or fetch it again with `dvc checkout`"

@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,10 +84,19 @@ def atomic_folder(
         with _writing(path, FULL):
             yield tmp
         with _writing(path):
+            _readable(tmp)
             while not _took_place(tmp, path):
                 continue
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
+
+
+def _readable(folder: Path) -> None:
+    "Let everybody read a file whom the umask lets read the folder: safetensors writes for its own user alone."
+    give = stat.S_IMODE(folder.stat().st_mode) & 0o444
+    for p in folder.rglob("*"):
+        if not p.is_symlink() and p.is_file() and give & ~(mode := stat.S_IMODE(p.stat().st_mode)):
+            p.chmod(mode | give)
 
 
 def _took_place(new: Path, path: Path) -> bool:

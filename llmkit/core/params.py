@@ -9,6 +9,7 @@ __all__ = ['LARGEST', 'SPREAD', 'ParamsError', 'load_params', 'did_you_mean', 'c
 # %% ../../nbs/01_core/04_params.ipynb #80fcfe14
 import difflib
 import math
+import sys
 import types
 import typing
 from collections.abc import Collection, Mapping
@@ -106,7 +107,11 @@ def conform(
         ok = any(value == a and type(value) is type(a) for a in args)
         return value if ok else _misfit(value, f"one of {', '.join(map(repr, args))}", key, file)
     if kind is float and type(value) is int:
-        return float(value)
+        return (
+            float(value)
+            if abs(value) <= sys.float_info.max
+            else _misfit(value, "a number that a float holds", key, file)
+        )
     if kind is None or kind is type(None):
         return value if value is None else _misfit(value, "null", key, file)
     base = origin or kind

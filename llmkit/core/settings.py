@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from .errors import KitError
+from .files import cannot_read
 from .params import did_you_mean
 
 # %% ../../nbs/01_core/05_settings.ipynb #1b0d7dc7
@@ -72,6 +73,8 @@ def load_settings(
             ini.read_file(f)
     except FileNotFoundError as e:
         raise KitError("no such file", file=path, remedy="Run from the project's root") from e
+    except OSError as e:
+        raise cannot_read(path, e) from e
     except (Error, UnicodeDecodeError) as e:
         raise KitError(f"not a valid INI file: {' '.join(str(e).split())}", file=path) from e
     profile = profile or environ.get("LLMKIT_PROFILE") or "DEFAULT"
@@ -86,8 +89,8 @@ def load_settings(
 
 def _nearest(path: Path) -> Path:
     "The file itself, or for a project in a project the one of that name in the nearest folder above."
-    above = (folder / path.name for folder in path.resolve().parent.parents)
-    found = path if path.is_file() else next((p for p in above if p.is_file()), path)
+    above = (folder / path.name for folder in path.parent.resolve().parents)
+    found = path if path.exists() or path.is_symlink() else next((p for p in above if p.is_file()), path)
     if found != path and not path.with_name("params.yaml").is_file():
         fix = f"Run from {found.parent}: the databases are named from there"
         raise KitError("no such file, and this is no project", file=path, remedy=fix)

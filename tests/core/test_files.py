@@ -100,8 +100,9 @@ def test_who_may_write_and_read_is_the_umasks_to_say(tmp_path, umask, folder, lo
     "A group works in one folder, or nobody else shall look into it."
     before = os.umask(umask)
     try:
-        with atomic_folder(tmp_path / "made"), locked(tmp_path / "lock"):
-            pass
+        with atomic_folder(tmp_path / "made") as made, locked(tmp_path / "lock"):
+            (made / "weights").touch(0o600)  # as safetensors does, for its own user alone
     finally:
         os.umask(before)
     assert [stat.S_IMODE((tmp_path / n).stat().st_mode) for n in ("made", "lock")] == [folder, lock]
+    assert stat.S_IMODE((tmp_path / "made/weights").stat().st_mode) == 0o600 | (folder & 0o444)
