@@ -140,7 +140,7 @@ class Exchange:
         self.event |= {"stalled": True} if self.stalled else {}
         finishes = list(self.reply.finish.values()) if self.reply else []
         text = self.reply.texts.get(0, "") if self.reply else ""
-        self.event |= {"finish": finishes[0] if finishes else None, "refused": ran and bool(g.refusal(text))}
+        self.event |= {"finish": finishes[0] if finishes else None, "refused": g.refusal(text) if ran else False}
         self.event |= self._seen(text, ran and status == "ok")
         self._tell(status)
 

@@ -9,6 +9,7 @@ import httpx
 import pytest
 from serve_server import PATIENCE, serving, until
 
+from llmkit.runtime.dummy import DummyEngine
 from llmkit.serve import app
 from llmkit.serve.samples import Sampler, Shares, Texts
 
@@ -85,3 +86,15 @@ def test_what_fails_every_second_is_logged_when_it_is_new(caplog):
     asyncio.run(main())
     said = [r.getMessage().split(": ", 1)[1] for r in caplog.records if r.name == "llmkit.serve"]
     assert said == ["OSError: disk full", "OSError: disk full", "KeyError"]
+
+
+def test_a_refusal_in_a_language_that_is_not_known_is_nobodys_to_deny(make_gateway):
+    replies = {"card": "Your card is on its way.", "thai": "ขออภัย ฉันไม่สามารถช่วยเรื่องนี้ได้"}
+    gateway = make_gateway(DummyEngine(replies=replies))
+    with serving(gateway) as url:
+        for prompt in replies:
+            said = httpx.post(
+                f"{url}/v1/completions", json={**ASK, "prompt": prompt, "max_tokens": 60}, timeout=PATIENCE
+            )
+            assert said.status_code == 200
+    assert [e["refused"] for e in gateway.events.all("request")] == [False, None]
