@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from .core.errors import KitError
-from .core.files import FULL
+from .core.files import FULL, read_text
 from .core.params import did_you_mean
 
 # %% ../nbs/13_cli/01_cli.ipynb #e4165e45
@@ -195,7 +195,7 @@ def _summary(name: str) -> str:
     from importlib.util import find_spec
 
     module, _, attr = COMMANDS[name].partition(":")
-    tree = ast.parse(open(find_spec(module).origin, encoding="utf-8").read())
+    tree = ast.parse(read_text(find_spec(module).origin))
     found = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == attr]
     return (ast.get_docstring(found[0]) or "").splitlines()[0] if found else ""
 

@@ -68,10 +68,14 @@ def engine(state: Execution, arguments: list[str], env: Mapping[str, str], cwd: 
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import NBClientEngine
 
+    class Manager(AsyncKernelManager):
+        async def _async_interrupt_kernel(self):
+            "Nothing: it comes before the order to leave, when no cell runs, and some kernels complain of it."
+
     class Client(PapermillNotebookClient):
         def create_kernel_manager(self):
             here = KernelSpecManager(kernel_dirs=[])  # no registered kernel: the interpreter that runs this
-            self.km = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=here, transport_encryption="auto")
+            self.km = Manager(kernel_name="python3", kernel_spec_manager=here, transport_encryption="auto")
             self.km.shutdown_wait_time = 60.0  # seconds to leave in peace; five are too few on a busy machine
             return self.km
 
@@ -154,10 +158,9 @@ def execute(plan: Plan, run: Run, state: Execution) -> None:
             # papermill calls a parameter of a union or generic type unknown; ours were checked before
             logging.getLogger("papermill").setLevel(logging.ERROR)
             options = {"engine_name": "llmkit", "kernel_name": "python3", "language": "python", "progress_bar": False}
-            target = run.folder / "notebook.ipynb"
-            state.nb = execute_notebook(
-                str(plan.stage.notebook), str(target), plan.values, cwd=str(plan.project), **options
-            )
+            files = plan.stage.notebook, run.folder / "notebook.ipynb"
+            files = (str(p).replace("{", "{{").replace("}", "}}") for p in files)  # else papermill puts values there
+            state.nb = execute_notebook(*files, plan.values, cwd=str(plan.project), **options)
     except Stopped:
         pass  # `state.signal` says which
     except BaseException as e:  # of every kind: the kernel's death, papermill's own errors, a full disk

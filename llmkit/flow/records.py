@@ -10,7 +10,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from ..core.files import read_json, write_text
+from ..core.files import read_json, read_text, write_text
 from ..core.params import load_params
 from ..core.project import named_project
 from .notebook import find_checkout, find_stages
@@ -57,7 +57,7 @@ def sync_records(
             changed.append(copy.name)
     for copy in sorted((project / "records").glob("*.ipynb")):
         if copy.name not in {p.name for p in stages.values()}:
-            copy.unlink()
+            copy.unlink(missing_ok=True)  # another one may be at it
             changed.append(copy.name)
     return changed, refused
 
@@ -65,7 +65,7 @@ def sync_records(
 def _in_step(project: Path, stages: dict[str, Path]) -> bool:
     "Whether each record is in the lock file, and its copy is the same: seen without parsing, which takes longer than DVC needs to do nothing."
     lock = project / "dvc.lock"
-    text = lock.read_text(encoding="utf-8") if lock.is_file() else ""
+    text = read_text(lock) if lock.is_file() else ""
     pairs = {
         n: (md5(project / f"artifacts/{n}/record.ipynb"), md5(project / "records" / p.name)) for n, p in stages.items()
     }

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MADE', 'GRACE', 'STOPS', 'USAGE', 'FAILED', 'BACKUP', 'guard', 'check_stages', 'check_data', 'overtaken',
-           'where_to_look', 'where_time_went', 'stop_below', 'before', 'dvc', 'after', 'alone', 'put_back', 'repro']
+           'where_to_look', 'where_time_went', 'stop_below', 'before', 'check_home', 'dvc', 'after', 'alone',
+           'put_back', 'repro']
 
 # %% ../../nbs/12_flow/12_repro.ipynb #1fb4dda0
 import fnmatch
@@ -186,10 +187,20 @@ def before(
 ) -> None:
     "What has to be done before DVC runs stages; raises `KitError` when their results could not be kept."
     check_cache(folder)
+    check_home()
     guard(folder)
     bury_dead(folder)
     if dag_write(folder):
         print("dvc.yaml: rewritten, because the stages had changed")
+
+
+def check_home() -> None:
+    "Raise `KitError` when DVC would look for its configuration where this user has no home, or may not look."
+    home = Path(os.path.expanduser("~"))
+    if "XDG_CONFIG_HOME" in os.environ or home.is_absolute() and (os.access(home, os.X_OK) or not home.exists()):
+        return
+    fix = "Set HOME to a folder of this user; DVC and MLflow look there for their configuration"
+    raise KitError("no home of this user", key="HOME", value=os.environ.get("HOME"), remedy=fix)
 
 
 STOPS = (signal.SIGINT, signal.SIGTERM)

@@ -137,7 +137,7 @@ def write_record(plan: Plan, run: Run, state: Execution, facts: Mapping[str, Any
     for role, digest in made.items():
         if digest is None:
             raise KitError(f"the notebook ended without making the {role}", file=plan.stage.makes[role])
-    paths = {str(plan.project): ".", str(plan.checkout): ".", str(Path.home()): "~", sys.prefix: "<python>"}
+    paths = {str(plan.project): ".", str(plan.checkout): ".", os.path.expanduser("~"): "~", sys.prefix: "<python>"}
     nb, aside = canonical(state.nb, plan.stage.name, plan.values, paths)
     text, home = dump(nb), plan.project / "artifacts" / plan.stage.name
     digests = {"record": digest_bytes(text.encode()), "source": plan.stage.source, "inputs": plan.digest}

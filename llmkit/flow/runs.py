@@ -97,7 +97,8 @@ def open_run(project: str | Path, stage: str, **facts: Any) -> Run:
 # %% ../../nbs/12_flow/04_runs.ipynb #35af1e96
 def list_runs(project: str | Path = ".") -> list[Run]:
     "All runs of a project, oldest first. A folder whose status cannot be read is listed as `unreadable`."
-    return [Run(f, _status(f)) for f in sorted((Path(project) / RUNS).glob("*")) if f.is_dir()]
+    found = [Run(f, _status(f)) for f in sorted((Path(project) / RUNS).glob("[!.]*")) if f.is_dir()]
+    return [r for r in found if r.status["state"] != "unreadable" or r.folder.is_dir()]  # it was forgotten meanwhile
 
 
 def _status(folder: Path) -> dict[str, Any]:
@@ -128,7 +129,8 @@ def bury(
     states = ("running", "unreadable") if anywhere else ("running",)
     if run.status.get("state") not in states or not (anywhere or run.status.get("host") == socket.gethostname()):
         return False
-    if held(run.folder / "lock") or (fd := take_lock(run.folder / "lock")) is None:
+    lock = run.folder / "lock"
+    if not run.folder.is_dir() or held(lock) or (fd := take_lock(lock)) is None:  # forgotten, or alive
         return False
     try:
         run.status = _status(run.folder)  # the owner may have finished since
@@ -164,9 +166,19 @@ def prune(
     gone = [
         r for r in done[: max(0, len(done) - keep)] if not held(r.folder / "lock") and not held(r.folder / "watch.lock")
     ]
-    for r in gone:
-        shutil.rmtree(r.folder, ignore_errors=True)
-    return [r.id for r in gone]
+    ours = [r.id for r in gone if _aside(r.folder)]
+    for left in (Path(project) / RUNS).glob(".*"):
+        shutil.rmtree(left, ignore_errors=True)
+    return ours
+
+
+def _aside(folder: Path) -> bool:
+    "Take a run's folder out of the list in one step, or whoever looks sees half of it; False when another one was faster."
+    try:
+        os.replace(folder, folder.with_name(f".{folder.name}"))
+    except FileNotFoundError:
+        return False
+    return True
 
 # %% ../../nbs/12_flow/04_runs.ipynb #2aa4173e
 def runs(

@@ -20,7 +20,7 @@ from typing import Any
 
 from ..core.files import held, locked, read_json, write_json
 from ..core.plugins import need
-from ..core.settings import Settings, in_project, load_settings
+from ..core.settings import Settings, in_project, load_settings, sqlite_opens
 from .runs import Run, bury, list_runs, prune
 from ..release.registry import answering, locked_registry
 
@@ -46,6 +46,7 @@ def connect(uri: str) -> Any:
     "An MLflow client that gives up after seconds, not minutes."
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+    sqlite_opens(uri)
     return need("mlflow").MlflowClient(uri, registry_uri=uri)  # or MLFLOW_REGISTRY_URI of somebody's shell would count
 
 

@@ -25,8 +25,9 @@ from llmkit.flow import runner
 from llmkit.flow.doctor import doctor, run_problems
 from llmkit.flow.plan import plan
 from llmkit.flow.records import md5, verify_records
+from llmkit.flow.repro import check_home
 from llmkit.flow.runner import git_facts, report, run_stage, stage, surroundings, tags
-from llmkit.flow.runs import RUNS, bury_dead, describe, list_runs, open_run, runs
+from llmkit.flow.runs import RUNS, bury, bury_dead, describe, list_runs, open_run, prune, runs
 from llmkit.gate.verdict import SCHEMA
 
 ROOT = Path(__file__).parents[2]
@@ -101,6 +102,27 @@ def test_a_notebook_without_exactly_one_parameters_cell_is_refused(project, caps
     project.stage("x", cells=[*cells, project.cell(DONE)])
     assert stage("x", str(project.path)) == 2
     assert "needs one cell tagged 'parameters'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["{x}", "a {} b{0", "it's #1 %20 \\n ü"])
+def test_a_folder_of_any_name_runs(project, name, capfd):
+    "Papermill puts values in the place of what stands in braces."
+    project.path = project.path.rename(project.path.with_name(name))
+    project.stage("x", DONE)
+    assert run_stage("x", project.path).status["state"] == "completed"
+    assert "KeyboardInterrupt" not in capfd.readouterr().err
+
+
+def test_a_user_without_a_home_has_a_record(project, monkeypatch):
+    "A container may run as a number that nobody has heard of."
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    project.stage("x", DONE)
+    assert run_stage("x", project.path).status["state"] == "completed"
+    with pytest.raises(KitError, match=r"HOME: no home of this user \(got None\). Set HOME to a folder"):
+        check_home()
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(project.path))
+    check_home()
 
 
 def test_two_identical_runs_give_identical_records(project):
@@ -535,3 +557,19 @@ def test_looking_at_git_takes_no_lock(project, empty_repo):
     before = index.stat()
     assert git_facts(project.path, project.path)["dirty"] is False
     assert index.stat().st_ino == before.st_ino
+
+
+def test_a_run_that_is_being_forgotten_is_seen_whole_or_not_at_all(project, monkeypatch):
+    "Whoever looked at half of one told of a run that cannot be read, and a repair made it a killed one."
+    for _ in range(3):
+        run = open_run(project.path, "x")
+        run.save(state="completed", exit_code=0)
+        run.close()
+    with monkeypatch.context() as m:
+        m.setattr(shutil, "rmtree", lambda *a, **kw: None)  # as when it is killed, or slow
+        assert len(prune(project.path, keep=1)) == 2
+    assert len(list_runs(project.path)) == 1
+    (left,) = list_runs(project.path)
+    left.status["state"] = "unreadable"  # as it was read a moment ago
+    assert prune(project.path, keep=0) == [left.id] and not bury(left, anywhere=True)
+    assert list((project.path / RUNS).iterdir()) == []

@@ -218,6 +218,16 @@ def test_the_runs_of_a_folder_of_any_name_are_in_its_own_database(project, empty
     assert "RUNNING, and nobody runs it" in problem
 
 
+def test_a_database_that_cannot_be_opened_is_told_at_once(project, capsys):
+    "MLflow tries ten times, for a hundred seconds, and prints each."
+    project.track(__file__)
+    began = time.monotonic()
+    with pytest.raises(sqlite3.DatabaseError, match="not a database"):
+        connect(f"sqlite:///{project.path}/mlflow.db")
+    (problem,) = mlflow_problems(project.path)
+    assert "MLflow does not answer: file is not a database" in problem and time.monotonic() - began < 20
+
+
 def test_a_database_is_made_by_one_at_a_time(project, empty_mlflow, monkeypatch):
     "The registration, or a watcher of another clone, has the same lock: two that make one database destroy each other's tables."
     project.track(empty_mlflow)
