@@ -239,9 +239,9 @@ def window_alerts(policy: MonitorPolicy) -> Iterator[Alert]:
         ("LlmkitDrift", "fail", "Live traffic has drifted."),
         ("LlmkitWindowError", "error", "A window of live traffic cannot be judged."),
     ):
-        series = f'llmkit_window_outcome{{family="data",outcome="{outcome}"}}'
+        series = f'llmkit_window_outcome{{release="aaaa",family="data",outcome="{outcome}"}}'
         yield Alert(name, f'llmkit_window_outcome{{outcome="{outcome}"}} == 1', text, "monitor.alarms",
-            {series: constant(1)}, {series: constant(0)}, "1", {"family": "data", "outcome": outcome}, hold="0m", about=of_window())  # fmt: skip
+            {series: constant(1)}, {series: constant(0)}, "1", {"release": "aaaa", "family": "data", "outcome": outcome}, hold="0m", about=of_window())  # fmt: skip
     late, end = policy.at_most + policy.label_lag + HOUR, "llmkit_window_end_timestamp_seconds"
     since, some = "llmkit_window_waiting_since_timestamp_seconds", 'llmkit_requests_total{status!="rejected"}'
     coming = f"and on() sum(increase({some}[{span(policy.at_most)}])) > 0"

@@ -327,15 +327,16 @@ def summary(
     b: Board,
 ) -> str:
     "What matters, each with the way to its section."
-    s, w, rows = b.rollout and b.rollout.state, b.seen.latest, []
+    s, rows = b.rollout and b.rollout.state, []
     if s:
         rows.append(("rollout", "Rollout", tag(PHASES.get(s.phase, "error"), s.phase)))
         rows.append(("verdict", "its verdict", tag(b.rollout.verdict.outcome)))
     if b.arms:
         n, bad = (sum(getattr(a, k) for a in b.arms) for k in ("requests", "errors"))
         rows.append(("traffic", "failed requests", f"{bad} of {n}"))
-    if w:
-        rows.append(("drift", "live traffic", f"{tag(w.verdict.outcome)} {esc(', '.join(w.alarms))}"))
+    for w in b.seen.current or b.seen.windows[:1]:
+        whose = f" of {esc(short(w.release))}" if len(b.seen.current) > 1 else ""
+        rows.append(("drift", f"live traffic{whose}", f"{tag(w.verdict.outcome)} {esc(', '.join(w.alarms))}"))
     parts = "".join(f'<span><a href="#{id}">{name}</a> {text}</span>' for id, name, text in rows)
     return f'<section class="wide" id="now"><p class="soft">As of {clock(b.now)}</p><p class="key">{parts}</p></section>'  # fmt: skip
 

@@ -52,8 +52,8 @@ ROWS: dict[str, Sequence[tuple[str, str, Sequence[tuple[str, str]]]]] = {
         ("Memory", "bytes", (("process_resident_memory_bytes", "resident"),)),
     ),
     "Is it still good?": (
-        ("Drift: score as a multiple of its threshold", "short", (("llmkit_drift_score / llmkit_drift_threshold", "{{family}} {{metric}} {{slice}}"),)),
-        ("Windows by family", "short", (("llmkit_window_outcome == 1", "{{family}} {{outcome}}"),)),
+        ("Drift: score as a multiple of its threshold", "short", (("llmkit_drift_score / llmkit_drift_threshold", "{{release}} {{family}} {{metric}} {{slice}}"),)),
+        ("Windows by family", "short", (("llmkit_window_outcome == 1", "{{release}} {{family}} {{outcome}}"),)),
         ("Calibration error", "percentunit", (("llmkit_calibration_ece", "{{source}} {{report}}"),)),
         ("Accuracy gap between groups", "percentunit", (("llmkit_fairness_accuracy_gap", "{{source}} {{report}}"),)),
         ("Hallucination rate", "percentunit", (("llmkit_hallucination_rate", "{{source}} {{report}}"), ('sum(increase(llmkit_answers_checked_total{result="unsupported"}[1h])) / sum(increase(llmkit_answers_checked_total[1h]))', "live, sampled"))),

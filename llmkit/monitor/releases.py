@@ -87,15 +87,15 @@ class Releases:
         self.store: Store | None = None
         self.fault = ""  # why rollouts cannot be read
 
-    def families(self, w: Seen | None, actions: Iterable[Action]) -> list[Any]:
-        "Of requests, of rollouts, of the newest window, and of actions on which nothing has followed."
+    def families(self, seen: Iterable[Seen], actions: Iterable[Action]) -> list[Any]:
+        "Of requests, of rollouts, of the newest windows, and of actions on which nothing has followed."
         family = need("prometheus_client.core", "serve").GaugeMetricFamily
         info = lambda name, text, *labels: family(name, text, labels=[*labels, "release", "version"])
         named = lambda release: [short(release), self.versions.of(release)]
         out = [
             info("llmkit_release_info", "Who answered lately.", "variant"),
             info("llmkit_rollout_info", "The newest rollout of a model.", "model", "rollout", "phase", "variant"),
-            info("llmkit_window_info", "The release whose traffic the newest window is."),
+            info("llmkit_window_info", "The releases whose traffic the newest windows are."),
             info("llmkit_monitor_action_info", "What was asked for and is open.", "action", "kind", "state"),
         ]
         for variant, release in (answered(Events(self.log)) if self.log.is_file() else {}).items():
@@ -103,7 +103,7 @@ class Releases:
         for s in self._newest():
             for variant, release in s.releases.items():
                 out[1].add_metric([s.model, s.id, s.phase, variant, *named(release)], 1)
-        if w is not None:
+        for w in seen:
             out[2].add_metric(named(w.release), 1)
         for a in actions:
             out[3].add_metric([a.id, a.kind, a.state, *named(a.release)], 1)
@@ -182,7 +182,8 @@ def of_window() -> Told:
     "Which release the newest window is of."
     text, case = f"The newest window is of {_RELEASE}.", "The newest window is of release aaaa (version 2)."
     unknown = "Of which release is not known here: llmkit monitor status tells it."
-    return _told("llmkit_window_info", "release", *_HERE, text, case, unknown)
+    where, args = f"{_HERE[0]},release=~%q", f"{_HERE[1]} (or $labels.release `.*`)"
+    return _told("llmkit_window_info", "release", where, args, text, case, unknown)
 
 
 def of_action() -> Told:

@@ -9,7 +9,7 @@ __all__ = ['UNDER_WAY', 'Score', 'Seen', 'seen_json', 'read_seen', 'Action', 'Me
 # %% ../../nbs/10_monitor/05_state.ipynb #1c031b57
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,8 +21,10 @@ from ..core.params import did_you_mean
 from ..core.report import Measurement, Report
 from ..core.settings import load_settings
 from ..gate.verdict import RuleResult, Verdict
+from .window import answering
 from ..rollout.commands import open_store
 from ..rollout.store import newest_of_each, rollouts_file
+from ..serve.events import Events, events_file
 from ..serve.store import Store
 
 # %% ../../nbs/10_monitor/05_state.ipynb #e6ce53e4
@@ -179,6 +181,10 @@ class Memory:
         with self._readable():
             return [read_seen(json.loads(r["body"])) for r in self.store.read(sql, *args, n)]
 
+    def newest(self, releases: Sequence[str]) -> list[Seen]:
+        "The latest window of each of some releases, in their order; where none has one, the latest of all."
+        return [w for r in releases for w in self.windows(r, 1)] or self.windows(n=1)
+
     def window(self, release: str, number: int) -> Seen | None:
         "One window; None where it was not decided."
         with self._readable():
@@ -233,38 +239,43 @@ UNDER_WAY = ("requested", "started")  # states of an action that has not ended
 
 def unsettled(
     memory: Memory,
+    serving: Collection[str] = (),  # releases that answer; default: that of the newest window
 ) -> list[Action]:
     "The actions on whose matter nothing has followed yet, oldest first of each kind."
-    newest, out = memory.windows(n=1), []
+    out: list[Action] = []
     for kind in ("retrain", "rollback"):
         left: list[Action] = []
         for a in memory.actions(kind=kind):
-            left = [x for x in left if x.state in UNDER_WAY] if a.state == "done" else left if a.closed else [*left, a]
-        out += [a for a in left if a.state in UNDER_WAY or not (newest and _over(memory, a, newest[0]))]
+            same = lambda x, a=a: a.state == "done" or (x.release, x.state) == (a.release, a.state)
+            left = [x for x in left if x.state in UNDER_WAY or not same(x)]
+            left += [a] if a.state != "done" and not a.closed else []
+        out += [a for a in left if a.state in UNDER_WAY or not _over(memory, a, serving)]
     return out
 
 
-def _over(memory: Memory, a: Action, newest: Seen) -> bool:
+def _over(memory: Memory, a: Action, serving: Collection[str]) -> bool:
     "Whether what an action was asked for is gone."
-    if newest.release != a.release:
+    answers = serving or [w.release for w in memory.windows(n=1)]
+    if answers and a.release not in answers:
         return True
     asked = memory.window(a.release, a.number)
-    alarms = asked.alarms if asked else []
-    return newest.number > a.number and bool(alarms) and all(newest.outcomes.get(f) == "pass" for f in alarms)
+    alarms, later = asked.alarms if asked else [], [w for w in memory.windows(a.release, 1) if w.number > a.number]
+    return bool(later and alarms) and all(later[0].outcomes.get(f) == "pass" for f in alarms)
 
 # %% ../../nbs/10_monitor/05_state.ipynb #67d5d5e7
 @dataclass(frozen=True)
 class Overview:
     "Where monitoring stands."
 
-    windows: tuple[Seen, ...] = ()  # newest first; of the newest one: scores, thresholds, outcomes, verdict
+    windows: tuple[Seen, ...] = ()  # newest first, of whatever release
     actions: tuple[Action, ...] = ()  # newest first
     rollouts: Mapping[str, str] = field(default_factory=dict)  # model → phase of its newest rollout
+    current: tuple[Seen, ...] = ()  # the latest window of each release that answers, that in service first
 
     @property
     def latest(self) -> Seen | None:
-        "The newest window."
-        return self.windows[0] if self.windows else None
+        "The newest window of the release in service: scores, thresholds, outcomes, verdict."
+        return (*self.current, *self.windows, None)[0]
 
 
 def database(
@@ -283,7 +294,9 @@ def overview(
     memory = Memory(path) if path.is_file() else None
     seen = tuple(memory.windows(n=n)) if memory else ()
     done = tuple(reversed(memory.actions()))[:n] if memory else ()
-    return Overview(seen, done, phases(settings))
+    log = events_file(load_settings(settings))
+    current = memory.newest(answering(Events(log)) if log.is_file() else ()) if memory else ()
+    return Overview(seen, done, phases(settings), tuple(current))
 
 
 def phases(

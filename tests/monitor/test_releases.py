@@ -129,7 +129,7 @@ def test_rollouts_that_cannot_be_read_take_no_drift_away(tmp_path, caplog):
     m = Metrics()
     m.registry.register(Measured(dict, {"window": Windows(Settings("DEFAULT", conf, tmp_path / "s.ini"))}))
     pages = [m.text().decode() for _ in range(2)]
-    assert all('llmkit_window_outcome{family="calibration",outcome="fail"} 1.0' in p for p in pages)
+    assert all('llmkit_window_outcome{family="calibration",outcome="fail",release="a"} 1.0' in p for p in pages)
     assert "llmkit_rollout_info{" not in pages[0] and caplog.text.count("tells of no rollout") == 1
 
 

@@ -19,14 +19,15 @@ from llmkit.cli import main
 from llmkit.core.errors import KitError
 from llmkit.core.files import read_json, read_jsonl, write_jsonl
 from llmkit.core.params import load_params
-from llmkit.core.settings import Settings
+from llmkit.core.settings import Settings, load_settings
 from llmkit.monitor.act import carry_out, ended
 from llmkit.monitor.drift import text_features
 from llmkit.monitor.measure import GROUPS
 from llmkit.monitor.policy import read_monitor
 from llmkit.monitor.scrape import Windows
-from llmkit.monitor.state import Action, Memory, overview, seen_json
+from llmkit.monitor.state import Action, Memory, overview, seen_json, unsettled
 from llmkit.monitor.watch import FAULT, monitor_watch, open_monitor, run_window, settle, watch
+from llmkit.monitor.window import answering
 from llmkit.rollout.controller import Controller
 from llmkit.rollout.store import Store
 from llmkit.serve.call import parse
@@ -662,7 +663,7 @@ def test_a_long_log_is_read_once_for_a_release_that_is_new(tmp_path, monkeypatch
     t = Town(tmp_path)
     t.send(100), t.send(30, release="sha256:b")
     asked, real = [], module.next_window
-    monkeypatch.setattr(module, "next_window", lambda e, p, r, n, after, now: asked.append(after) or real(e, p, r, n, after, now))  # fmt: skip
+    monkeypatch.setattr(module, "next_window", lambda e, p, r, n, after, *x: asked.append(after) or real(e, p, r, n, after, *x))  # fmt: skip
     assert [run_window(t.monitor, "sha256:b") for _ in range(2)] == [None, None]
     log = t.events.since(0)
     assert len(set(asked)) == 1 and next(e["release"] for s, e in log if s > asked[0]) == "sha256:b"
@@ -694,3 +695,68 @@ def test_numbers_that_are_none_are_refused():
     ):  # fmt: skip
         with pytest.raises(KitError, match=key):
             call(**{key: value}, settings="nowhere.ini")
+
+
+def mixed(t, n, seed, **of):
+    "Requests of two releases half and half, by chance; of each what it does otherwise."
+    rng = np.random.default_rng(seed)
+    for _ in range(n):
+        v, r = ("canary", "b") if rng.random() < 0.5 else ("baseline", "a")
+        t.send(1, release=f"sha256:{r}", variant=v, seed=seed, **of.get(r, {}))
+        t.now -= 100
+    t.now += 100
+
+
+def test_half_and_half_both_releases_are_watched_and_the_alert_on_one_stays(tmp_path):
+    "Whose window is the newest is chance; what is told of either is its own."
+    t = Town(tmp_path)
+    page, seen, failed = Windows(load_settings(str(t.settings))), [], []
+    t.monitor.clock = lambda: t.now
+    mixed(t, 400, 1)
+    for k in range(12):
+        mixed(t, 60, 2 + k, b={"refuses": 0.6})
+        while w := run_window(t.monitor):
+            seen.append((w.release, w.number))
+            told = {s.labels["release"]: s.value for f in page.families() if f.name == "llmkit_window_outcome" for s in f.samples if (s.labels["family"], s.labels["outcome"]) == ("data", "fail")}  # fmt: skip
+            failed.append(told.get("b", 0.0))
+            assert not told.get("a")
+            assert {f.name for f in page.found()} and read_json(tmp_path / "latest/verdict.json")["outcome"] != "fail"
+    assert {n for r, n in seen if r == "sha256:a"} >= set(range(5)) and {n for r, n in seen if r == "sha256:b"} >= set(range(5))  # fmt: skip
+    first = failed.index(1.0)
+    assert set(failed[first:]) == {1.0} and len(failed) > first + 5
+    asked = t.monitor.memory.actions()[0]
+    assert asked.release == "sha256:b" and asked.state == "held"
+    for newest in ("a", "b"):  # open whoever has the newest window, as long as both answer
+        while t.monitor.memory.windows(n=1)[0].release != f"sha256:{newest}":
+            mixed(t, 10, int(t.now), b={"refuses": 0.6})
+            run_window(t.monitor)
+        assert [a.release for a in unsettled(t.monitor.memory, answering(t.events))] == ["sha256:b"]
+    t.now += 2 * 86400  # nobody is sent to it any more
+    t.send(60)
+    while run_window(t.monitor):
+        pass
+    assert answering(t.events) == ["sha256:a"] and not unsettled(t.monitor.memory, ["sha256:a"])
+    assert {s.labels["release"] for f in page.families() if f.name == "llmkit_window_outcome" for s in f.samples} == {
+        "a"
+    }
+
+
+def test_a_release_whose_labels_come_weeks_after_it_was_replaced_is_judged(tmp_path):
+    "A new release each week, labels after three; a monitor that is started again has not forgotten."
+    week = 7 * 86400.0
+    t = Town(tmp_path, section(**{k: SMALL[k] for k in ("reference", "fairness", "calibration")}, window={"requests": 60, "min_n": 30, "label_lag": "21d"}))  # fmt: skip
+    answers = []
+    for k in range(5):
+        began = t.now
+        t.send(250, release=f"sha256:{k}", said=0)
+        answers += [(began + 3 * week, f"q{began + i:.0f}") for i in range(1, 251)]
+        for due, id in [x for x in answers if x[0] <= t.now + week]:
+            t.events.clock = lambda due=due: due
+            t.events.feedback(id, success=True)
+        answers = [x for x in answers if x[0] > t.now + week]
+        t.now = began + week
+        while run_window(t.monitor):
+            pass
+        t.monitor.spans, t.monitor.idle = {}, set()  # started again
+    judged = [(w.release, w.number, w.labelled) for w in reversed(t.monitor.memory.windows(n=99))]
+    assert judged[:2] == [("sha256:0", 0, 180), ("sha256:0", 1, 60)] and ("sha256:1", 1, 60) in judged

@@ -69,10 +69,10 @@ class Town:
             self.folder / "latest", self.folder / "dataset", self.registry, lambda: self.now, **more,
         )  # fmt: skip
 
-    def send(self, n, release="sha256:a", refuses=0.05, worse=0.0, said=0.5, seed=0, lacks=()):
+    def send(self, n, release="sha256:a", refuses=0.05, worse=0.0, said=0.5, seed=0, lacks=(), variant="baseline"):
         "Requests a second apart, feedback at once, and the time of the label lag."
         rng = np.random.default_rng([seed, int(self.now)])
-        base = dict.fromkeys(KINDS["request"].split()) | {"kind": "request", "status": "ok", "code": 200, "variant": "baseline"}  # fmt: skip
+        base = dict.fromkeys(KINDS["request"].split()) | {"kind": "request", "status": "ok", "code": 200, "variant": variant}  # fmt: skip
         for _ in range(n):
             self.now += 1
             c, old = float(rng.beta(8, 2)), bool(rng.random() < 0.3)
