@@ -1905,6 +1905,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'llmkit.monitor.state.Memory.ask': ('10_monitor/state.html#memory.ask', 'llmkit/monitor/state.py'),
                                       'llmkit.monitor.state.Memory.close': ( '10_monitor/state.html#memory.close',
                                                                              'llmkit/monitor/state.py'),
+                                      'llmkit.monitor.state.Memory.kept': ('10_monitor/state.html#memory.kept', 'llmkit/monitor/state.py'),
                                       'llmkit.monitor.state.Memory.move': ('10_monitor/state.html#memory.move', 'llmkit/monitor/state.py'),
                                       'llmkit.monitor.state.Memory.newest': ( '10_monitor/state.html#memory.newest',
                                                                               'llmkit/monitor/state.py'),

@@ -26,7 +26,7 @@ from .act import NO_TEXTS, ended, launch, retrain, rollback
 from .check import text_of
 from .decide import decide
 from .policy import MonitorPolicy, read_monitor
-from .state import Action, Memory, Overview, Seen, database, overview
+from .state import RELEASES, WINDOWS, Action, Memory, Overview, Seen, database, overview
 from .window import Span, Window, answering, next_window, spans, waiting, watched
 from ..release.ledger import actor
 from ..rollout.commands import open_registry, open_store
@@ -310,6 +310,7 @@ def monitor_status(
     seen, m = overview(settings, n), open_monitor(policy, settings)
     print("\n".join(_told(seen)) or "no window was decided yet")
     print(f"next: {_awaited(m)}")
+    print("kept: {} windows of {} releases, at most {:,} of {}".format(*m.memory.kept(), WINDOWS, RELEASES))
     if seen.latest is None:
         return 3
     code, ago = EXIT_CODES[worst([w.verdict.outcome for w in seen.current])], m.clock() - max(w.end for w in seen.current)  # fmt: skip

@@ -25,7 +25,7 @@ from llmkit.monitor.drift import text_features
 from llmkit.monitor.measure import GROUPS
 from llmkit.monitor.policy import read_monitor
 from llmkit.monitor.scrape import Windows
-from llmkit.monitor.state import Action, Memory, overview, seen_json, unsettled
+from llmkit.monitor.state import WINDOWS, Action, Memory, overview, seen_json, unsettled
 from llmkit.monitor.watch import FAULT, monitor_watch, open_monitor, run_window, settle, watch
 from llmkit.monitor.window import answering
 from llmkit.rollout.controller import Controller
@@ -760,3 +760,28 @@ def test_a_release_whose_labels_come_weeks_after_it_was_replaced_is_judged(tmp_p
         t.monitor.spans, t.monitor.idle = {}, set()  # started again
     judged = [(w.release, w.number, w.labelled) for w in reversed(t.monitor.memory.windows(n=99))]
     assert judged[:2] == [("sha256:0", 0, 180), ("sha256:0", 1, 60)] and ("sha256:1", 1, 60) in judged
+
+
+def test_what_is_kept_is_bounded_by_number_whatever_the_clock_says(tmp_path, capsys):
+    "Ten thousand windows and more, a clock that was a year ahead, and the policy in `status`."
+    t = Town(tmp_path)
+    t.send(240)
+    assert [run_window(t.monitor).number for _ in range(2)] == [0, 1]
+    memory = t.monitor.memory
+    [row] = memory.store.read("SELECT body, reports FROM windows WHERE number = 1")
+    with memory.store.write() as db:
+        old = (("sha256:a", k, 1.0 * k, row["body"], row["reports"]) for k in range(2, WINDOWS + 2))
+        db.executemany("INSERT INTO windows VALUES (?, ?, ?, ?, ?)", old)
+        stream = json.loads(db.execute("SELECT body FROM streams").fetchone()["body"]) | {"number": WINDOWS + 2}
+        db.execute("UPDATE streams SET body = ?", (json.dumps(stream),))
+    assert memory.kept() == (WINDOWS + 2, 1)
+    t.now += 365 * 86400
+    t.send(60)
+    t.now -= 365 * 86400 - 60
+    t.send(60)
+    while run_window(t.monitor):
+        pass
+    assert memory.kept() == (WINDOWS, 1) and memory.window("sha256:a", 0) is None and memory.window("sha256:a", 5)
+    assert len(memory.stream("sha256:a")["reference"]) == 180  # the next window is compared all the same
+    main(["monitor", "status", "--policy", str(ROOT / "params.yaml"), "--settings", str(t.settings)])
+    assert "kept: 10000 windows of 1 releases, at most 10,000 of 500" in capsys.readouterr().out
