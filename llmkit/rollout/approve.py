@@ -9,13 +9,15 @@ __all__ = ['approve']
 import time
 
 from ..core.digests import short
+from ..core.errors import KitError
 from ..core.files import read_json
 from ..core.params import load_params
 from ..core.settings import load_settings
 from ..release.approvals import give, take_back, tally
-from ..release.ledger import read_ledger
+from ..release.ledger import Entry, adding
 from ..release.registry import Unanswered, Version, outside_training, registry_uri, versions
 from ..release.releases import mirror_approvals
+from ..release.sign import APPROVAL, key_of
 from .commands import named
 from .policy import read_rollout
 
@@ -25,6 +27,7 @@ def approve(
     *,
     why: str = "",  # the reason, for whoever asks later
     withdraw: bool = False,  # take one's own approvals of it back
+    key: str = "",  # file of the SSH key that signs it, or of the public one of a key in an ssh-agent; default: the setting `signing_key`
     model: str = "",  # the registered name; default: that of the last receipt
     policy: str = "params.yaml",  # file with a `rollout` section
     settings: str = "settings.ini",  # where registry and ledger are
@@ -35,26 +38,40 @@ def approve(
     conf, model = load_settings(settings), model or read_json(receipt)["name"]
     uri, ledger = registry_uri(conf), conf.get("ledger", "ledger.jsonl")
     v = named(versions(uri, model), model, release)
+    key = key or conf.get("signing_key")
     about = f"{v.model} version {v.version}, release {short(v.release)}"
     if withdraw:
-        word = take_back(ledger, v.model, v.release, why)
-        print(f"{word.who} approves {about} no more: {word.terms.why}")
-        return _copied(uri, v, ledger)
+        return _withdraw(uri, v, ledger, why, key, about)
     rules = read_rollout(load_params(policy, "rollout"), policy)
-    word, new = give(ledger, v.model, v.release, v.tags.get("verdict", ""), rules.digest, rules.approvals, why)
+    with adding(ledger) as book:
+        word, new = give(book, v.model, v.release, v.tags.get("verdict", ""), rules.digest, rules.approvals, why, key=key)  # fmt: skip
     had = "approves" if new else f"approved on {word.when[:10]}"
     print(f"{word.who} {had} {about}, until {word.terms.until[:10]}: {word.terms.why}")
-    print(
-        f"bound to verdict {short(word.evidence)} and policy {short(word.terms.policy)}, entry {word.seq} of the ledger"
-    )
-    print(tally(read_ledger(ledger), rules.approvals, rules.digest, v.model, v.release, time.time()))
-    return _copied(uri, v, ledger)
+    bound = f"bound to verdict {short(word.evidence)} and policy {short(word.terms.policy)}"
+    signed = f"signed with key {key_of(word.statement, word.signature, APPROVAL)}" if word.signature else "not signed"
+    print(f"{bound}, {signed}, entry {word.seq} of the ledger")
+    print(tally(book[0], rules.approvals, rules.digest, v.model, v.release, time.time()))
+    return _copied(uri, v, book[0])
 
 
-def _copied(uri: str, v: Version, ledger: str) -> int:
+def _withdraw(uri: str, v: Version, ledger: str, why: str, key: str, about: str) -> int:
+    "Take one's own approvals back; a key that does not sign keeps nobody from it."
+    with adding(ledger) as book:
+        try:
+            word = take_back(book, v.model, v.release, why, key=key)
+        except KitError as e:
+            if not key:
+                raise
+            word = take_back(book, v.model, v.release, why)  # raises again where there is nothing to take back
+            print(f"not signed: {e}")
+    print(f"{word.who} approves {about} no more: {word.terms.why}")
+    return _copied(uri, v, book[0])
+
+
+def _copied(uri: str, v: Version, entries: list[Entry]) -> int:
     "Bring the registry's copy up to date; the word is in the ledger already, and counts without it."
     try:
-        mirror_approvals(uri, v, read_ledger(ledger))
+        mirror_approvals(uri, v, entries)
     except Unanswered as e:
         print(
             f"still to be done: its copy in the registry: {e.problem}; give the order again, which changes nothing else"

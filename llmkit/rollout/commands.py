@@ -203,11 +203,11 @@ def rollout_status(
 
 
 def _approvals(c: Controller) -> str:
-    "Who agreed so far; a ledger that cannot be read keeps nobody from the status."
+    "Who agreed so far; a ledger or a list of signers that cannot be read keeps nobody from the status."
     try:
         return str(c.registry.approvals(c.fold.policy, c.state.model, c.state.releases["canary"], c.clock()))
     except KitError as e:
-        return f"no promotion until the ledger can be read: {e}"
+        return f"no promotion until approvals can be read: {e}"
 
 
 def _order(kind: str, id: str, because: str, settings: str, **more) -> int:

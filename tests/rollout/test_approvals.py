@@ -130,7 +130,7 @@ def test_a_broken_ledger_promotes_nobody_and_says_so(under_way, capsys):
     with pytest.raises(KitError, match="the chain is broken"):
         commands.rollout_promote(full=True)
     assert c.store.standing("r") == before and aliases(URI)["champion"] == 1
-    assert commands.rollout_status() == 0 and "no promotion until the ledger can be read" in capsys.readouterr().out
+    assert commands.rollout_status() == 0 and "no promotion until approvals can be read" in capsys.readouterr().out
     assert commands.rollout_abort() == 0
 
 
