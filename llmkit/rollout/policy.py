@@ -118,7 +118,8 @@ def read_guardrail(
         given["hard_stop"] = HardStop(**stop)
     rail = Guardrail(**{"alpha": alpha, "test": METRICS[metric].test} | given)
     if fault := _contradiction(rail):
-        raise ParamsError(fault, key=key, value=dict(entry))
+        at, problem, fix = fault
+        raise ParamsError(problem, key=f"{key}.{at}", value=entry.get(at, dict(entry)), remedy=fix)
     span = (METRICS[metric].high or rail.most or 1) - METRICS[metric].low
     if (rail.margin or 0) >= span:
         raise _too_wide(metric, rail.margin, span, f"{key}.margin")
@@ -131,24 +132,26 @@ def _too_wide(metric: str, margin: float, span: float, key: str) -> ParamsError:
     return ParamsError(f"nothing fails a margin that is not below {span:g}, the range of {metric}", key=key, value=margin, remedy=fix)  # fmt: skip
 
 # %% ../../nbs/09_rollout/01_policy.ipynb #d91169f1
-def _contradiction(g: Guardrail) -> str | None:
-    "What does not fit together in a guardrail."
-    m, stop = METRICS[g.metric], g.hard_stop
-    checks = {
-        f"{g.metric} is judged by test: {m.test}": g.test != m.test,
-        "a quantile has a max_ratio, anything else a margin": (g.max_ratio is None) == (m.test == "quantile")
-        or (g.margin is None) != (m.test == "quantile"),
-        "a margin is positive": g.margin is not None and not (g.margin > 0 or g.role == "success" and g.margin == 0),
-        "a max_ratio lies above 1": g.max_ratio is not None and not 1 < g.max_ratio < 10,
-        "a success metric has a margin: the least gain": g.role == "success" and g.margin is None,
-        "alpha lies between 0 and 0.5": not 0 < g.alpha <= 0.5,
-        "a hard stop belongs to a rate where lower is better": stop and (m.test, m.better) != ("rate", "lower"),
-        "a hard stop has a max between 0 and 1 and a min_n of at least 1": stop
-        and not (0 < stop.max < 1 and stop.min_n >= 1),
-        f"{g.metric} needs 'most': its largest value": m.test == "mean" and m.high is None and not (g.most or 0) > 0,
-        "'most' is for means without a natural range": g.most is not None and not (m.test == "mean" and m.high is None),
-    }
-    return next((fault for fault, wrong in checks.items() if wrong), None)
+def _contradiction(g: Guardrail) -> tuple[str, str, str] | None:
+    "What does not fit together in a guardrail: key, fault, remedy."
+    m, stop, quantile = METRICS[g.metric], g.hard_stop, METRICS[g.metric].test == "quantile"
+    gain, wanted = g.role == "success", "max_ratio" if quantile else "margin"
+    fix = "Write max_ratio: 1.2 for at most 1.2 times" if quantile else "Write margin: 0.02 for two points"
+    checks = [
+        (g.test != m.test, "test", f"{g.metric} is judged by test: {m.test}", "Leave test out"),
+        (gain and g.margin is None and not quantile, "margin", "a success metric has a margin: the least gain", "Write margin: 0 for any gain"),
+        (gain and quantile, "role", "a quantile is no success metric", "Leave role out, with a max_ratio"),
+        (getattr(g, wanted) is None, wanted, "a quantile has a max_ratio, anything else a margin", fix),
+        (None not in (g.margin, g.max_ratio), "margin" if quantile else "max_ratio", "a quantile has a max_ratio, anything else a margin", "Leave it out"),
+        (g.margin is not None and not (g.margin > 0 or gain and g.margin == 0), "margin", "a margin is positive", "Write the largest loss that would be accepted: that there is none at all cannot be shown"),
+        (quantile and not 1 < (g.max_ratio or 0) < 10, "max_ratio", "a max_ratio lies above 1, and below 10", "Write 1.2 for at most 1.2 times"),
+        (not 0 < g.alpha <= 0.5, "alpha", "alpha lies between 0 and 0.5", "As in 0.05"),
+        (stop and (m.test, m.better) != ("rate", "lower"), "hard_stop", "a hard stop belongs to a rate where lower is better", "Leave it out"),
+        (stop and not (0 < stop.max < 1 and stop.min_n >= 1), "hard_stop", "a hard stop has a max between 0 and 1 and a min_n of at least 1", "As in {max: 0.2, min_n: 30}"),
+        (m.test == "mean" and m.high is None and not (g.most or 0) > 0, "most", f"{g.metric} needs 'most': its largest value", f"Write it in {m.unit}; what is larger counts as this"),
+        (g.most is not None and not (m.test == "mean" and m.high is None), "most", "'most' is for means without a natural range", "Leave it out"),
+    ]  # fmt: skip
+    return next(((key, fault, remedy) for wrong, key, fault, remedy in checks if wrong), None)
 
 # %% ../../nbs/09_rollout/01_policy.ipynb #8e3493a9
 @dataclass(frozen=True)
@@ -192,10 +195,10 @@ def _weight(body: Any, key: str) -> Step:
 
 
 def _percent(value: Any, key: str) -> float:
-    value = conform(value, float, key)
-    if not 0.01 <= value <= 100:
-        raise ParamsError("a share lies between 0.01 and 100 percent", key=key, value=value)
-    return value
+    if type(value) not in (int, float) or not 0.01 <= value <= 100:
+        fix = "Write 20 for a fifth; a variant that is left out has no users"
+        raise ParamsError("a share lies between 0.01 and 100 percent", key=key, value=value, remedy=fix)
+    return float(value)
 
 # %% ../../nbs/09_rollout/01_policy.ipynb #185afa20
 def _analysis(body: Any, key: str) -> Step:
@@ -203,12 +206,16 @@ def _analysis(body: Any, key: str) -> Step:
     given = check_section({"require": "noninferiority"} | conform(body, dict[str, Any], key), types, key)
     low, high = (seconds(given[k], f"{key}.{k}") for k in ("min_duration", "max_duration"))
     if not low < high or given["min_samples"] < 1:
-        fix = "min_duration < max_duration, and min_samples of at least 1: no data is never a pass"
-        raise ParamsError("an analysis that cannot end well", key=key, value=dict(given), remedy=fix)
+        at = "min_samples" if low < high else "max_duration"
+        fix = "At least 1: no data is never a pass" if low < high else "Make it longer than min_duration"
+        raise ParamsError("an analysis that cannot end well", key=f"{key}.{at}", value=given[at], remedy=fix)
     return Step("analysis", min_duration=low, max_duration=high, min_samples=given["min_samples"], require=given["require"])  # fmt: skip
 
 
 def _pause(body: Any, key: str) -> Step:
+    if not isinstance(body, dict | None):
+        fix = "Write {pause: {duration: 10m}}, or {pause: {}} to wait for a person"
+        raise ParamsError("a pause has a duration or nothing", key=key, value=body, remedy=fix)
     given = check_section(body or {}, {"duration": str}, key, optional=("duration",))
     return Step("pause", duration=seconds(given["duration"], f"{key}.duration") if given else None)
 
@@ -265,13 +272,25 @@ def read_rollout(
     file: str | None = None,  # for errors
 ) -> RolloutPolicy:
     "The policy of a section; raises `ParamsError` on whatever is unknown, missing or contradictory."
-    s = check_section(section, _SECTION, "rollout", file, optional=_OPTIONAL)
-    valid = check_section(s["validity"], _VALIDITY, "rollout.validity", file)
-    valid["stale_after"] = seconds(valid["stale_after"], "rollout.validity.stale_after")
+    try:
+        return _read(section)
+    except ParamsError as e:
+        raise ParamsError(e.problem, file=file, key=e.key, value=e.value, remedy=e.remedy) from e
+
+
+def _read(section: Mapping[str, Any]) -> RolloutPolicy:
+    "The policy of a section, whatever its file is called."
+    s = check_section(section, _SECTION, "rollout", optional=_OPTIONAL)
+    valid, on = check_section(s["validity"], _VALIDITY, "rollout.validity"), check_section(s["on"], _ON, "rollout.on")
+    for key, chance, most in (("alpha", s["alpha"], 0.5), ("validity.srm_alpha", valid["srm_alpha"], 0.05)):
+        if not 0 < chance <= most:
+            raise ParamsError(f"a chance above 0 and up to {most:g}", key=f"rollout.{key}", value=chance, remedy=f"As in {most / 10:g}")  # fmt: skip
+    valid["stale_after"] = seconds(written := valid["stale_after"], "rollout.validity.stale_after")
+    if not valid["stale_after"] > 0:
+        raise ParamsError("every arm is silent for a moment", key="rollout.validity.stale_after", value=written, remedy="As in 10m")  # fmt: skip
     rails = tuple(read_guardrail(e, s["alpha"], f"rollout.canary[{i}]") for i, e in enumerate(s["canary"]))
     rules = tuple(_shadow_rule(e, s["alpha"], f"rollout.shadow[{i}]") for i, e in enumerate(s["shadow"]))
     steps = tuple(read_step(e, f"rollout.steps[{i}]") for i, e in enumerate(s["steps"]))
-    on = check_section(s["on"], _ON, "rollout.on", file)
     policy = RolloutPolicy(
         s["alpha"], seconds(s["label_lag"], "rollout.label_lag"), tuple(s["strata"]), steps, rules, rails,
         Validity(**valid), on, digest_json(section), s.get("unit", "request"), seconds(s.get("settle", "30s"), "rollout.settle"),
@@ -279,9 +298,11 @@ def read_rollout(
     )  # fmt: skip
     if "settle" in s and policy.unit == "request":
         fix = "Write unit: user, or leave settle out"
-        raise ParamsError("settle is for users", file=file, key="rollout.settle", value=s["settle"], remedy=fix)
+        raise ParamsError("settle is for users", key="rollout.settle", value=s["settle"], remedy=fix)
     if fault := _unsound(policy):
-        raise ParamsError(fault[1], file=file, key=f"rollout.{fault[0]}", remedy=fault[2])
+        name, *at = re.findall(r"\w+", fault[0])
+        value = {"value": s[name][int(at[0])] if at else s[name]} if name in s else {}
+        raise ParamsError(fault[1], key=f"rollout.{fault[0]}", remedy=fault[2], **value)
     return policy
 
 
@@ -322,6 +343,8 @@ def _shadow_rule(entry: Any, alpha: float, key: str) -> Rule:
         )
     if rule.test in PAIRED and rule.limit >= 1 and not rule.metric.startswith("latency"):
         raise _too_wide(rule.metric, rule.limit, 1, f"{key}.{rule.test}")
+    if rule.test == "min" and rule.limit > 1:
+        raise ParamsError("a share is never above 1", key=f"{key}.min", value=rule.limit, remedy="Write 0.85 for 85 percent")  # fmt: skip
     return rule
 
 # %% ../../nbs/09_rollout/01_policy.ipynb #11a78a3e
@@ -335,13 +358,15 @@ def _unsound(p: RolloutPolicy) -> tuple[str, str, str] | None:
             canary += [s] if stage == "setWeight" else []
             if stage is None:
                 return f"steps[{i}]", "nothing to analyse yet", "Put shadow or setWeight before it"
+            if stage == "shadow" and s.require == "no_harm":
+                return f"steps[{i}]", "no_harm is about users, and a shadow has none", "Leave require out"
             rules = p.shadow if stage == "shadow" else [g for g in p.canary if not g.dry_run]
             if stage == "shadow" and s.min_samples > PAIRS:
                 return f"steps[{i}]", f"no more than {PAIRS} pairs are kept", "Ask for fewer"
-            if not rules or stage == "shadow" and s.require == "no_harm":
+            if not rules:
                 return f"steps[{i}]", "an analysis without a rule that can pass", f"Add rules to {'shadow' if stage == 'shadow' else 'canary'}"  # fmt: skip
     if last != ("setWeight", "noninferiority") or p.steps[-1].kind in ("shadow", "setWeight"):
-        return "steps", "may promote what was not shown to be good", "End with setWeight and an analysis that requires noninferiority"  # fmt: skip
+        return "steps", "may promote what was not shown to be good", "End with setWeight and an analysis that requires noninferiority; a pause before them keeps it in the shadow for as long as you like"  # fmt: skip
     short, quick = min(s.min_duration for s in canary), min(s.max_duration for s in canary if s.require == "noninferiority")  # fmt: skip
     if any(METRICS[g.metric].labelled and not g.dry_run for g in p.canary) and p.label_lag >= quick:
         return "label_lag", "no feedback of a stage counts before its analysis is over", "Shorten it, or lengthen max_duration"  # fmt: skip
@@ -351,8 +376,6 @@ def _unsound(p: RolloutPolicy) -> tuple[str, str, str] | None:
         return "stall_after", "a third of the shortest analysis of the canary at most: of requests that hang, those of the last `stall_after` are not known yet", "Shorten it, or lengthen min_duration"  # fmt: skip
     if list(p.strata) != sorted(set(p.strata)) or any(x < 1 for x in p.strata):
         return "strata", "bounds rise, from 1 token on", "Write them as in [64, 256, 1024]"
-    if not (0 < p.alpha <= 0.5 and 0 < p.validity.srm_alpha <= 0.05 and p.validity.stale_after > 0):
-        return "alpha", "alpha and srm_alpha are small chances, stale_after is positive", "As in 0.05, 0.001 and 10m"
     if len({g.metric for g in p.canary}) < len(p.canary):
         return "canary", "a metric twice", "Remove one"
     return None
