@@ -105,7 +105,7 @@ def serve_gateway(folder: Path) -> int:
     from llmkit.serve.gateway import Gateway
     from llmkit.serve.keys import Keys
     from llmkit.serve.limits import Limits, Price
-    from llmkit.serve.server import run
+    from llmkit.serve.running import run
 
     keys, store = Keys(folder / "serve.db"), Store(folder / "rollouts.db")
     text, _ = keys.create("team")

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..core.digests import short
 from ..core.errors import KitError
-from ..core.params import load_params
+from ..core.project import PARAMS, params_if_any
 from ..core.settings import Settings
 from ..release.registry import registry_uri, versions
 from .commands import champion_of, open_registry, open_store
@@ -24,14 +24,15 @@ from .store import newest
 from .view import status_line
 from ..serve.backend import Backend
 from ..serve.push import Push
-from ..serve.server import Setup, open_backend, run_setup, set_up, target_of
+from ..serve.server import Setup, run_setup, set_up
+from ..serve.target import open_backend, target_of
 
 # %% ../../nbs/09_rollout/15_serve.ipynb #c0b11bc2
 def stalls_after(
-    policy: str,  # a file with a section `rollout`, or none
+    policy: str = PARAMS,  # a file, perhaps with a section `rollout`
 ) -> float:  # seconds
     "How long a request may wait for a token before it has stalled; raises `ParamsError`."
-    return read_stall((load_params(policy).get("rollout") or {}) if Path(policy).is_file() else {})
+    return read_stall(params_if_any(policy).get("rollout") or {})
 
 # %% ../../nbs/09_rollout/15_serve.ipynb #d19b4629
 def opener(

@@ -31,7 +31,8 @@ from .backend import Backend
 from .call import SHARED, Call, parse
 from .gateway import ANYONE, Gateway
 from .reply import fingerprint
-from .server import check_options, open_backend, read_canaries, resolve
+from .server import check_options, read_canaries
+from .target import open_backend, resolve
 from .wire import ApiError, read_body
 
 # %% ../../nbs/08_serve/20_batch.ipynb #478cf5c8

@@ -16,7 +16,8 @@ from typing import Any
 
 from ..core.digests import digest_json
 from ..core.errors import KitError
-from ..core.params import ParamsError, check_section, load_params
+from ..core.params import ParamsError, check_section
+from ..core.project import PARAMS, params_if_any
 from ..data.privacy import masked, secret_patterns
 from ..evals.claims import UNSUPPORTED, abstained
 from .call import Call
@@ -45,10 +46,10 @@ def chosen(
 
 
 def read_shares(
-    params: str | Path = "params.yaml",  # with a section `monitor`, or without
+    params: str = PARAMS,  # a file, perhaps with a section `monitor`
 ) -> Shares:
-    "What the policy says; nothing where there is no file or no section; raises `ParamsError`."
-    if not Path(params).is_file() or "monitor" not in (given := load_params(params)):
+    "What the policy says; nothing where there is no section; raises `ParamsError`."
+    if "monitor" not in (given := params_if_any(params)):
         return Shares()
     monitor = given["monitor"]
     try:

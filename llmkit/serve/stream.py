@@ -9,7 +9,6 @@ __all__ = ['AWAY', 'Source', 'Sink', 'Counts', 'StreamMetrics', 'Worker', 'consu
 import asyncio
 import errno
 import math
-import signal
 import sqlite3
 import sys
 import time
@@ -28,9 +27,11 @@ from ..core.settings import load_settings
 from .batch import Places, Presence, answer_one, queue_for
 from .envelope import answer_event, dead_event, read_event
 from .gateway import Gateway
-from .server import open_backend, read_canaries, resolve
+from .running import stops
+from .server import read_canaries
 from .stream_folder import Delivery, FolderSink, FolderSource, Lag
 from .stream_redis import RedisSink, RedisSource, connect, read_address
+from .target import open_backend, resolve
 
 # %% ../../nbs/08_serve/24_stream.ipynb #b35f6ee2
 class Source(Protocol):
@@ -302,7 +303,7 @@ def stream_run(
         backend = open_backend(found, slots=slots, queue=queue_for(slots), said=said, system=system)
         gateway = Gateway(found.model, {"baseline": backend}, canaries=read_canaries(), timeout=None)
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
-        for s in (signal.SIGTERM, signal.SIGINT):
+        for s in stops():
             loop.add_signal_handler(s, stop.set)
         worker = Worker(gateway, source_, sink, dead, attempts, run["together"])
         try:

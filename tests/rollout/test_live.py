@@ -870,7 +870,7 @@ import sys
 from pathlib import Path
 sys.path[:0] = sys.argv[2:]
 from test_live import Events, Gateway, Live, Store, Town
-from llmkit.serve.server import run
+from llmkit.serve.running import run
 town = Town(Path(sys.argv[1]))
 # more
 now = town.registry.read()["aliases"]["champion"]

@@ -120,7 +120,7 @@ from llmkit.serve.events import Events
 from llmkit.serve.gateway import Gateway
 from llmkit.serve.keys import Keys
 from llmkit.serve.limits import Limits, Price
-from llmkit.serve.server import run
+from llmkit.serve.running import run
 
 folder, pause, keyed = sys.argv[1], float(sys.argv[2]), sys.argv[3] == "keys"
 

@@ -13,7 +13,7 @@ import llmkit.serve.stream as stream
 from llmkit.core.errors import KitError
 from llmkit.runtime.dummy import DummyEngine
 from llmkit.serve.backend import EngineBackend
-from llmkit.serve.server import Target
+from llmkit.serve.target import Target
 
 DEEP = "[" * 200_000
 

@@ -16,14 +16,14 @@ from llmkit.runtime.dummy import DummyEngine
 from llmkit.serve.backend import EngineBackend
 from llmkit.serve.batch import Line, batch_run, run_batch
 from llmkit.serve.gateway import Gateway
-from llmkit.serve.server import Target
+from llmkit.serve.target import Target
 
 PROGRAM = """
 import sys, time
 import llmkit.serve.batch as batch
 from llmkit.runtime.dummy import DummyEngine
 from llmkit.serve.backend import EngineBackend
-from llmkit.serve.server import Target
+from llmkit.serve.target import Target
 
 class Paced(DummyEngine):
     def next_logits(self, prompt, answer=()):

@@ -19,7 +19,8 @@ from llmkit.serve.keys import Keys
 ASK = {"model": "bank", "prompt": [1, 2, 3], "max_tokens": 20, "temperature": 0, "ignore_eos": True}
 
 
-def test_sigterm_answers_what_was_accepted(tmp_path):
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_stop_answers_what_was_accepted(tmp_path, sign):
     with process(tmp_path, pause=0.02) as (p, url):
 
         async def main():
@@ -39,7 +40,7 @@ def test_sigterm_answers_what_was_accepted(tmp_path):
                 tasks = [asyncio.create_task(ask(c, i)) for i in range(8)]
                 while len(results) < 8:
                     await asyncio.sleep(0.01)
-                p.send_signal(signal.SIGTERM)
+                p.send_signal(sign)
                 await asyncio.gather(*tasks)
             return results, refused
 

@@ -14,7 +14,7 @@ import pytest
 from release_road import LINES, TINY, random_delta, run_card, run_gate, run_package, small_dataset, write_reports
 from serve_server import PATIENCE, serving, until
 
-import llmkit.serve.server as server
+import llmkit.serve.target as server
 from llmkit.core.artifact import build, open_artifact
 from llmkit.core.digests import short
 from llmkit.core.errors import KitError
@@ -29,7 +29,7 @@ from llmkit.serve.adapters import Adapters
 from llmkit.serve.call import parse
 from llmkit.serve.gateway import Gateway
 from llmkit.serve.keys import Keys
-from llmkit.serve.server import Target, from_registry, open_backend, resolve
+from llmkit.serve.target import Target, from_registry, open_backend, resolve
 
 BUNDLE = "artifacts/package/bundle"
 

@@ -32,7 +32,7 @@ import llmkit.serve.stream as stream
 from llmkit.cli import main
 from llmkit.runtime.dummy import DummyEngine
 from llmkit.serve.backend import EngineBackend
-from llmkit.serve.server import Target
+from llmkit.serve.target import Target
 
 class Paced(DummyEngine):
     def next_logits(self, prompt, answer=()):

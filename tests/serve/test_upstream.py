@@ -21,7 +21,7 @@ from llmkit.serve.events import Events
 from llmkit.serve.gateway import Gateway
 from llmkit.serve.keys import Keys
 from llmkit.serve.limits import Limits, Price
-from llmkit.serve.server import open_backend, resolve
+from llmkit.serve.target import open_backend, resolve
 from llmkit.serve.upstream import UpstreamBackend
 
 
