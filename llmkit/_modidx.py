@@ -850,6 +850,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'llmkit.evals.suite.task_suite': ('06_evals/suite.html#task_suite', 'llmkit/evals/suite.py')},
             'llmkit.evals.swaps': { 'llmkit.evals.swaps.Axis': ('06_evals/swaps.html#axis', 'llmkit/evals/swaps.py'),
                                     'llmkit.evals.swaps._last': ('06_evals/swaps.html#_last', 'llmkit/evals/swaps.py'),
+                                    'llmkit.evals.swaps._p_equal': ('06_evals/swaps.html#_p_equal', 'llmkit/evals/swaps.py'),
                                     'llmkit.evals.swaps._paired': ('06_evals/swaps.html#_paired', 'llmkit/evals/swaps.py'),
                                     'llmkit.evals.swaps.both_ways': ('06_evals/swaps.html#both_ways', 'llmkit/evals/swaps.py'),
                                     'llmkit.evals.swaps.counterfactual': ('06_evals/swaps.html#counterfactual', 'llmkit/evals/swaps.py'),

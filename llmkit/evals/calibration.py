@@ -101,10 +101,9 @@ def debiased_ece(
     "The calibration error behind the measured one, with an interval: from a simulated test below, from Wilson's intervals of the bins above."
     c, y = np.asarray(confidence, float), np.asarray(correct, float)
     at, z = bin_of(c, bins, kind), np.random.default_rng(seed).normal(size=(times, bins))
-    gap, sd = _gaps(c, y, at, bins)
-    sd *= design_effect(y, clusters) ** 0.5
-    measured, scales, a = np.abs(gap).sum(), np.linspace(0, 1, 41), (1 - level) / 2
-    shown = np.array([np.quantile(np.abs(t * gap + z * sd).sum(1), [0.5, 1 - a]) for t in scales])
+    gap, scales, a = np.bincount(at, weights=y - c, minlength=bins) / len(c), np.linspace(0, 1, 41), (1 - level) / 2
+    noise, measured = z * design_effect(y, clusters) ** 0.5, np.abs(gap).sum()
+    shown = np.array([np.quantile(np.abs(t * gap + noise * _sd(c, y, at, bins, t)).sum(1), [0.5, 1 - a]) for t in scales])  # fmt: skip
     mid, low = (float(np.interp(measured, q, scales, left=0.0) * measured) for q in shown.T)
     return mid, low, float(min(measured + _beyond(y, at, level, clusters), 1.0))
 
@@ -117,12 +116,14 @@ def _beyond(y: np.ndarray, at: np.ndarray, level: float, clusters: Sequence | No
     return float(np.sqrt(sum((w * max(p - ci.low, ci.high - p)) ** 2 for p, ci, w in ends)))
 
 
-def _gaps(c: np.ndarray, y: np.ndarray, at: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
-    "Each bin's share of the error, with its sign, and the standard deviation of that share."
-    total = lambda v: np.bincount(at, weights=v, minlength=bins)
-    count = total(np.ones(len(c)))
-    share = (total(y) + 2 * total(c) / np.maximum(count, 1)) / (count + 2)  # drawn towards the confidence in small bins
-    return total(y - c) / len(c), np.sqrt(count * share * (1 - share)) / len(c)
+def _sd(c: np.ndarray, y: np.ndarray, at: np.ndarray, bins: int, size: float) -> np.ndarray:
+    "The standard deviation of each bin's share of the error, if its gap were `size` times the one found; never below what was seen."
+    total, n = lambda v: np.bincount(at, weights=v, minlength=bins), len(c)
+    count = np.maximum(total(np.ones(n)), 1)
+    seen = (total(y) + 2 * total(c) / count) / (count + 2)  # drawn towards the confidence in small bins
+    supposed = (total(c) + size * total(y - c)) / count
+    other = total((y - c) ** 2) - total(y - c) ** 2 / n  # confidences are a sample too
+    return np.sqrt(np.maximum(count * np.maximum(seen * (1 - seen), supposed * (1 - supposed)), other)) / n
 
 # %% ../../nbs/06_evals/06_calibration.ipynb #24b97068
 def brier(confidence: Sequence[float], correct: Sequence[float]) -> np.ndarray:

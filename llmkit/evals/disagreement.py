@@ -77,7 +77,7 @@ def record_golden(
     for item, answer in zip(suite.items, ask(engine, suite), strict=True):
         key, said = prompt_digest(item.messages), predicted_label(answer.text)
         path = (known[key]["path"] if known else answer.tokens[:positions]) if ranked else []
-        rows.append({"id": key, "tokenizer": engine.tokenizer.digest, "label": item.label, "said": said, "correct": int(said == item.label), "answer": answer.text, "path": path, "top": [], "logprob": []})  # fmt: skip
+        rows.append({"id": key, "tokenizer": engine.tokenizer.digest, "label": item.label, "said": said, "correct": int(said == item.label), "answer": answer.text, "path": path, "top": [], "logprob": [], **({"cluster": item.cluster} if item.cluster else {})})  # fmt: skip
     if not ranked:
         return rows
     prompts = [engine.tokenizer.chat(list(i.messages)) for i in suite.items]
@@ -118,7 +118,9 @@ def disagreements(
         raise KitError("the two recordings hold different prompts", value=(len(golden), len(other)))
     pairs = [(g, theirs[g["id"]]) for g in golden]
     ranked = all(g["top"] and o["top"] for g, o in pairs)
-    rows = [_answers(g, o) | (_rankings(g, o, p) if ranked else {}) for g, o in pairs]
+    tied = any(r.get("cluster") for r in golden)  # prompts that share a template, a document, a customer
+    by = lambda r: {"cluster": r.get("cluster") or r["id"]} if tied else {}
+    rows = [_answers(g, o) | by(g) | (_rankings(g, o, p) if ranked else {}) for g, o in pairs]
     return {k: [r[k] for r in rows] for k in rows[0]}
 
 

@@ -132,4 +132,7 @@ def _ratio(metric: str, table: Mapping[str, Sequence], unit: str, f, seed: int) 
     if found is None or found.low is None or found.high is None:
         return Measurement(metric, stat(rows), len(rows), direction="lower", method="no interval")
     ends = [float(f(np.clip((total + len(rows) * e) / units, 0, 700.0))) for e in (found.low, found.high)]
-    return Measurement(metric, stat(rows), len(rows), *ends, direction="lower", method=found.method)
+    rare = (
+        f"; of surprises rarer than 1 in {max(1, len(rows) // 3):,} items it knows nothing"  # none seen: 5 % and more
+    )
+    return Measurement(metric, stat(rows), len(rows), *ends, direction="lower", method=found.method + rare)

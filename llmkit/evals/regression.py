@@ -41,10 +41,11 @@ def regression_report(
     noise, found = disagreements(golden, again, p), disagreements(golden, candidate, p)
     out: list[Measurement] = []
     ranks = [m for m in RANKS if m in found and m in noise]
+    by = found.get("cluster")
     for m in ranks:
-        out.append(mean_score(m, found[m], f"golden/{m}", seed=seed))
-        out.append(mean_score(f"{m}_noise", noise[m], f"noise/{m}", direction="none", seed=seed))
-        out.append(mean_difference(f"{m}_excess", found[m], noise[m], direction="lower", seed=seed))
+        out.append(mean_score(m, found[m], f"golden/{m}", seed=seed, clusters=by))
+        out.append(mean_score(f"{m}_noise", noise[m], f"noise/{m}", direction="none", seed=seed, clusters=by))
+        out.append(mean_difference(f"{m}_excess", found[m], noise[m], direction="lower", clusters=by, seed=seed))
     out += rate_measurements(found, noise)
     context: dict[str, Any] = {"prompts": len(golden)}
     if not _breakable(found):
@@ -75,14 +76,15 @@ def rate_measurements(
     noise: Mapping[str, Sequence],  # of the baseline's second run
 ) -> list[Measurement]:
     "Flipped, fixed, broken and changed answers: as found, as noise, and one beyond the other."
-    out = []
+    out, by = [], found.get("cluster")
     for m in [m for m in RATES if m != "broken" or _breakable(found)]:
         better = "higher" if m == "fixed" else "lower"
-        out.append(exact_rate(f"{m}_rate", found[m], f"golden/{m}", direction=better))
-        out.append(exact_rate(f"{m}_rate_noise", noise[m], f"noise/{m}", direction="none"))
-        d = paired_rates(noise[m], found[m], alpha=0.025)
+        out.append(exact_rate(f"{m}_rate", found[m], f"golden/{m}", direction=better, clusters=by))
+        out.append(exact_rate(f"{m}_rate_noise", noise[m], f"noise/{m}", direction="none", clusters=by))
+        d = paired_rates(noise[m], found[m], alpha=0.025, clusters=by)
         more, less = discordant(noise[m], found[m])
         how = f"paired score bound, {more} prompts beyond the baseline's own noise, {less} in that noise alone"
+        how += "".join(f", {c}" for c in d.method.split(", ")[3:])  # clusters and their design effect
         out.append(Measurement(f"{m}_rate_excess", d.value, d.n, d.low, d.high, direction=better, method=how))
     return out
 
@@ -120,7 +122,7 @@ def _twice(engine: EngineBase, suite: Suite, n: int, positions: int) -> tuple[li
     return gold, record_golden(in_other_batches(engine), suite, golden=gold)
 
 # %% ../../nbs/06_evals/10_regression.ipynb #5289e18e
-_ROW = {"id": str, "tokenizer": str, "label": str, "said": str, "correct": int, "answer": str, "path": list[int], "top": list[list[int]], "logprob": list[list[float]]}  # fmt: skip
+_ROW = {"id": str, "tokenizer": str, "label": str, "said": str, "correct": int, "answer": str, "path": list[int], "top": list[list[int]], "logprob": list[list[float]], "cluster": str}  # fmt: skip
 
 
 def keep_golden(
@@ -164,7 +166,9 @@ def open_golden(
     again = _rows(kept / "again.jsonl", _ROW)
     if [r["id"] for r in gold] != [r["id"] for r in again]:
         raise KitError("the two recordings hold different prompts", file=kept / "again.jsonl", key="id", remedy=_RESTORE)  # fmt: skip
-    items = tuple(Item(r["id"], tuple(r["messages"]), r["label"], r["label"]) for r in gold)
+    items = tuple(
+        Item(r["id"], tuple(r["messages"]), r["label"], r["label"], cluster=r.get("cluster", "")) for r in gold
+    )
     how = kept.recipe
     suite = Suite(how["name"], how["version"], items, ("label",), how["max_tokens"], tuple(how["stop"]))
     return Golden(suite, gold, again, kept.parents["engine"])
@@ -176,7 +180,10 @@ _RESTORE = "Restore the folder from git, or keep a release's own again: llmkit b
 def _rows(file: Path, kinds: Mapping[str, Any]) -> list[dict]:
     "The rows of a recording; raises `KitError` that names the line."
     try:
-        rows = [check_section(r, dict(kinds), f"line {i}", file) for i, r in enumerate(read_jsonl(file), 1)]
+        rows = [
+            check_section(r, dict(kinds), f"line {i}", file, optional={"cluster"})
+            for i, r in enumerate(read_jsonl(file), 1)
+        ]
     except ParamsError as e:
         raise KitError(e.problem, file=file, key=e.key, value=e.value, remedy=_RESTORE) from e
     for i, r in enumerate(rows, 1):

@@ -142,13 +142,23 @@ def swap_measurements(
             excess = _paired("excess_flip_rate", col["control"], col["flipped"], f"swap={axis}", "lower", alpha, by)
             out.append(replace(excess, method=how))
         out.append(_paired("swap_accuracy_difference", col["correct"], col["correct_swapped"], f"swap={axis}", "none", alpha, by))  # fmt: skip
-        p[axis] = mcnemar(*discordant(col["correct"], col["correct_swapped"]))
+        p[axis] = _p_equal(col["correct"], col["correct_swapped"], by)
     adjusted = dict(zip(p, holm(list(p.values())), strict=True))
     bad = [a for a, x in adjusted.items() if x <= alpha]
-    how = "exact McNemar, Holm: " + ", ".join(f"{a} p = {x:.3g}" for a, x in adjusted.items())
+    how = f"{'exact McNemar' if 'cluster' not in table else 'paired score test by clusters'}, Holm: " + ", ".join(
+        f"{a} p = {x:.3g}" for a, x in adjusted.items()
+    )
     return [*out, Measurement("swaps_biased", len(bad), len(table["id"]), direction="lower", method=how)]
 
 # %% ../../nbs/06_evals/27_swaps.ipynb #b80f1c1f
+def _p_equal(before: Sequence[int], after: Sequence[int], clusters: Sequence | None) -> float:
+    "The two-sided p-value of two equal rates: exact for items that stand alone, by their effective number for others."
+    if clusters is None:
+        return mcnemar(*discordant(before, after))
+    both = (before, after), (after, before)
+    return min(1.0, 2 * min(paired_rates(*pair, clusters=clusters).p_fail for pair in both))
+
+
 def _paired(metric: str, before: Sequence[int], after: Sequence[int], slice: str, better: Any, alpha: float, clusters: Sequence | None) -> Measurement:  # fmt: skip
     "The difference of two paired rates with its two-sided interval."
     d = paired_rates(before, after, alpha / 2, clusters=clusters)

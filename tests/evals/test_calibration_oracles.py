@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from llmkit.evals.calibration import calibration_measurements, debiased_ece, ece, mce
+from llmkit.evals.calibration import bin_of, calibration_measurements, debiased_ece, ece, mce
 from llmkit.evals.temperature import fit_temperature, log_odds, rescale, temperature_measurements
 
 
@@ -101,6 +101,20 @@ def test_the_upper_end_is_rarely_below_the_true_error(n, sure):
         below += high < harm - 0.001
         assert low <= mid <= high
     assert below / 400 <= 0.025 + 2 * np.sqrt(0.025 * 0.975 / 400)
+
+
+@pytest.mark.parametrize("n,a,gain", [(100, 8, 0.05), (100, 20, 0.05), (50, 20, 0.0), (300, 8, 0.05)])
+def test_the_lower_end_is_rarely_above_the_true_error(n, a, gain):
+    "Under-confident models included, whose answers are nearly all right: their own spread is next to none."
+    draw = lambda rng, n: rng.beta(a, 1, n)
+    c = draw(np.random.default_rng(99), 200_000)
+    harm = np.abs(np.bincount(bin_of(c), np.minimum(c + gain, 1) - c)).sum() / len(c)
+    rng, above, times = np.random.default_rng(n), 0, 300
+    for seed in range(times):
+        c = draw(rng, n)
+        y = (rng.random(n) < c + gain).astype(int)
+        above += debiased_ece(c, y, times=300, seed=seed)[1] > harm + 1e-9
+    assert above / times <= 0.025 + 3 * np.sqrt(0.025 * 0.975 / times)
 
 
 def test_measurements_of_a_calibrated_and_a_miscalibrated_model():

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from word_engine import engine
 
 from llmkit.core.report import Report
 from llmkit.evals.calibration import calibration_measurements, debiased_ece
@@ -10,6 +11,7 @@ from llmkit.evals.damage import mute_engine
 from llmkit.evals.fairness import fairness_measurements
 from llmkit.evals.language import language_measurements
 from llmkit.evals.overlap import overlap_measurements
+from llmkit.evals.regression import keep_golden, open_golden, regression_report, since_release
 from llmkit.evals.suite import make_suite
 from llmkit.evals.swaps import swap_measurements
 from llmkit.evals.task import mean_score, task_measurements
@@ -124,3 +126,46 @@ def test_perplexity_of_heavy_tails_misses_little_more_than_it_says():
         [m] = [m for m in language_measurements({"nll": nll, "tokens": tokens, "words": tokens, "bytes": tokens}) if m.metric == "perplexity"]  # fmt: skip
         misses += not m.low <= truth <= m.high
     assert misses / times <= 0.11
+
+
+def golden_rows(wrong, cluster=True):
+    "A recording of a hundred prompts, ten of each template, in which some templates are answered wrongly."
+    row = {"tokenizer": "", "label": "a", "answer": "", "path": [], "top": [], "logprob": []}
+    said = lambda i: "b" if i // 10 in wrong else "a"
+    return [{**row, "id": f"q{i}", "said": said(i), "correct": int(said(i) == "a"), **({"cluster": f"t{i // 10}"} if cluster else {})} for i in range(100)]  # fmt: skip
+
+
+def test_golden_prompts_of_one_template_count_for_what_they_are_worth():
+    "Ten prompts of one template, broken together, were ten prompts."
+    free, tied = ({m.metric: m for m in regression_report(*(golden_rows(w, c) for w in ((), (), (3,))), "g@1").measurements} for c in (False, True))  # fmt: skip
+    for metric in ("broken_rate", "churn_rate", "broken_rate_excess"):
+        assert tied[metric].value == free[metric].value == 0.1
+        assert tied[metric].high > free[metric].high + 0.1, metric
+        assert "design effect" in tied[metric].method and "design effect" not in free[metric].method
+    assert "10 prompts beyond" in tied["broken_rate_excess"].method
+
+
+def test_a_recording_keeps_the_clusters_that_there_are(tmp_path):
+    chat = lambda i: [{"role": "user", "content": f"Say w{i}."}, {"role": "assistant", "content": f"w{i}: done"}]
+    for name, more in (("tied", {"cluster": "t"}), ("free", {})):
+        suite = make_suite(
+            "g", 1, [{"id": f"q{i}", "messages": chat(i), **more} for i in range(6)], scorers=("label",), max_tokens=8
+        )
+        keep_golden(tmp_path / name, engine(), suite, items=5)
+        kept = open_golden(tmp_path / name)
+        assert {i.cluster for i in kept.suite.items} == {more.get("cluster", "")}
+        assert ("cluster" in kept.rows[0]) is bool(more)
+        assert ("cluster" in since_release(tmp_path / name, engine()).samples["golden"]) is bool(more)
+
+
+def test_a_swap_that_loses_one_template_is_no_bias_of_all():
+    lost = np.repeat(np.arange(30) == 4, 10).astype(int)
+    swaps = {"id": range(300), "swap": ["gender"] * 300, "flipped": lost, "control": [0] * 300, "correct": [1] * 300, "correct_swapped": 1 - lost}  # fmt: skip
+    free, tied = ({m.metric: m for m in swap_measurements({**swaps, **c})} for c in ({}, {"cluster": [f"t{i // 10}" for i in range(300)]}))  # fmt: skip
+    assert (free["swaps_biased"].value, tied["swaps_biased"].value) == (1, 0)
+    assert "by clusters" in tied["swaps_biased"].method and "exact McNemar" in free["swaps_biased"].method
+
+
+def test_a_perplexity_says_how_rare_a_surprise_it_may_have_missed():
+    t = {"nll": [1.0, 2.0, 3.0] * 40, "tokens": [3, 4, 5] * 40, "words": [1] * 120, "bytes": [9] * 120}
+    assert "rarer than 1 in 40 items it knows nothing" in language_measurements(t)[0].method
