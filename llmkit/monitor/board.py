@@ -42,6 +42,7 @@ class Arm:
     p95: float | None
     tokens: int  # generated
     cost: float | None  # USD
+    unread: int = 0  # answers in a language whose refusals are not known
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def arms(
             count = lambda key, mine=mine: sum(bool(e[key]) for e in mine)
             errors = sum(e["status"] == "error" for e in mine)
             tokens = sum(e["completion_tokens"] for e in mine)
-            out.append(Arm(v, len(mine), errors, count("refused"), count("fallback"), *map(float, times), tokens, sum(costs) if costs else None))  # fmt: skip
+            out.append(Arm(v, len(mine), errors, count("refused"), count("fallback"), *map(float, times), tokens, sum(costs) if costs else None, sum(e["status"] == "ok" and e["refused"] is None for e in mine)))  # fmt: skip
     return out
 
 
@@ -247,13 +248,20 @@ def _verdict(v: Verdict, id: str, title: str, open: bool = False) -> str:
     return f'<section id="{id}"><h2>{esc(title)}</h2><p>{tag(v.outcome)}</p>{inner}</section>'
 
 # %% ../../nbs/10_monitor/24_board.ipynb #2f39a062
+def _refusals(a: Arm) -> str:
+    "Refusals among the answers that could be read."
+    read = a.requests - a.unread
+    share = f"{a.refused} <span class=soft>({a.refused / read:.1%})</span>" if read else "?"
+    return share + (f" <span class=soft>{a.unread} in an unknown language</span>" if a.unread else "")
+
+
 def traffic_section(b: Board) -> str:
     "The last requests by variant, and by minute."
     if not b.arms:
         return f'<section id="traffic"><h2>Traffic</h2><p>No request in the last {esc(b.span)}.</p></section>'
     part = lambda k, n: f"{k} <span class=soft>({k / n:.1%})</span>"
     rows = [
-        (esc(a.variant), f"{a.requests}", part(a.errors, a.requests), f"{a.p95:.2f} s", f"{a.p50:.2f} s", part(a.refused, a.requests),
+        (esc(a.variant), f"{a.requests}", part(a.errors, a.requests), f"{a.p95:.2f} s", f"{a.p50:.2f} s", _refusals(a),
          f"{a.tokens}", "" if a.cost is None else f"{a.cost:.4f}")
         for a in b.arms
     ]  # fmt: skip

@@ -70,9 +70,14 @@ def event_features(
         bins = placed(*([e[key] for e in part] for part in answered))
         found, _ = index_feature(f"{key}_psi", *bins, PSI, "deciles of both together", _users(answered), draws, seed)
         out.append(found)
-    for name, bad in (("refusal_rate", lambda e: bool(e["refused"])), ("error_rate", lambda e: e["status"] == "error")):
-        old, new = ([bad(e) for e in part] for part in (reference, window))
-        out.append(share_feature(name, old, new, RISE, _users((reference, window)))[0])
+    read = [[e for e in part if e["refused"] is not None] for part in (reference, window)]  # else nobody knows
+    for name, key, bad, parts in (
+        ("refusal_rate", "refused", True, read),
+        ("error_rate", "status", "error", (reference, window)),
+    ):
+        if all(parts):
+            old, new = ([e[key] == bad for e in part] for part in parts)
+            out.append(share_feature(name, old, new, RISE, _users(parts))[0])
     return out
 
 

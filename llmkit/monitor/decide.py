@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMPARED', 'KEPT', 'remembered', 'history', 'together', 'slowly', 'rules', 'unmeasured', 'follow', 'held_back',
-           'decide']
+           'decide', 'unreadable', 'unread']
 
 # %% ../../nbs/10_monitor/07_decide.ipynb #0b613b92
 import math
@@ -210,7 +210,7 @@ def decide(
     drifted = [f for f in COMPARED if any(x.drifted for x in found.get(f, ()))]
     reports: dict[str, Report] = {}
     for f in COMPARED:
-        also = claims(w) if f == "hallucination" else []
+        also = claims(w) if f == "hallucination" else unread(p, w) if f == "data" else []
         if found.get(f):
             names = ", ".join(x.feature.name for x in found[f] if x.drifted)
             also = [history(p, f, flags, f in drifted, len(w.rows), names), *also]
@@ -246,6 +246,18 @@ def _sampled(stream: Mapping[str, Any], usable: Sequence[Mapping[str, Any]]) -> 
     return {"sampled": True} if len({r["correct"] for r in rows}) > 1 else {"unsure": rows[:100]}
 
 
+def unreadable(rows: Sequence[Mapping[str, Any]]) -> int:
+    "How many answers are in a language whose refusals are not known."
+    return sum(r["status"] == "ok" and r["refused"] is None for r in rows)
+
+
+def unread(p: MonitorPolicy, w: Window) -> list[Measurement]:
+    "The share of answers of which nobody knows whether they refuse, where there are any."
+    k, n = unreadable(w.rows), len(values(w.rows, "status"))
+    how = "answers in a language whose refusals are not known"
+    return [Measurement("unknown_language_rate", k / n, n, direction="lower", method=how)] if k and "refusals" in p.methods else []  # fmt: skip
+
+
 def _lacks(p: MonitorPolicy, w: Window, reference: Sequence[Mapping[str, Any]], texts: tuple) -> dict[str, str]:
     "Family → what its other tests do not make up for."
     if not w.number or len(w.rows) < p.min_n:
@@ -253,6 +265,9 @@ def _lacks(p: MonitorPolicy, w: Window, reference: Sequence[Mapping[str, Any]], 
     out = {f: f"the reference has {', '.join(ks)}, and this window does not" for f, ks in gone(p, reference, w.rows).items()}  # fmt: skip
     if (n := len(values(reference, "status"))) < p.min_n:
         out["data"] = f"only {n} requests of the reference were answered, and {p.min_n} are asked for"
+    for what, rows in (("the reference", reference), ("this window", w.rows)):
+        if "refusals" in p.methods and (k := unreadable(rows)) and len(values(rows, "refused")) < p.min_n:
+            out["data"] = f"{k} answers of {what} are in a language whose refusals are not known, so how many refuse is not measured: without refusals in monitor.drift.methods nobody asks"  # fmt: skip
     if "texts" in p.methods and min(map(len, texts)) < 20:
         out["data"] = f"texts are compared, and {len(texts[1])} of the window and {len(texts[0])} of the reference were kept"  # fmt: skip
     return out

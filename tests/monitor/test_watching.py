@@ -785,3 +785,27 @@ def test_what_is_kept_is_bounded_by_number_whatever_the_clock_says(tmp_path, cap
     assert len(memory.stream("sha256:a")["reference"]) == 180  # the next window is compared all the same
     main(["monitor", "status", "--policy", str(ROOT / "params.yaml"), "--settings", str(t.settings)])
     assert "kept: 10000 windows of 1 releases, at most 10,000 of 500" in capsys.readouterr().out
+
+
+def test_nobody_is_told_a_refusal_rate_of_answers_that_cannot_be_read(tmp_path):
+    "A service in Thai: `refused` is null in its events; a few of them among others leave the rate measured."
+    t = Town(tmp_path / "thai")
+    t.send(240, lacks=("refused",))
+    run_window(t.monitor)
+    w = run_window(t.monitor)
+    data = t.monitor.memory.reports(w.release, 1)["data"]
+    assert data.get("refusal_rate") is None and data.get("unknown_language_rate").value == 1
+    assert w.outcomes["data"] == "inconclusive" and any("language whose refusals are not known" in r.sentence for r in w.verdict.reasons)  # fmt: skip
+    without = Town(tmp_path / "without", section(**{k: SMALL[k] for k in ("window", "reference")}, drift={"methods": ["tokens", "errors"]}))  # fmt: skip
+    without.send(240, lacks=("refused",))
+    run_window(without.monitor)
+    assert run_window(without.monitor).outcomes["data"] == "pass"
+    few = Town(tmp_path / "few")
+    few.send(180)
+    few.send(40), few.send(20, lacks=("refused",))
+    run_window(few.monitor)
+    w = run_window(few.monitor)
+    data = few.monitor.memory.reports(w.release, 1)["data"]
+    assert (
+        w.outcomes["data"] == "pass" and data.get("refusal_rate") and data.get("unknown_language_rate").value == 1 / 3
+    )

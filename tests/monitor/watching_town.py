@@ -57,6 +57,7 @@ class Town:
 
     def __init__(self, folder, rules=SMALL, memory=Memory, registry=Ledger, **more):
         self.folder, self.now = Path(folder), 0.0
+        self.folder.mkdir(exist_ok=True)
         self.events = Events(self.folder / "events.db", lambda: self.now)
         self.settings = self.folder / "settings.ini"
         if not self.settings.exists():
