@@ -2265,6 +2265,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                              'llmkit/release/releases.py'),
                                          'llmkit.release.releases.trust': ('07_release/releases.html#trust', 'llmkit/release/releases.py')},
             'llmkit.release.restore': { 'llmkit.release.restore._is': ('07_release/restore.html#_is', 'llmkit/release/restore.py'),
+                                        'llmkit.release.restore._signed': ('07_release/restore.html#_signed', 'llmkit/release/restore.py'),
                                         'llmkit.release.restore._whole': ('07_release/restore.html#_whole', 'llmkit/release/restore.py'),
                                         'llmkit.release.restore.bundle_of': ( '07_release/restore.html#bundle_of',
                                                                               'llmkit/release/restore.py'),

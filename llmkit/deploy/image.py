@@ -22,6 +22,7 @@ import llmkit
 from ..core.errors import KitError
 from ..core.files import atomic_folder, read_json, write_text
 from ..release.bundle import place, require_room, verify_bundle
+from ..release.sign import detached
 
 # %% ../../nbs/11_deploy/01_image.ipynb #bd9b50bb
 ASK = "import sys; from llmkit.release.smoke import ask; sys.exit(ask('/bundle', ' '.join(sys.argv[1:])))"
@@ -107,7 +108,7 @@ CONTAINERFILE = """\
 FROM scratch
 COPY --chmod=755 root/ /
 COPY --chmod=755 bundle/ /bundle/
-ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PYTHONHOME=/python
+{signed}ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PYTHONHOME=/python
 USER 65532:65532
 LABEL org.opencontainers.image.title="{name}" org.opencontainers.image.version="{short}" llmkit.bundle="{digest}"
 ENTRYPOINT ["/python/bin/python3", "-c", {ask}]
@@ -117,11 +118,13 @@ ENTRYPOINT ["/python/bin/python3", "-c", {ask}]
 def containerfile(
     name: str,  # of the model
     digest: str,  # of the bundle
+    signed: bool = False,  # whether its signature goes along
 ) -> str:
     "The recipe of the image: the same text for the same bundle."
     if not re.fullmatch(r"[\w .:/-]+", name):
         raise KitError("not a name for an image", key="name", value=name, remedy="Use letters, digits, - and _")
-    return CONTAINERFILE.format(name=name, digest=digest, short=digest[7:19], ask=json.dumps(ASK))
+    also = "COPY --chmod=644 bundle.sig /bundle.sig\n" if signed else ""
+    return CONTAINERFILE.format(name=name, digest=digest, short=digest[7:19], ask=json.dumps(ASK), signed=also)
 
 # %% ../../nbs/11_deploy/01_image.ipynb #f7734bcb
 def image_write(
@@ -131,13 +134,16 @@ def image_write(
     "Write everything an image of a bundle is built from."
     require_room(out, "root/python/bin/python3")
     art = verify_bundle(bundle)
-    names = packages_needed(bundle)
+    names, (signature, signed) = packages_needed(bundle), detached(bundle)
     with atomic_folder(out) as folder:
         copy_python(folder / "root", names)
         place(art.path, folder / "bundle")
-        write_text(folder / "Containerfile", containerfile(read_json(art / "bundle.json")["name"], art.digest))
+        if signature:
+            write_text(folder / "bundle.sig", signature)
+        recipe = containerfile(read_json(art / "bundle.json")["name"], art.digest, bool(signature))
+        write_text(folder / "Containerfile", recipe)
     size = sum(p.stat().st_size for p in Path(out).rglob("*") if p.is_file())
-    print(f"{out}: {size / 1e6:.0f} MB with {', '.join(names)}")
+    print(f"{out}: {size / 1e6:.0f} MB with {', '.join(names)}; bundle {signed}")
     return 0
 
 

@@ -28,6 +28,7 @@ from ..core.plugins import need
 from ..core.settings import Settings, load_settings, sqlite_file, sqlite_uri
 from .ledger import append, read_ledger
 from .release import Release, read_release
+from .sign import detached
 
 # %% ../../nbs/07_release/11_registry.ipynb #d8c31f4d
 def dvc_md5(folder: str | Path) -> str:
@@ -300,7 +301,7 @@ def register_release(
     out: str = "artifacts/register/receipt.json",  # the receipt
     settings: str = "settings.ini",  # where the registry is
 ) -> int:
-    "Register a release in the registry of the profile; the same release again changes nothing."
+    "Register a release in the registry of the profile; the same release again changes nothing but brings the signature of its bundle."
     if alias == "champion":
         fix = "Write challenger; `llmkit rollout start` leads from there, with --first where there is no champion yet"
         raise KitError("a registration makes no champion", key="alias", value=alias, remedy=fix)
@@ -313,6 +314,12 @@ def register_release(
     facts = {"path": Path(bundle).as_posix(), **({"dvc_md5": address} if address else {})}
     log, run = conf.get("ledger", "ledger.jsonl"), os.environ.get("MLFLOW_RUN_ID")
     v = register(release, uri, source_uri(uri, bundle, address), alias, log, facts, run)
+    text, signed = detached(bundle)
+    if text and v.tags.get("signature") != text:
+        with answering(), locked_registry(uri):
+            registry_client(uri).set_model_version_tag(v.model, str(v.version), f"{TAG}signature", text)
     write_json(out, receipt(v, uri, alias))
-    print(f"{v.model} version {v.version}, alias {', '.join(v.aliases) or 'none'}, release {short(v.release)}")
+    print(
+        f"{v.model} version {v.version}, alias {', '.join(v.aliases) or 'none'}, release {short(v.release)}; bundle {signed}"
+    )
     return 0

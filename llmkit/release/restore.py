@@ -13,9 +13,10 @@ from urllib.parse import unquote, urlsplit
 from ..core.artifact import MANIFEST, damage, open_artifact
 from ..core.digests import short
 from ..core.errors import KitError
-from ..core.files import atomic_folder, locked, read_json
+from ..core.files import atomic_folder, locked, read_json, write_text
 from ..core.plugins import need
 from .registry import Version, file_md5
+from .sign import beside
 
 # %% ../../nbs/07_release/12_restore.ipynb #af3c0d87
 BUNDLES = ".llmkit/bundles"  # where restored ones are kept
@@ -66,7 +67,7 @@ def bundle_of(
             return Path(folder)
     there = Path(kept) / short(digest, 24)
     if _whole(there, digest):
-        return there
+        return _signed(there, v)
     if "dvc_md5" not in v.tags:
         fix = "Run its stages again, at the commit that made it"
         raise KitError("the bundle is not where it was, and DVC did not hold it", key=f"{v.model} version {v.version}", value=short(digest), remedy=fix)  # fmt: skip
@@ -74,7 +75,14 @@ def bundle_of(
         if not _whole(there, digest):
             with atomic_folder(there) as tmp:
                 checkout(v.tags["dvc_md5"], tmp, project)
-    return there
+    return _signed(there, v)
+
+
+def _signed(folder: Path, v: Version) -> Path:
+    "Put the signature that the registry keeps beside a restored bundle; DVC holds the folder, and not what lies beside it."
+    if text := v.tags.get("signature", ""):
+        write_text(beside(folder), text)
+    return folder
 
 
 def _is(folder: str | Path, digest: str) -> bool:

@@ -2,6 +2,8 @@
 
 import random
 import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 from release_road import POLICY, run_gate, run_package, write_reports
@@ -9,8 +11,12 @@ from release_road import POLICY, run_gate, run_package, write_reports
 from llmkit.core.artifact import open_artifact
 from llmkit.core.errors import KitError
 from llmkit.core.files import read_json, write_json
+from llmkit.deploy.image import image_write
 from llmkit.release.bundle import faults, verify_bundle
-from llmkit.release.signed import check_bundle
+from llmkit.release.registry import register_release, versions
+from llmkit.release.release import Release, write_release
+from llmkit.release.sign import beside
+from llmkit.release.signed import check_bundle, sign_bundle
 
 BUNDLE = "artifacts/package/bundle"
 
@@ -155,3 +161,27 @@ def test_what_no_manifest_can_name_is_found_in_every_artifact_and_sealed_in_none
         (art / f"more-{i}").write_text("x")
     with pytest.raises(KitError, match="and 14 more"):
         open_artifact(art.path)
+
+
+@pytest.mark.skipif(not shutil.which("ssh-keygen"), reason="no ssh-keygen: apt-get install openssh-client")
+def test_a_signature_goes_into_the_registry_and_an_image(packaged, capsys):
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", "ann"], check=True)
+    digest = verify_bundle(BUNDLE).digest
+    assert check_bundle(BUNDLE) == 0 and "not signed" in capsys.readouterr().out
+    write_release(Release("signed", digest, "sha256:v", "sha256:c"), "released")
+    uri, how = "sqlite:///signed.db", {"out": "receipt.json", "settings": "signed.ini"}
+    Path("signed.ini").write_text(f"[DEFAULT]\ntracking_uri = {uri}\nledger = signed.jsonl\nsigning_key = ann\n")
+    assert register_release("released", **how) == 0 and "; bundle not signed" in capsys.readouterr().out
+    assert sign_bundle(BUNDLE, settings="signed.ini") == 0 and verify_bundle(BUNDLE).digest == digest
+    before = Path("signed.jsonl").read_bytes()
+    assert register_release("released", **how) == 0 and "; bundle signed with key SHA256:" in capsys.readouterr().out
+    (v,) = versions(uri, "signed")
+    assert v.tags["signature"] == beside(BUNDLE).read_text() and Path("signed.jsonl").read_bytes() == before
+    assert image_write(BUNDLE, "image") == 0 and "; bundle signed with key" in capsys.readouterr().out
+    Path("signers").write_text("ann " + Path("ann.pub").read_text())
+    assert "COPY --chmod=644 bundle.sig /bundle.sig" in Path("image/Containerfile").read_text()
+    assert check_bundle("image/bundle", signers="signers", digest=digest) == 0
+    beside(BUNDLE).write_text(beside(BUNDLE).read_text().replace("U1N", "U1M", 1))
+    assert register_release("released", **how) == 0
+    assert "; bundle not signed: bundle.sig is left where it is" in capsys.readouterr().out
+    beside(BUNDLE).unlink()
