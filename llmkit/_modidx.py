@@ -2714,6 +2714,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'llmkit.rollout.policy._analysis': ('09_rollout/policy.html#_analysis', 'llmkit/rollout/policy.py'),
                                        'llmkit.rollout.policy._contradiction': ( '09_rollout/policy.html#_contradiction',
                                                                                  'llmkit/rollout/policy.py'),
+                                       'llmkit.rollout.policy._mapping': ('09_rollout/policy.html#_mapping', 'llmkit/rollout/policy.py'),
                                        'llmkit.rollout.policy._pause': ('09_rollout/policy.html#_pause', 'llmkit/rollout/policy.py'),
                                        'llmkit.rollout.policy._percent': ('09_rollout/policy.html#_percent', 'llmkit/rollout/policy.py'),
                                        'llmkit.rollout.policy._read': ('09_rollout/policy.html#_read', 'llmkit/rollout/policy.py'),

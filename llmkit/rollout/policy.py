@@ -310,14 +310,24 @@ def read_stall(
     section: Mapping[str, Any],  # the `rollout` section, or none of it
 ) -> float:  # seconds
     "How long a request may wait for a token before it has stalled; raises `ParamsError`."
-    return seconds(section["stall_after"], "rollout.stall_after") if "stall_after" in section else STALL
+    given = _mapping(section)
+    return seconds(given["stall_after"], "rollout.stall_after") if "stall_after" in given else STALL
+
+
+def _mapping(section: Any) -> Mapping[str, Any]:
+    "The section, if it is one; raises `ParamsError`."
+    if not isinstance(section, Mapping):
+        raise ParamsError(
+            "must be a mapping", key="rollout", value=section, remedy="Write alpha, steps and so on in it"
+        )
+    return section
 
 
 def read_approvals(
     section: Mapping[str, Any],  # the `rollout` section
 ) -> ApprovalRule:
     "Whose agreement a promotion needs; nobody's where the section says nothing. Raises `ParamsError`."
-    if "approvals" not in section:
+    if "approvals" not in _mapping(section):
         return ApprovalRule()
     given = check_section(section["approvals"], _APPROVALS, "rollout.approvals", optional=("signers", "revoked"))
     given["expires"] = seconds(given["expires"], "rollout.approvals.expires")
