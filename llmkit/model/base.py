@@ -19,11 +19,12 @@ from ..core.errors import KitError
 from ..core.files import read_jsonl, write_json
 from ..core.params import check_section
 from ..core.plugins import need
-from .folder import Dtype, describe, import_folder, load_checked, one_line
+from .folder import describe, import_folder
 from .optimizer import OPTIMIZERS
 from .precision import PRECISIONS, training_precision
 from .tiny import Shape, make_tiny
 from .tokenizer import Tokenizer
+from .weights import Dtype, load_checked, one_line
 
 # %% ../../nbs/04_model/03_base.ipynb #625902a6
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "*.safetensors.index.json")

@@ -20,7 +20,7 @@ from ..core.errors import KitError
 from ..core.files import read_json, write_json
 from ..core.params import did_you_mean
 from ..core.plugins import need
-from .folder import buildable, context_of, misbuilt
+from .road import buildable, context_of, misbuilt
 
 # %% ../../nbs/04_model/08_export.ipynb #113b59b7
 def builder_folder() -> Path:

@@ -27,12 +27,14 @@ from ..core.files import read_json, read_jsonl, write_json
 from ..core.plugins import need
 from ..data.records import usual_system
 from .batches import collate, encode_rows
-from .folder import context_of
 from .lora import attach, load_frozen, save_delta
+from .loss import answer_loss
 from .precision import training_precision
+from .recipe import Recipe
+from .road import context_of
 from .tiny import steady
 from .tokenizer import Tokenizer
-from .train import Recipe, Trainer, answer_loss, world
+from .train import Trainer, world
 
 # %% ../../nbs/04_model/05b_finetune.ipynb #cc997498
 LIBRARIES = ("torch", "transformers", "peft", "tokenizers")

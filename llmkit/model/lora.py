@@ -17,9 +17,9 @@ from ..core.errors import KitError
 from ..core.files import read_json, write_json
 from ..core.params import did_you_mean
 from ..core.plugins import need
-from .folder import refuse_not_finite
 from .optimizer import linear_layers
 from .tiny import quiet, saving
+from .weights import refuse_not_finite
 
 # %% ../../nbs/04_model/04_lora.ipynb #e65819eb
 def load_frozen(

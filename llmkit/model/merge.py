@@ -20,9 +20,10 @@ from ..core.errors import KitError
 from ..core.files import read_json
 from ..core.plugins import need
 from ..core.report import Measurement, Report
-from .folder import TOKENIZER_FILES, context_of
+from .folder import TOKENIZER_FILES
 from .lora import load_delta, load_frozen, read_tensors
 from .parity import compare, violations
+from .road import context_of
 from .tiny import quiet, saving
 from .tokenizer import Tokenizer
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from ..core.digests import digest_json
-from .engine import EngineBase, EngineInfo, Token
+from .engine import EngineBase
+from .request import EngineInfo, Token
 from .sampling import Sampling
 
 # %% ../../nbs/05_runtime/04_dummy.ipynb #f091986e

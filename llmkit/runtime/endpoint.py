@@ -17,7 +17,8 @@ import numpy as np
 
 from ..core.errors import KitError
 from ..core.plugins import need
-from .engine import GREEDY, Completion, EngineInfo, Token, per_prompt
+from .engine import GREEDY, per_prompt
+from .request import Completion, EngineInfo, Token
 from .sampling import Sampling
 
 # %% ../../nbs/05_runtime/09_endpoint.ipynb #b35307a9

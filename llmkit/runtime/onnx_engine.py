@@ -21,7 +21,8 @@ from ..core.errors import KitError
 from ..core.files import read_json
 from ..core.plugins import need
 from ..model.tokenizer import Tokenizer
-from .engine import EngineBase, EngineInfo, Request, Token
+from .engine import EngineBase
+from .request import EngineInfo, Request, Token
 from .sampling import Sampling
 from .slots import Idle, Slots, idle_beside, reuses_exactly
 

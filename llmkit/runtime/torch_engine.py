@@ -17,10 +17,11 @@ from ..core.artifact import MANIFEST, Artifact, open_artifact, require_parent
 from ..core.digests import digest_json
 from ..core.errors import KitError
 from ..core.plugins import need
-from ..model.folder import context_of
 from ..model.lora import load_delta, load_frozen
+from ..model.road import context_of
 from ..model.tokenizer import Tokenizer
-from .engine import EngineBase, EngineInfo, Request, Token
+from .engine import EngineBase
+from .request import EngineInfo, Request, Token
 from .sampling import Sampling
 
 # %% ../../nbs/05_runtime/05_torch_engine.ipynb #3d84d034
@@ -43,6 +44,8 @@ UNBOUNDED = 1 << 20  # tokens, where a model states no limit, as with positions 
 
 class TorchEngine(EngineBase):
     "A Hugging Face folder through PyTorch."
+
+    memory_of = "torch"
 
     def __init__(
         self,

@@ -331,7 +331,7 @@ def test_every_tensor_is_read_one_at_a_time(pair, tmp_path, monkeypatch):
     "What the check holds of a file is never more than one tensor, and the one before it."
     import weakref
 
-    from llmkit.model import folder
+    from llmkit.model import weights
 
     copy, alive, most = bad_copy(pair, tmp_path, lambda w, torch: None, shards=True), [], []
 
@@ -339,8 +339,8 @@ def test_every_tensor_is_read_one_at_a_time(pair, tmp_path, monkeypatch):
         most.append(sum(r() is not None for r in alive))
         alive.append(weakref.ref(tensor))
 
-    monkeypatch.setattr(folder, "refuse_not_finite", look)
-    folder.check_weights(copy)
+    monkeypatch.setattr(weights, "refuse_not_finite", look)
+    weights.check_weights(copy)
     assert len(most) > 10 and max(most) <= 1
 
 
