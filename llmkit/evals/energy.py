@@ -8,7 +8,9 @@ __all__ = ['POWERCAP', 'WATTS', 'METERS', 'Meter', 'rapl', 'open_gpu', 'nvml', '
 
 # %% ../../nbs/06_evals/03b_energy.ipynb #dc1ea090
 import os
+import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,15 +70,40 @@ def open_gpu(
         import pynvml
     except ModuleNotFoundError:  # nvidia-ml-py, which nothing else needs
         return None
-    at = int(device.partition(":")[2] or 0)
-    seen = [v.strip() for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v.strip()]
-    name = seen[at] if at < len(seen) else str(at)
+    at, visible = int(device.partition(":")[2] or 0), os.environ.get("CUDA_VISIBLE_DEVICES")
+    seen = [str(at)] * (at + 1) if visible is None else [v.strip() for v in visible.split(",")]
+    if at >= len(seen) or any(not re.match(r"\d|GPU-|MIG-", v) for v in seen[: at + 1]):
+        return None  # CUDA sees none from the first name on that it does not know, such as -1
     try:
         pynvml.nvmlInit()
-        by = pynvml.nvmlDeviceGetHandleByIndex if name.isdigit() else pynvml.nvmlDeviceGetHandleByUUID
-        return pynvml, by(int(name) if name.isdigit() else name)
+        return pynvml, _handle(pynvml, seen[at])
     except pynvml.NVMLError:
         return None
+
+
+def _handle(lib: Any, name: str) -> Any:
+    "NVML's handle of a GPU, or of a part of one, by its number or by how its UUID begins; raises `NVMLError`."
+    if name.isdigit():
+        return lib.nvmlDeviceGetHandleByIndex(int(name))
+    try:
+        return lib.nvmlDeviceGetHandleByUUID(name)
+    except lib.NVMLError:  # CUDA takes a beginning that fits one, NVML only the whole
+        all = [lib.nvmlDeviceGetHandleByIndex(i) for i in range(lib.nvmlDeviceGetCount())]
+        all = [part for gpu in all for part in _parts(lib, gpu)] if name.startswith("MIG-") else all
+        fits = [gpu for gpu in all if lib.nvmlDeviceGetUUID(gpu).startswith(name)]
+        if len(fits) != 1:
+            raise
+        return fits[0]
+
+
+def _parts(lib: Any, gpu: Any) -> list[Any]:
+    "The handles of a GPU's parts (MIG); none where it is whole."
+    found = []
+    with suppress(lib.NVMLError):
+        for i in range(lib.nvmlDeviceGetMaxMigDeviceCount(gpu)):
+            with suppress(lib.NVMLError):  # a place where no part is
+                found.append(lib.nvmlDeviceGetMigDeviceHandleByIndex(gpu, i))
+    return found
 
 
 def nvml(

@@ -210,11 +210,12 @@ def peak_rss() -> int | None:
 
 def peak_gpu(
     device: str,  # of the engine
+    by: str = "torch",  # the library whose allocator holds the engine's memory
 ) -> tuple[int, str] | None:
     "The most GPU memory of this process, in bytes, and who says so; None for another device, and where nobody tells."
-    torch = sys.modules.get("torch")
-    if device.startswith("cuda") and torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        return int(torch.cuda.max_memory_reserved()), "reserved by torch"
+    torch = sys.modules.get("torch") if by == "torch" and device.startswith("cuda") else None
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_reserved(device)), "reserved by torch"
     if (found := open_gpu(device)) is None:
         return None
     lib, gpu = found
@@ -261,7 +262,7 @@ def measure(
     out.append(
         Measurement("size_bytes", engine.info.size_bytes, 1, direction="lower", unit="bytes", method="files on disk")
     )
-    gpu, how_gpu = peak_gpu(engine.info.device) or (None, "")
+    gpu, how_gpu = peak_gpu(engine.info.device, getattr(engine, "memory_of", "")) or (None, "")
     for metric, value, how in (("peak_rss_bytes", peak_rss(), "VmHWM of a process of its own"), ("peak_gpu_bytes", gpu, how_gpu)):  # fmt: skip
         out += [Measurement(metric, value, 1, direction="lower", unit="bytes", method=how)] if value else []
     info = vars(engine.info)

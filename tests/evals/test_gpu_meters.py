@@ -15,6 +15,9 @@ class NVMLError(Exception):
     "As in pynvml."
 
 
+UUIDS = {"GPU-a1": 0, "GPU-b2": 1, "MIG-c3": "part 1", "MIG-d4": "part 2"}
+
+
 @pytest.fixture
 def stub(monkeypatch):
     "A pynvml with two GPUs, the second of them with this process on it; torch is not asked."
@@ -25,11 +28,30 @@ def stub(monkeypatch):
             raise NVMLError("no such GPU")
         return i
 
+    def by_uuid(name):
+        if name not in UUIDS:
+            raise NVMLError("not found")
+        return UUIDS[name]
+
+    def parts(gpu):
+        if gpu != 1:
+            raise NVMLError("not supported")
+        return 3
+
+    def part(gpu, i):
+        if i == 0:
+            raise NVMLError("not found")
+        return f"part {i}"
+
     lib = SimpleNamespace(
         NVMLError=NVMLError,
         nvmlInit=lambda: None,
         nvmlDeviceGetHandleByIndex=by_index,
-        nvmlDeviceGetHandleByUUID=lambda name: {"GPU-a": 0, "GPU-b": 1}[name],
+        nvmlDeviceGetHandleByUUID=by_uuid,
+        nvmlDeviceGetCount=lambda: 2,
+        nvmlDeviceGetUUID=lambda gpu: {v: k for k, v in UUIDS.items()}[gpu],
+        nvmlDeviceGetMaxMigDeviceCount=parts,
+        nvmlDeviceGetMigDeviceHandleByIndex=part,
         nvmlDeviceGetTotalEnergyConsumption=lambda gpu: next(clock),
         nvmlDeviceGetComputeRunningProcesses=lambda gpu: [
             SimpleNamespace(pid=1, usedGpuMemory=7),
@@ -51,13 +73,41 @@ def test_an_engine_on_a_gpu_is_metered_without_torch(stub):
 
 
 @pytest.mark.parametrize(
-    "device, visible", [("cuda:1", None), ("cuda", "1"), ("cuda", "GPU-b,GPU-a"), ("cuda:1", "0,1")]
+    "device, visible",
+    [
+        ("cuda:1", None),
+        ("cuda", "1"),
+        ("cuda", "GPU-b2,GPU-a1"),
+        ("cuda", "GPU-b"),
+        ("cuda", "MIG-d4"),
+        ("cuda:1", "0,MIG-c"),
+        ("cuda:1", "0,1"),
+    ],
 )
 def test_memory_is_that_of_this_process_on_its_gpu(stub, monkeypatch, device, visible):
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     value, how = peak_gpu(device)
     assert value == 3 << 30 and "NVML" in how
+
+
+@pytest.mark.parametrize(
+    "device, visible", [("cuda:1", "1"), ("cuda", ""), ("cuda", "-1,1"), ("cuda:1", "0,-1,1"), ("cuda", "MIG-"), ("cuda", "GPU-x")]
+)  # fmt: skip
+def test_a_gpu_that_cuda_does_not_show_is_not_metered(stub, monkeypatch, device, visible):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert peak_gpu(device) is None and nvml(device) is None
+
+
+def test_torch_is_asked_for_its_own_engines_alone(stub, monkeypatch):
+    "Another model of the process may be torch's: what it reserved is no figure of an ONNX engine."
+    asked = []
+    cuda = SimpleNamespace(
+        is_available=lambda: True, is_initialized=lambda: True, max_memory_reserved=lambda d: asked.append(d) or 5
+    )
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    assert peak_gpu("cuda:1", "torch") == (5, "reserved by torch") and asked == ["cuda:1"]
+    assert peak_gpu("cuda:1", "")[0] == 3 << 30
 
 
 def test_where_nobody_tells_nothing_is_reported(stub):
