@@ -264,3 +264,33 @@ def test_keys_of_newer_services_and_in_quotes_are_found(entity, text):
 )  # fmt: skip
 def test_words_about_keys_stay(text):
     assert masked(text) == text
+
+
+@pytest.mark.parametrize(
+    "text, kept",
+    [
+        ("+86 138 1234 5678", ""),  # its digits pass a card's check
+        ("0086 138 1234 5678", ""),
+        ("my phone number is 2025550123", "my phone number is "),
+        ("Phone: 5551234567.", "Phone: ."),
+        ("call me on 9876543210 please", "call me on  please"),
+        ("Tel. 301234567", "Tel. "),
+        ("WhatsApp:9876543210", "WhatsApp:"),
+    ],
+)
+def test_a_bare_telephone_number_is_found_by_the_word_before_it(text, kept):
+    assert mask(text, find_pii(text)).replace("<PHONE_NUMBER>", "") == kept
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["order 2025550123", "account number is 1234567890", "I paid 1234567890", "hotel 123456789", "recall 1234567890",
+     "the call of 20240131123 shares", "phone 12/05/2024", "call 911", "telephone 123456789012"],
+)  # fmt: skip
+def test_other_numbers_stay(text):
+    assert not find_pii(text)
+
+
+def test_a_card_behind_a_plus_is_a_card():
+    text = "+4111 1111 1111 1111"
+    assert mask(text, find_pii(text)) == "+<CREDIT_CARD>"
