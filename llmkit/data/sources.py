@@ -11,6 +11,7 @@ __all__ = ['SOURCES', 'LONGEST', 'NAMED', 'MARKS', 'PACKED', 'SAME', 'JSON', 'QU
 import codecs
 import csv
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -94,6 +95,8 @@ def find(source: Source, *suffixes: str) -> list[tuple[str, Path]]:
         if not p.is_file():
             what = "a folder" if p.is_dir() else "a pipe or a device"
             raise KitError(f"is {what}, and no file", file=p, remedy="Name a file, or take it out of the folder")
+        if not os.access(p, os.R_OK):
+            raise KitError("may not be read by this user", file=p, remedy="Give read permission, or name another file")
         if p.stat().st_size == 0:
             raise KitError("the file is empty", file=p, remedy="Fetch it again, or take it out of the folder")
     named = [(p.relative_to(path).as_posix() if path.is_dir() else p.name, p) for p in files]
@@ -326,7 +329,7 @@ def read_parquet(source: Source) -> Iterator[Row]:
     parquet, arrow = need("pyarrow.parquet"), need("pyarrow")
     for name, path in find(source, ".parquet"):
         try:
-            file = parquet.ParquetFile(path)
+            file = parquet.ParquetFile(path, page_checksum_verification=True)  # where its writer left checksums
         except (arrow.ArrowInvalid, OSError) as e:
             raise KitError(f"not a Parquet file: {e}", file=path, remedy=_fetch(e)) from e
         check_header(path, file.schema_arrow.names, source.shape)
@@ -341,6 +344,7 @@ def _values(batches: Iterator[Any], path: str | Path) -> Iterator[tuple[int, dic
     n = 0
     try:
         for batch in batches:
+            batch.validate(full=True)  # offsets and texts that no writer made would end the process, or be other text
             for value in batch.to_pylist():
                 n += 1
                 yield n, value
@@ -387,9 +391,11 @@ def read_hf(source: Source) -> Iterator[Row]:
             raise KitError("a dataset without rows", file=state.parent, remedy=fix)
     try:
         loaded = datasets.load_from_disk(source.path)
-    except (OSError, ValueError) as e:
+    except Exception as e:  # whatever datasets makes of a key that is missing or of another type
         raise KitError(
-            f"not a dataset folder: {e}", file=source.path, remedy="Save the dataset with `save_to_disk`"
+            f"not a dataset folder: {type(e).__name__}: {e}",
+            file=source.path,
+            remedy="Save the dataset with `save_to_disk`",
         ) from e
     parts = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
     check_splits(source, list(parts))

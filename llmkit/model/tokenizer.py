@@ -17,7 +17,7 @@ from fastcore.basics import patch
 
 from ..core.digests import digest_bytes, digest_json
 from ..core.errors import KitError
-from ..core.files import read_object
+from ..core.files import read_object, read_text
 from ..core.plugins import need
 
 # %% ../../nbs/04_model/01_tokenizer.ipynb #aa0146be
@@ -106,10 +106,18 @@ def find_template(folder: str | Path) -> str | None:
     "The chat template of a folder: `chat_template.jinja`, else the one inside `tokenizer_config.json`, else None."
     folder = Path(folder)
     if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    inside = _optional_json(folder / "tokenizer_config.json").get("chat_template")
-    if isinstance(inside, list):  # several templates, by name
-        inside = next((t["template"] for t in inside if t["name"] == "default"), None)
+        return read_text(folder / "chat_template.jinja")
+    inside = given = _optional_json(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(given, list):  # several templates, by name
+        named = {
+            t.get("name"): t.get("template") for t in given if isinstance(t, dict) and isinstance(t.get("name"), str)
+        }
+        inside = named.get("default")
+    if not isinstance(inside, str | None) or (isinstance(given, list) and given and not named):
+        fix = "Write the template as one text, or as a list of {name, template}"
+        raise KitError(
+            "is no chat template", file=folder / "tokenizer_config.json", key="chat_template", value=given, remedy=fix
+        )
     return inside
 
 
@@ -123,7 +131,11 @@ def _end_tokens(folder: Path) -> list[int]:
     for name in ("generation_config.json", "config.json"):
         ids = _optional_json(folder / name).get("eos_token_id")
         if ids is not None:
-            return list(ids) if isinstance(ids, list) else [ids]
+            ids = ids if isinstance(ids, list) else [ids]
+            if bad := [i for i in ids if type(i) is not int or i < 0]:
+                fix = "Write the number of the token that ends an answer, or a list of numbers"
+                raise KitError("is no token id", file=folder / name, key="eos_token_id", value=bad[0], remedy=fix)
+            return ids
     return []
 
 
