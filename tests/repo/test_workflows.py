@@ -81,6 +81,13 @@ def test_actions_are_pinned_by_commit_and_leave_no_credentials(flow):
                 assert s["with"]["persist-credentials"] is False
 
 
+@pytest.mark.parametrize("flow", FLOWS, ids=lambda f: f.stem)
+def test_the_installer_is_the_one_whose_downloads_are_kept(flow):
+    "setup-python keeps pip's folder; what uv fetches, which `tools/install.sh` prefers, is elsewhere."
+    if any((s.get("with") or {}).get("cache") == "pip" for s in steps(flow)):
+        assert YAML(typ="safe").load(flow.read_text())["env"]["INSTALLER"] == "pip"
+
+
 def matches(patterns, path):
     "Whether one of a workflow's patterns takes in a path; `**` also stands for folders, `*` does not."
     as_regex = (
