@@ -2222,6 +2222,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'llmkit/release/registry.py'),
                                          'llmkit.release.registry.locked_registry': ( '07_release/registry.html#locked_registry',
                                                                                       'llmkit/release/registry.py'),
+                                         'llmkit.release.registry.named_by': ( '07_release/registry.html#named_by',
+                                                                               'llmkit/release/registry.py'),
                                          'llmkit.release.registry.outside_training': ( '07_release/registry.html#outside_training',
                                                                                        'llmkit/release/registry.py'),
                                          'llmkit.release.registry.public_uri': ( '07_release/registry.html#public_uri',

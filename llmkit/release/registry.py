@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TAG', 'RETRAIN_ID', 'dvc_md5', 'file_md5', 'dvc_reference', 'source_uri', 'Version', 'outside_training',
            'registry_client', 'holder_of', 'Unanswered', 'answering', 'versions', 'locked_registry', 'find_versions',
-           'register', 'public_uri', 'receipt', 'registry_uri', 'register_release']
+           'register', 'public_uri', 'receipt', 'named_by', 'registry_uri', 'register_release']
 
 # %% ../../nbs/07_release/11_registry.ipynb #8cd18eb3
 import hashlib
@@ -23,9 +23,9 @@ from urllib.parse import urlsplit
 from ..core.artifact import open_artifact
 from ..core.digests import digest_json, short
 from ..core.errors import KitError
-from ..core.files import held, locked, write_json
+from ..core.files import held, locked, read_object, write_json
 from ..core.plugins import need
-from ..core.settings import Settings, load_settings, sqlite_file, sqlite_uri
+from ..core.settings import Settings, load_settings, sqlite_file, sqlite_opens, sqlite_uri
 from .ledger import append, read_ledger
 from .release import Release, read_release
 from .sign import detached
@@ -107,6 +107,7 @@ def outside_training(
 
 def registry_client(uri: str) -> Any:
     "An MLflow client that keeps quiet about its tables, and inside a training moves no champion."
+    sqlite_opens(uri)
     need("mlflow", "release")
     for name in ("mlflow.store.db.utils", "alembic.runtime.migration"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -283,6 +284,16 @@ def receipt(v: Version, uri: str, alias: str) -> dict[str, Any]:
     "What a registry said, for `receipt.json`."
     said = {"registry": public_uri(uri), "name": v.model, "version": v.version, "alias": alias}
     return {**said, "run_id": v.run_id, "release": v.release, "source": v.source, "ledger": v.tags.get("ledger")}
+
+
+def named_by(
+    receipt: str | Path,  # a receipt of a registration
+) -> str:
+    "The registered name that a receipt holds; raises `KitError`."
+    if isinstance(name := read_object(receipt).get("name"), str) and name:
+        return name
+    fix = "Name the model, with --model, or have the receipt written again: llmkit repro -f -s register"
+    raise KitError("a receipt without the name of a model", file=receipt, key="name", value=name, remedy=fix)
 
 
 def registry_uri(settings: Settings) -> str:

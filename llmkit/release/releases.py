@@ -13,13 +13,21 @@ from typing import Any
 
 from ..core.digests import canonical_json, short
 from ..core.errors import KitError
-from ..core.files import read_json
 from ..core.params import conform, did_you_mean
 from ..core.project import params_if_any
 from ..core.settings import load_settings, sqlite_file
 from .approvals import ApprovalRule, in_force, registration, signer
 from .ledger import Entry, holder, read_ledger, told
-from .registry import TAG, Version, answering, locked_registry, registry_client, registry_uri, versions
+from llmkit.release.registry import (
+    TAG,
+    Version,
+    answering,
+    locked_registry,
+    named_by,
+    registry_client,
+    registry_uri,
+    versions,
+)
 from .sign import APPROVAL, SignatureError, key_of
 
 # %% ../../nbs/07_release/11b_releases.ipynb #3d9a297f
@@ -125,7 +133,7 @@ def list_releases(
     policy: str = "params.yaml",  # file with a `rollout` section
 ) -> int:
     "List the registered versions of a model, and who registered and approved them; exit code 1 where registry and ledger disagree, or a signature is of other words."
-    model, conf = model or read_json(last)["name"], load_settings(settings)
+    model, conf = model or named_by(last), load_settings(settings)
     found, ledger = versions(registry_uri(conf), model), conf.get("ledger", "ledger.jsonl")
     if not found and (others := models(registry_uri(conf))):
         raise KitError(

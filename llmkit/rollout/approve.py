@@ -10,12 +10,11 @@ import time
 
 from ..core.digests import short
 from ..core.errors import KitError
-from ..core.files import read_json
 from ..core.params import load_params
 from ..core.settings import load_settings
 from ..release.approvals import give, take_back, tally
 from ..release.ledger import Entry, adding
-from ..release.registry import Unanswered, Version, outside_training, registry_uri, versions
+from ..release.registry import Unanswered, Version, named_by, outside_training, registry_uri, versions
 from ..release.releases import mirror_approvals
 from ..release.sign import APPROVAL, key_of
 from .commands import named
@@ -35,7 +34,7 @@ def approve(
 ) -> int:
     "Agree that a release may be promoted, or take that back; who you are says `LLMKIT_ACTOR`, else the user of this process."
     outside_training("llmkit approve")
-    conf, model = load_settings(settings), model or read_json(receipt)["name"]
+    conf, model = load_settings(settings), model or named_by(receipt)
     uri, ledger = registry_uri(conf), conf.get("ledger", "ledger.jsonl")
     v = named(versions(uri, model), model, release)
     key = key or conf.get("signing_key")

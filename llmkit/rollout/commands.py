@@ -17,12 +17,11 @@ from pathlib import Path
 
 from ..core.digests import short
 from ..core.errors import KitError
-from ..core.files import read_json
 from ..core.params import did_you_mean, load_params
 from ..core.project import params_if_any
 from ..core.settings import Settings, load_settings
 from ..release.ledger import actor
-from ..release.registry import Version, holder_of, outside_training, registry_uri, versions
+from ..release.registry import Version, holder_of, named_by, outside_training, registry_uri, versions
 from .controller import Controller, Keeper, MlflowRegistry, Registry
 from .policy import RolloutPolicy, read_rollout
 from .state import Effect, RolloutState
@@ -87,7 +86,7 @@ def rollout_start(
 ) -> int:
     "Begin to roll out the challenger."
     outside_training("llmkit rollout start")
-    model = model or read_json(receipt)["name"]
+    model = model or named_by(receipt)
     store, registry = open_store(settings), _registry(settings)
     _settled(store, registry, model)  # first: it may move the champion
     found = versions(registry_uri(load_settings(settings)), model)

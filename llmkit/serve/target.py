@@ -18,7 +18,7 @@ from ..core.files import read_json
 from ..core.settings import Settings
 from ..release.bundle import verify_bundle
 from ..release.ledger import Entry, read_ledger
-from ..release.registry import Version, holder_of, registry_uri, versions
+from ..release.registry import Version, holder_of, named_by, registry_uri, versions
 from ..release.restore import bundle_of
 from ..release.smoke import kind_of, open_any, system_of
 from .backend import Backend, EngineBackend
@@ -77,7 +77,7 @@ def from_registry(
     if not model and not Path(last).is_file():
         fix = "Run the pipeline with `llmkit repro`, name a model, or give a folder or a URL"
         raise KitError("nothing was registered here", file=last, remedy=fix)
-    model = model or read_json(last)["name"]
+    model = model or named_by(last)
     found = versions(registry_uri(settings), model)
     if not (alias or holder_of(found, "champion")):  # whom a damaged ledger does not stop
         never_lost_one(found, read_ledger(settings.get("ledger", "ledger.jsonl")))
