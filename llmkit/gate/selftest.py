@@ -16,7 +16,7 @@ import numpy as np
 
 from ..core.errors import KitError
 from ..core.report import Measurement, Report
-from .judge import judge, judge_rule
+from .judge import LOGS, PER, judge, judge_rule, likelihoods, why_unpaired
 from .policy import PAIRED, Rule, read_policy
 
 # %% ../../nbs/02_gate/07_selftest.ipynb #7c96bf05
@@ -106,6 +106,8 @@ def plant(
         return {**reports, rule.on: _worse_samples(rule, report, other)}
     if rule.test != "max_ratio" and rule.bound != "interval" and (worse := _worse_rate(rule, report)):
         return {**reports, rule.on: worse}
+    if rule.test == "max_ratio" and rule.bound and rule.against in reports and why_unpaired(rule, reports) is None:
+        report = _dear_samples(rule, report)
     bad = {
         "min": 0.0 if rule.bound in ("clopper_pearson", "wilson") else rule.limit - abs(rule.limit) - 1,
         "max": 1.0 if rule.bound in ("clopper_pearson", "wilson") else rule.limit + abs(rule.limit) + 1,
@@ -116,6 +118,16 @@ def plant(
         return replace(m, value=value, low=value, high=value)
 
     return {**reports, rule.on: edit(report, rule.metric, rule.slice, change)}
+
+
+def _dear_samples(rule: Rule, report: Report) -> Report:
+    "A report whose samples bear out a value of three times the limit: what is judged item by item has to be planted there."
+    m, factor = report.get(rule.metric, rule.slice), rule.limit * 3
+    mean, units = likelihoods(report, m) if rule.metric in PER else (m, {})
+    ids, x = report.samples[mean.samples.partition("/")[0]]["id"], report.column(mean.samples)
+    worse = [v + units[i] * np.log(factor) if rule.metric in LOGS else v * factor for i, v in zip(ids, x, strict=True)]
+    out = rewrite_samples(report, mean.samples, worse)
+    return out if rule.metric in PER else edit(out, rule.metric, rule.slice, lambda _: m)
 
 
 def _worse_rate(rule: Rule, report: Report) -> Report | None:
