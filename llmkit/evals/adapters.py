@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import KitError
-from ..core.files import read_json, read_jsonl, read_text
+from ..core.files import cannot_read, read_json, read_jsonl, read_object, read_text
 from ..core.params import did_you_mean
 from .attacks import attack, load_attacks
 from .suite import Item, Suite
@@ -35,8 +35,10 @@ def read_csv(
                     if not (row[c] or "").strip():
                         raise KitError("is empty", file=path, key=f"line {reader.line_num}.{c}", value=row[c])
                 yield row
-    except (FileNotFoundError, UnicodeDecodeError) as e:
-        raise KitError("cannot be read as UTF-8 text", file=path, value=type(e).__name__) from e
+    except OSError as e:
+        raise cannot_read(path, e) from e
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise KitError("cannot be read as CSV in UTF-8", file=path, value=str(e), remedy="Save it as that") from e
 
 # %% ../../nbs/06_evals/24_adapters.ipynb #e0622954
 def read_xstest(
@@ -70,7 +72,10 @@ def read_bipia(
 ) -> Suite:
     "E-mails with an instruction at their end, one family; raises `KitError` when no attack can be judged."
     path, mails = _there(Path(folder) / attacks), _there(Path(folder) / emails)
-    known = [(f"{c}-{i}", a) for c, said in read_json(path).items() for i, a in enumerate(said)]
+    lists = read_object(path)
+    if odd := [c for c, said in lists.items() if not isinstance(said, list) or not all(isinstance(a, str) for a in said)]:  # fmt: skip
+        raise KitError("must be a list of instructions", file=path, key=odd[0], value=lists[odd[0]])
+    known = [(f"{c}-{i}", a) for c, said in lists.items() for i, a in enumerate(said)]
     if detector == "followed":
         known = [(k, a) for k, a in known if _ADDRESS.search(a)]
     if not known:

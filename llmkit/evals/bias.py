@@ -71,6 +71,9 @@ def read_bbq(
             if row[key] not in known:
                 fix = f"One of {', '.join(map(str, known))}"
                 raise KitError("unknown value", file=path, key=f"line {i}.{key}", value=row[key], remedy=fix)
+        for k in ("context", "question", "ans0", "ans1", "ans2"):
+            if not isinstance(row[k], str):
+                raise KitError("must be a text", file=path, key=f"line {i}.{k}", value=row[k])
         _check_groups(row, f"line {i}", path)
         if (q := _question(row)) is not None:
             out.append(q)
@@ -83,12 +86,11 @@ def read_bbq(
 def _check_groups(row: Mapping[str, Any], key: str, file: str | Path) -> None:
     "Refuse a row that does not say whom its answers are about."
     info, about = row["answer_info"], row["additional_metadata"]
-    for k in range(3):
-        if not isinstance(info, dict) or not isinstance(info.get(f"ans{k}"), list):
-            raise KitError("names no groups", file=file, key=f"{key}.answer_info.ans{k}", remedy="Give a list of texts")
-    if not isinstance(about, dict) or not isinstance(about.get("stereotyped_groups"), list):
-        where = f"{key}.additional_metadata.stereotyped_groups"
-        raise KitError("names no groups", file=file, key=where, remedy="Give a list of texts")
+    given = {f"answer_info.ans{k}": info.get(f"ans{k}") if isinstance(info, dict) else None for k in range(3)}
+    named = about.get("stereotyped_groups") if isinstance(about, dict) else None
+    for where, groups in {**given, "additional_metadata.stereotyped_groups": named}.items():
+        if not isinstance(groups, list) or not all(isinstance(g, str) for g in groups):
+            raise KitError("names no groups", file=file, key=f"{key}.{where}", remedy="Give a list of texts")
 
 # %% ../../nbs/06_evals/28_bias.ipynb #ee006223
 def _question(row: Mapping[str, Any]) -> BiasQuestion | None:

@@ -13,13 +13,15 @@ from ..core.errors import KitError
 from ..core.files import held, read_json
 from ..core.plugins import need
 from ..core.project import named_project
-from ..core.settings import sqlite_file
+from ..core.settings import load_settings, sqlite_file
 from .dag import dag_check
 from .records import check_records, locked, verify_records
 from .runs import bury_dead, list_runs
 from .tracking import STATES, connect, read_mlflow, settle, tracking_settings
+from ..monitor import window
 from ..monitor.state import UNDER_WAY, Memory, database, unsettled
 from ..release.registry import answering
+from ..serve.events import Events, events_file
 
 # %% ../../nbs/12_flow/13_doctor.ipynb #80a34aee
 def run_problems(
@@ -112,7 +114,9 @@ def waiting(
     path = Path(project) / database(str(settings)) if settings.is_file() else None
     if path is None or not path.is_file():
         return []
-    left = [a for a in unsettled(Memory(path)) if a.state not in UNDER_WAY]
+    log = Path(project) / events_file(load_settings(settings))
+    serving = window.answering(Events(log)) if log.is_file() else []
+    left = [a for a in unsettled(Memory(path), serving) if a.state not in UNDER_WAY]
     return [f"{a.kind} {a.state}: {a.id}: {a.note}" for a in left]
 
 

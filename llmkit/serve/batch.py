@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import KitError
-from ..core.files import cannot_write, take_lock
+from ..core.files import cannot_read, cannot_write, take_lock
 from ..core.params import read_options
 from ..core.plugins import need
 from ..core.settings import load_settings
@@ -62,7 +62,7 @@ def read_line(
     if not isinstance(got.get("custom_id"), str) or not got["custom_id"]:
         return Line(number, fault="a request is an object with a custom_id")
     id = got["custom_id"]
-    if got.get("method", "POST") != "POST" or got.get("url") not in KINDS:
+    if got.get("method", "POST") != "POST" or got.get("url") not in tuple(KINDS):
         return Line(number, id, fault=f"method is POST and url one of {', '.join(KINDS)}")
     if not isinstance(got.get("body"), dict):
         return Line(number, id, fault="body is an object")
@@ -90,8 +90,8 @@ def read_lines(
                 if line.id and (before := first.setdefault(key, number)) != number:
                     line = Line(number, line.id, fault=f"custom_id of line {before}")
                 yield line
-    except FileNotFoundError as e:
-        raise KitError("no such file", file=path) from e
+    except OSError as e:
+        raise cannot_read(path, e) from e
 
 
 def _read_line(number: int, raw: bytes) -> Line:
