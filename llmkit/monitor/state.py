@@ -25,7 +25,7 @@ from .window import answering
 from ..rollout.commands import open_store
 from ..rollout.store import newest_of_each, rollouts_file
 from ..serve.events import Events, events_file
-from ..serve.store import Store
+from ..serve.store import Damaged, Store
 
 # %% ../../nbs/10_monitor/05_state.ipynb #e6ce53e4
 @dataclass(frozen=True)
@@ -139,7 +139,8 @@ class Memory:
             yield
         except (KeyError, TypeError, ValueError, AttributeError, sqlite3.DatabaseError) as e:
             fix = "Put a copy back, or move it away: the windows are then decided anew from the log of requests"
-            raise KitError(f"cannot be read: {type(e).__name__}: {e}", file=self.store.path, remedy=fix) from e
+            why = e.problem if isinstance(e, Damaged) else f"{type(e).__name__}: {e}"
+            raise KitError(f"cannot be read: {why}", file=self.store.path, remedy=fix) from e
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:

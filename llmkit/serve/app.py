@@ -275,6 +275,8 @@ def _other_routes(app: Any, gateway: Gateway, state: Mapping[str, Any], max_body
         try:
             event = await patiently(gateway.events.feedback, **got)
         except KitError as e:
+            if e.key is None:  # nothing that was said: the log itself
+                raise
             raise ApiError(404 if e.key == "id" else 400, f"{e.problem}. {e.remedy or ''}", param=e.key) from e
         gateway.metrics.heard(event)
         gateway.routed("observe", event)
