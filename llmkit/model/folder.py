@@ -65,7 +65,8 @@ def _refuse_encoders(config: dict, file: Path) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
 
     kind, names = config.get("model_type"), config.get("architectures") or []
-    if kind not in KNOWN:
+    first = str(names[0] if isinstance(names, list) and names else names)
+    if str(kind) not in KNOWN:
         fix = "Take a decoder such as Llama, Mistral, Qwen, Gemma, Phi or GPT-2"
         raise KitError(
             "stage base: transformers knows no decoder of this type",
@@ -74,7 +75,7 @@ def _refuse_encoders(config: dict, file: Path) -> None:
             value=kind,
             remedy=fix,
         )
-    if config.get("is_encoder_decoder") or (names and not re.search("CausalLM$|LMHeadModel$", names[0])):
+    if config.get("is_encoder_decoder") or (names and not re.search("CausalLM$|LMHeadModel$", first)):
         fix = "Take a checkpoint whose architecture ends in ForCausalLM"
         raise KitError(
             "stage base: not a decoder-only language model", file=file, key="architectures", value=names, remedy=fix

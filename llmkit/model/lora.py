@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['load_frozen', 'linear_names', 'check_targets', 'attach', 'sum_first', 'delta_tensors', 'save_delta', 'load_delta',
-           'read_tensors', 'relative_size']
+           'read_config', 'read_tensors', 'relative_size']
 
 # %% ../../nbs/04_model/04_lora.ipynb #45ea69ba
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import KitError
-from ..core.files import read_json, write_json
+from ..core.files import read_json, read_object, write_json
 from ..core.params import did_you_mean
 from ..core.plugins import need
 from .optimizer import linear_layers
@@ -222,16 +222,14 @@ def load_delta(
 ) -> Any:  # a PEFT model, frozen
     "Apply a stored delta without merging it; raises `KitError` when it is damaged, not finite, or made for another architecture."
     peft, folder = need("peft"), Path(folder)
-    config = peft.LoraConfig.from_pretrained(str(folder)) if (folder / "adapter_config.json").is_file() else None
-    if config is None:
-        raise KitError("no delta here", file=folder, key="adapter_config.json", remedy="Run the finetune stage")
+    config = read_config(folder)
     tensors = read_tensors(file := folder / "adapter_model.safetensors")
     for name, tensor in tensors.items():
         refuse_not_finite(tensor, name, file, "Train the delta again; its run has gone astray")
     try:
         tuned = peft.get_peft_model(model, config)
         lost = peft.set_peft_model_state_dict(tuned, tensors)
-    except (ValueError, RuntimeError) as e:
+    except (ValueError, RuntimeError, TypeError, AttributeError, KeyError) as e:  # the last of a configuration's values
         fix = "Use the base that the delta was trained on"
         raise KitError(f"the delta does not fit this base: {str(e)[:200]}", file=folder, remedy=fix) from e
     wanted, got = set(delta_tensors(tuned)), set(tensors)
@@ -240,6 +238,30 @@ def load_delta(
         fix = "Use the base that the delta was trained on"
         raise KitError("the delta does not fit this base: layers differ", file=folder, key=odd, remedy=fix)
     return tuned.requires_grad_(False).eval()
+
+
+def read_config(
+    folder: str | Path,  # a delta folder
+) -> Any:  # a PEFT configuration
+    "Read `adapter_config.json`; raises `KitError` when it is missing, or says nothing that LoRA can be."
+    file = Path(folder) / "adapter_config.json"
+    if not file.is_file():
+        raise KitError("no delta here", file=folder, key=file.name, remedy="Run the finetune stage")
+    said, fix = read_object(file), "Fetch it again with `dvc checkout`, or run its stage again"
+    want = {"peft_type": "LORA", "r": "a whole number", "lora_alpha": "a number", "target_modules": "names of layers"}
+    targets = said.get("target_modules")
+    holds = {
+        "peft_type": said.get("peft_type") == "LORA",
+        "r": type(said.get("r")) is int and said["r"] > 0,
+        "lora_alpha": type(said.get("lora_alpha")) in (int, float) and abs(said["lora_alpha"]) < float("inf"),
+        "target_modules": isinstance(targets, (str, list)) and all(isinstance(t, str) for t in targets),
+    }
+    if bad := [k for k, ok in holds.items() if not ok]:
+        raise KitError(f"must be {want[bad[0]]}", file=file, key=bad[0], value=said.get(bad[0]), remedy=fix)
+    try:
+        return need("peft").LoraConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, AttributeError, KeyError) as e:
+        raise KitError(f"PEFT cannot use it: {e}", file=file, remedy=fix) from e
 
 
 def read_tensors(
