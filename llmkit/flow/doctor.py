@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import KitError
-from ..core.files import held, read_json
+from ..core.files import held, read_object
 from ..core.plugins import need
 from ..core.project import named_project
 from ..core.settings import load_settings, sqlite_file
@@ -69,8 +69,8 @@ def _compare(client: Any, name: str, project: Path, ours: bool) -> list[str]:
         if not held(local[id].folder / "lock") if id in local else ours:
             bad.append(f"MLflow run {twin.info.run_id} is RUNNING, and nobody runs it")
     for file in sorted(project.glob("artifacts/*/run.json")):
-        side = read_json(file)
-        run = local.get(side.get("run", ""))
+        side = read_object(file)
+        run = local.get(str(side.get("run", "")))
         if run is None or held(run.folder / "watch.lock"):
             continue  # it came from a cache: its run is in the tracking server of whoever made it; or it is being told
         id = side.get("mlflow") or read_mlflow(run).get("run_id")  # a short stage ends before it is known

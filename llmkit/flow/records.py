@@ -10,6 +10,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from ..core.errors import KitError
 from ..core.files import read_json, read_text, write_text
 from ..core.params import load_params
 from ..core.project import named_project
@@ -20,9 +21,21 @@ from .record import verify as verify_record
 def locked(
     project: str | Path = ".",  # the folder of `dvc.lock`
 ) -> dict[str, dict[str, Any]]:
-    "The stages of `dvc.lock` by name; empty when there is none yet."
+    "The stages of `dvc.lock` by name; empty when there is none yet; raises `KitError` on one that DVC has not written."
     path = Path(project) / "dvc.lock"
-    return load_params(path).get("stages", {}) if path.is_file() else {}
+    stages = load_params(path).get("stages", {}) if path.is_file() else {}
+    for name, entry in stages.items() if isinstance(stages, dict) else [("", stages)]:
+        if not isinstance(entry, dict) or not _whole(entry):
+            fix = "Take it from git: `git checkout dvc.lock`, and run `llmkit repro`"
+            raise KitError("is not whole", file=path, key=f"stages.{name}".strip("."), value=entry, remedy=fix)
+    return stages
+
+
+def _whole(entry: dict[str, Any]) -> bool:
+    "Whether a stage's outputs and parameters in `dvc.lock` have the shape that DVC gives them."
+    outs, params = entry.get("outs", []), entry.get("params", {})
+    named = isinstance(outs, list) and all(isinstance(o, dict) and isinstance(o.get("path"), str) for o in outs)
+    return named and isinstance(params, dict) and all(isinstance(p, dict) for p in params.values())
 
 
 def locked_md5(
@@ -107,9 +120,13 @@ def verify_records(
 def _parameters(project: Path, name: str) -> list[str]:
     "Where the values in a record differ from those in `dvc.lock`."
     file = project / f"artifacts/{name}/record.ipynb"
-    values = read_json(file)["metadata"].get("llmkit", {}).get("parameters", {}) if file.is_file() else {}
+    noted = read_json(file) if file.is_file() else {}
+    for key in ("metadata", "llmkit", "parameters"):
+        noted = noted.get(key, {}) if isinstance(noted, dict) else {}  # `verify_record` says that it is not whole
+    values = noted if isinstance(noted, dict) else {}
     tracked = locked(project).get(name, {}).get("params", {}).get("params.yaml", {})
-    known = {k: v for k, v in tracked.items() if k != name} | (tracked.get(name) or {})
+    own = tracked.get(name)
+    known = {k: v for k, v in tracked.items() if k != name} | (own if isinstance(own, dict) else {})
     wrong = [k for k, v in values.items() if k in known and known[k] != v]
     return [f"{name}: {k} is {values[k]!r} in the record and {known[k]!r} in dvc.lock" for k in wrong]
 
