@@ -75,6 +75,21 @@ def test_a_locked_events_db_takes_no_answer_away_and_loses_no_event(limited, tmp
     assert httpx.post(f"{url}/v1/feedback", json=said, headers=key, timeout=PATIENCE).status_code == 200
 
 
+def test_a_damaged_events_db_is_a_failure_of_the_server_and_names_no_file(make_gateway, tmp_path, caplog):
+    event = {"kind": "feedback", "rating": 1, "success": None, "label": None, "time": 1.0}
+    log = Events(tmp_path / "events.db")
+    log.append(*({**event, "id": f"a{i:05}"} for i in range(900)))
+    log.store.checkpoint()
+    log.store.close()
+    with open(tmp_path / "events.db", "r+b") as f:
+        f.seek(4 * 4096)
+        f.write(b"x" * (f.seek(0, 2) - f.seek(4 * 4096)))
+    with serving(make_gateway()) as url:
+        got = httpx.post(f"{url}/v1/feedback", json={"id": "a00450", "rating": 1}, timeout=PATIENCE)
+    assert got.status_code == 500 and "events.db" not in got.text
+    assert "events.db: is damaged: database disk image is malformed" in caplog.text
+
+
 def test_others_write_while_old_events_are_deleted(tmp_path, monkeypatch):
     log, between = Events(tmp_path / "e.db", clock=lambda: 100.0), []
     old = {"kind": "feedback", "id": "a", "rating": 1, "success": None, "label": None}
