@@ -113,7 +113,7 @@ def dummy(make_gateway):
 
 
 PROGRAM = """
-import sys, time
+import signal, sys, time
 from llmkit.runtime.dummy import DummyEngine
 from llmkit.serve.backend import EngineBackend
 from llmkit.serve.events import Events
@@ -122,6 +122,7 @@ from llmkit.serve.keys import Keys
 from llmkit.serve.limits import Limits, Price
 from llmkit.serve.running import run
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests were started by nohup
 folder, pause, keyed = sys.argv[1], float(sys.argv[2]), sys.argv[3] == "keys"
 
 class Paced(DummyEngine):

@@ -41,7 +41,7 @@ def test_a_signal_to_stop_answers_what_was_accepted(tmp_path, sign):
                 while len(results) < 8:
                     await asyncio.sleep(0.01)
                 p.send_signal(sign)
-                await asyncio.gather(*tasks)
+                await asyncio.wait_for(asyncio.gather(*tasks), PATIENCE)
             return results, refused
 
         results, refused = asyncio.run(main())
