@@ -22,6 +22,7 @@ import numpy as np
 from ..core.digests import short
 from ..core.settings import load_settings
 from ..gate.verdict import Verdict, read_verdict
+from .decide import unreadable
 from .state import Overview, Seen, overview
 from ..rollout.fold import Fold
 from ..rollout.store import Store, rollouts_file
@@ -74,7 +75,7 @@ def arms(
             count = lambda key, mine=mine: sum(bool(e[key]) for e in mine)
             errors = sum(e["status"] == "error" for e in mine)
             tokens = sum(e["completion_tokens"] for e in mine)
-            out.append(Arm(v, len(mine), errors, count("refused"), count("fallback"), *map(float, times), tokens, sum(costs) if costs else None, sum(e["status"] == "ok" and e["refused"] is None for e in mine)))  # fmt: skip
+            out.append(Arm(v, len(mine), errors, count("refused"), count("fallback"), *map(float, times), tokens, sum(costs) if costs else None, unreadable(mine)))  # fmt: skip
     return out
 
 

@@ -16,7 +16,7 @@ from ..core.plugins import need
 from ..core.settings import Settings
 from .releases import Releases
 from .state import Action, Memory, Seen, unsettled
-from .window import answering, first_of, watched
+from .window import answering, first_of
 from ..serve.events import Events, events_file
 from ..serve.measured import Found
 
@@ -52,14 +52,14 @@ class Windows:
         memory, serving, seen = self.latest()
         still = unsettled(memory, serving) if memory else []
         named = self.releases.families(seen, still)
-        return [*_scores(seen), *_windows(seen), *_actions(memory, still), self._waiting(memory), *named]
+        return [*_scores(seen), *_windows(seen), *_actions(memory, still), self._waiting(memory, serving), *named]
 
-    def _waiting(self, memory: Memory | None) -> Any:
+    def _waiting(self, memory: Memory | None, serving: Sequence[str]) -> Any:
         "Since when requests of the release in service wait for a window."
         since = _family("llmkit_window_waiting_since_timestamp_seconds", "When the oldest request came that no window has judged.")  # fmt: skip
-        events = Events(self.log) if self.log.is_file() else None
-        if events is None or not (release := watched(events)):
+        if not serving:
             return since
+        events, release = Events(self.log), serving[0]
         after = (memory.stream(release) if memory else {}).get("after", self.begins.get(release, 0))
         if first := first_of(events, release, after):
             self.begins[release] = first - 1  # a long log is read once for it

@@ -36,13 +36,14 @@ def _hard_stops(policy: RolloutPolicy, s: RolloutState, w: Window, now: float, a
             cand, most = w.so_far(v, now), g.hard_stop.max
             k, n = _requests(cand, g.metric)
             first = tuple(cand.rates.get(g.metric, (0, 0)))
-            users, soon, low = (
-                rate_sequence(*x, alpha).low for x in (first, _with_held(w, v, g.metric, first), (k, n))
-            )
-            if n < g.hard_stop.min_n or max(users, low) <= most:
+            if n < g.hard_stop.min_n:
+                continue
+            low = rate_sequence(k, n, alpha).low
+            users = low if first == (k, n) else rate_sequence(*first, alpha).low
+            if max(users, low) <= most:
                 continue
             why = _in_common(g, v, w.so_far("baseline", ENDLESS), cand)
-            few = not why and max(users, soon) <= most
+            few = not why and users <= most and rate_sequence(*_with_held(w, v, g.metric, first), alpha).low <= most
             withdraw |= few
             why = why or (_FEW.format(v) if few else _SOON.format(policy.settle) if users <= most else "")
             text = f"{v} {g.metric} is {k / n:.4g} ({k} of {n}), at least {max(users, low):.4g} at every look: "

@@ -7,7 +7,10 @@ import signal
 from pathlib import Path
 
 import numpy as np
+from ruamel.yaml import YAML
 
+from llmkit.release.registry import register
+from llmkit.release.release import Release
 from llmkit.rollout.controller import Controller
 from llmkit.rollout.store import Store
 
@@ -35,6 +38,16 @@ SECTION = {
     "on": {"fail": "abort", "error": "pause", "inconclusive": "pause"},
 }  # fmt: skip
 CANARY = SECTION | {"steps": SECTION["steps"][2:]}
+
+
+def registered(folder, monkeypatch, rules, uri, name):
+    "Go to a project with this policy of rollouts and two releases that Carl has registered."
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("LLMKIT_ACTOR", "carl")
+    Path("settings.ini").write_text(f"[DEFAULT]\ntracking_uri = {uri}\n")
+    YAML().dump({"rollout": rules}, Path("params.yaml"))
+    for n in (1, 2):
+        register(Release(name, *(f"sha256:{x}{n}" for x in ("bundle", "verdict", "card"))), uri, f"file:///bundle{n}")
 
 
 def point():

@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from rollout_road import CANARY, RELEASES, Recorder, World
+from rollout_road import CANARY, RELEASES, Recorder, World, registered
 from ruamel.yaml import YAML
 from test_outside import aliases, serve
 
@@ -12,8 +12,7 @@ from llmkit.core.digests import short
 from llmkit.core.errors import KitError
 from llmkit.release.approvals import give, take_back
 from llmkit.release.ledger import append, read_ledger
-from llmkit.release.registry import register, versions
-from llmkit.release.release import Release
+from llmkit.release.registry import versions
 from llmkit.rollout import commands
 from llmkit.rollout.approve import approve
 from llmkit.rollout.controller import Controller, MlflowRegistry
@@ -26,12 +25,7 @@ ASKED = CANARY | {"approvals": {"required": 2, "distinct_from_author": True, "ex
 @pytest.fixture
 def say(tmp_path, monkeypatch):
     "A project with two releases that Carl has registered; gives what lets somebody approve, or take it back."
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LLMKIT_ACTOR", "carl")
-    Path("settings.ini").write_text(f"[DEFAULT]\ntracking_uri = {URI}\n")
-    YAML().dump({"rollout": ASKED}, Path("params.yaml"))
-    for n in (1, 2):
-        register(Release(NAME, *(f"sha256:{x}{n}" for x in ("bundle", "verdict", "card"))), URI, f"file:///bundle{n}")
+    registered(tmp_path, monkeypatch, ASKED, URI, NAME)
 
     def word(who, of="challenger", **more):
         with monkeypatch.context() as m:

@@ -8,16 +8,14 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from rollout_road import CANARY
-from ruamel.yaml import YAML
+from rollout_road import CANARY, registered
 from test_outside import aliases, serve
 
 from llmkit.core.digests import canonical_json
 from llmkit.core.errors import KitError
 from llmkit.release.approvals import give, tally
 from llmkit.release.ledger import Terms, adding, append, read_ledger, verify_ledger
-from llmkit.release.registry import register, versions
-from llmkit.release.release import Release
+from llmkit.release.registry import versions
 from llmkit.release.releases import list_releases
 from llmkit.release.sign import APPROVAL, RELEASE, sign
 from llmkit.rollout import commands
@@ -51,12 +49,7 @@ def listed(**lines):
 @pytest.fixture
 def say(tmp_path, monkeypatch):
     "Two releases that Carl has registered, keys of four people, and what lets somebody approve with a key."
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LLMKIT_ACTOR", "carl")
-    Path("settings.ini").write_text(f"[DEFAULT]\ntracking_uri = {URI}\n")
-    YAML().dump({"rollout": ASKED}, Path("params.yaml"))
-    for n in (1, 2):
-        register(Release(NAME, *(f"sha256:{x}{n}" for x in ("bundle", "verdict", "card"))), URI, f"file:///bundle{n}")
+    registered(tmp_path, monkeypatch, ASKED, URI, NAME)
     for name in ("ann", "ben", "carl", "eve"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", name, "-f", name], check=True)
     listed(ann="ann", ben="ben", carl="carl")
