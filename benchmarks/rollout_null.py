@@ -1,9 +1,11 @@
 """How often a rollout is wrong: simulated rollouts of equal and of harmful challengers.
 
-    python benchmarks/rollout_null.py [--times 1000] [--bad 100]
+    python benchmarks/rollout_null.py [--times 1000] [--bad 400]
 
 Both arms get the same traffic (A/A): at most alpha of the rollouts may be aborted, and at least .9 promoted. Then one
-thing at a time is made worse in the canary, and it must be aborted before it has answered 1,000 requests.
+thing at a time is made worse in the canary, and it must be aborted before it has answered 1,000 requests. Chance lets a few
+harms look harmless for so long; beside each share stands that of a test which knows both rates (the likelihood ratio of the worse
+rate to the largest harmless one, at the same alpha and looks), which no test can do without and hardly any can exceed.
 
     python benchmarks/rollout_null.py --users 60 5000 [--habits 0.17] [--times 60] [--bad 15]
 
@@ -22,6 +24,7 @@ more than 5 % of the equal ones are accused, or more than 10 % of those at the m
 import argparse
 
 import numpy as np
+from scipy.special import ndtr, ndtri
 
 from llmkit.gate.sequential_users import MOST, user_rate_difference, user_rate_excess, user_table
 from llmkit.rollout.policy import read_rollout
@@ -38,6 +41,21 @@ POLICY = {
     "on": {"fail": "abort", "error": "pause", "inconclusive": "pause"},
 }  # fmt: skip
 HARM = {"errors 1 → 5 %": {"errors": 0.05}, "p95 × 1.5": {"slower": 1.5}, "refusals + 10 points": {"refusals": 0.15}}
+
+
+# of a request of the canary: the largest harmless rate of what is counted, and the one that it has. An answer 1.5 times as slow is over
+# 1.2 times the old p95 when its z is over 1.645 - ln(1.25) / spread, whatever its stratum
+SLOW = float(ndtr(np.log(1.5 / 1.2) / Traffic().spread + ndtri(0.05)))
+RATES = {"errors 1 → 5 %": (0.015, 0.05), "p95 × 1.5": (0.05, SLOW), "refusals + 10 points": (0.08, 0.15)}
+
+
+def all_knowing(harmless: float, worse: float, alpha: float, times: int = 20_000) -> float:
+    "The share of canaries that a test which knows both rates stops before 1,000 requests, at looks after every 50 or so."
+    rng = np.random.default_rng(2)
+    n = rng.poisson(50, (times, 30))
+    k, n = (np.cumsum(x, 1) for x in (rng.binomial(n, worse), n))
+    won = k * np.log(worse / harmless) + (n - k) * np.log((1 - worse) / (1 - harmless))
+    return float(np.mean(((won >= -np.log(alpha)) & (n < 1000)).any(1)))
 
 
 CROWD = POLICY | {
@@ -102,7 +120,7 @@ def main() -> None:
     "Print the table."
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--times", type=int, default=1000)
-    p.add_argument("--bad", type=int, default=100)
+    p.add_argument("--bad", type=int, default=400)
     p.add_argument("--users", type=int, nargs="+", default=[])
     p.add_argument("--habits", type=float, default=1 / 6)
     p.add_argument("--tests", type=int, default=0, help="stages of each kind, of the tests of users alone")
@@ -117,9 +135,12 @@ def main() -> None:
     ok = null.share("Degraded") <= policy.alpha + error and null.share("Healthy") >= 0.9
     for name, change in HARM.items():
         found = rehearse(policy, 4000, a.bad, canary=change, every=900.0)
+        most = all_knowing(*RATES[name], policy.alpha / len(policy.canary) / 2)  # of two stages
         soon = np.mean([e.phase == "Degraded" and e.canary < 1000 for e in found.endings])
-        print(f"{name}, {a.bad} rollouts: {found}; aborted before 1,000 canary requests {soon:.2f}")
-        ok &= bool(soon >= 0.9)
+        print(
+            f"{name}, {a.bad} rollouts: {found}; aborted before 1,000 canary requests {soon:.4f}, by a test that knows both rates {most:.4f}"
+        )
+        ok &= bool(soon >= 0.99)
     raise SystemExit(0 if ok else 1)
 
 

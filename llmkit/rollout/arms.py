@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ..gate.sequential import BUCKETS, GROWTH, SHORTEST, Running, add
+from ..gate.sequential import Running, add
+from ..gate.sequential_quantiles import BUCKETS, GROWTH, SHORTEST
 
 # %% ../../nbs/09_rollout/04b_arms.ipynb #db64a042
 class Arm:

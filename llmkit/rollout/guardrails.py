@@ -9,7 +9,8 @@ __all__ = ['compare', 'finding', 'harmful', 'judge_guardrail']
 import math
 from collections import Counter
 
-from ..gate.sequential import Gap, Running, mean_difference, quantile_ratio, rate_difference, rate_excess
+from ..gate.sequential import Gap, Running, mean_difference, rate_difference, rate_excess
+from ..gate.sequential_quantiles import quantile_excess, quantile_ratio
 from ..gate.sequential_users import user_rate_difference, user_rate_excess
 from ..gate.verdict import RuleResult
 from .arms import Arm
@@ -68,8 +69,11 @@ def harmful(
     share: float = 0.5,  # of the users of both arms that are the candidate's
 ) -> Gap | None:
     "The bounds that show harm, in the units of `compare`; None while it is not shown."
-    m = METRICS[g.metric]
-    if m.test != "rate" or g.role == "success":
+    m, (kind, _, q) = METRICS[g.metric], g.metric.rpartition("_p")
+    if m.test == "quantile":
+        gap = quantile_excess(base.times.get(kind, {}), cand.times.get(kind, {}), int(q) / 100, g.max_ratio, alpha)
+        return gap if gap.low else None
+    if m.test == "mean" or g.role == "success":
         gap = compare(g, base, cand, alpha, most)
         return gap if finding(g, gap) == "fail" else None
     if isinstance(cand, UserArm):

@@ -19,7 +19,8 @@ from scipy.special import betaincinv, ndtr
 from ..core.errors import KitError
 from ..core.params import load_params
 from ..core.ranges import check_ranges
-from ..gate.sequential import BUCKETS, GROWTH, SHORTEST, Running, add, histogram
+from ..gate.sequential import Running, add
+from ..gate.sequential_quantiles import BUCKETS, GROWTH, SHORTEST, histogram
 from .arms import Arm
 from .assign import SLOTS
 from .fold import Fold

@@ -12,7 +12,8 @@ import numpy as np
 
 from ..core.report import Measurement, Report
 from ..gate.intervals import bootstrap, quantile_interval
-from ..gate.sequential import bucket_quantile, mean_sequence, quantile_sequence, rate_sequence
+from ..gate.sequential import mean_sequence, rate_sequence
+from ..gate.sequential_quantiles import bucket_quantile, quantile_sequence
 from .arms import Arm
 from .policy import METRICS
 from .window import Window

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from ..gate.sequential import BUCKETS, Running
+from ..gate.sequential import Running
+from ..gate.sequential_quantiles import BUCKETS
 from .arms import Arm, Seen, read_seen, stratum_of
 from .event import failed, stalled
 from .feedback import Feedback

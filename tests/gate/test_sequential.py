@@ -7,20 +7,23 @@ from scipy.special import logsumexp
 from scipy.stats import betabinom, binom, chisquare
 
 from llmkit.gate.sequential import (
-    GROWTH,
     Running,
     add,
-    bucket_quantile,
-    histogram,
     mean_difference,
     mean_sequence,
-    quantile_ratio,
-    quantile_sequence,
     rate_difference,
     rate_excess,
     rate_sequence,
     ratio_mismatch,
     ratio_mismatch_sequence,
+)
+from llmkit.gate.sequential_quantiles import (
+    GROWTH,
+    bucket_quantile,
+    histogram,
+    quantile_excess,
+    quantile_ratio,
+    quantile_sequence,
 )
 
 
@@ -95,6 +98,40 @@ def test_a_quantile_and_a_ratio_of_quantiles_are_covered_at_all_looks():
             bad_ratio |= not gap.low <= 1 <= gap.high
         wrong, wrong_ratio = wrong + bad, wrong_ratio + bad_ratio
     assert at_most(wrong, times, alpha) and at_most(wrong_ratio, times, alpha)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_a_candidate_at_the_limit_of_a_quantile_is_seldom_accused_at_any_look(ties):
+    rng, times, alpha, wrong = np.random.default_rng(8), 100, 0.2, 0
+    take = lambda n: np.round(rng.lognormal(0, 0.5, n) * 4 + 0.5) / 4 if ties else rng.lognormal(0, 0.5, n)
+    for _ in range(times):
+        base, cand = {"a": 0, "b": 0}, {"a": 0, "b": 0}
+        for _ in range(12):
+            base = {k: c + histogram(take(300)) for k, c in base.items()}
+            cand = {k: c + histogram(take(50) * 1.2) for k, c in cand.items()}
+            if quantile_excess(base, cand, 0.95, 1.2, alpha).low:
+                wrong += 1
+                break
+    assert at_most(wrong, times, alpha)
+
+
+def test_a_slow_candidate_is_found_sooner_by_the_test_for_harm_than_by_the_bounds():
+    rng, found = np.random.default_rng(9), {"test": 0, "bounds": 0}
+    for _ in range(60):
+        base = {k: histogram(rng.lognormal(0, 0.5, 4000)) for k in "ab"}
+        cand = {k: histogram(rng.lognormal(0, 0.5, 180) * 1.5) for k in "ab"}
+        found["test"] += quantile_excess(base, cand, 0.95, 1.2, 0.05 / 6).low >= 1.2
+        found["bounds"] += quantile_ratio(base, cand, 0.95, 0.05 / 6).low > 1.2
+    assert found["test"] >= found["bounds"] + 6
+
+
+def test_harm_to_long_prompts_alone_is_found_and_reported_as_theirs():
+    rng = np.random.default_rng(10)
+    base = {k: histogram(rng.lognormal(0, 0.5, 4000)) for k in ("short", "long")}
+    cand = {"short": histogram(rng.lognormal(0, 0.5, 4000)), "long": histogram(rng.lognormal(0, 0.5, 200) * 3)}
+    gap = quantile_excess(base, cand, 0.95, 1.2, 0.05 / 6)
+    assert 1.2 < gap.low < gap.value == pytest.approx(3, rel=0.2)
+    assert quantile_excess(base, cand | {"long": cand["short"]}, 0.95, 1.2, 0.05 / 6).low == 0
 
 
 def test_quantiles_agree_with_numpy_to_within_a_bucket():
