@@ -28,7 +28,8 @@ from scipy.special import ndtr, ndtri
 
 from llmkit.gate.sequential_users import MOST, user_rate_difference, user_rate_excess, user_table
 from llmkit.rollout.policy import read_rollout
-from llmkit.rollout.rehearsal import Traffic, rehearse
+from llmkit.rollout.rehearsal import rehearse
+from llmkit.rollout.traffic import Traffic
 
 POLICY = {
     "alpha": 0.05, "label_lag": "30m", "strata": [256],

@@ -11,8 +11,9 @@ from llmkit.core.errors import KitError
 from llmkit.gate.sequential import rate_excess
 from llmkit.rollout.judge_server import answer, judge_app
 from llmkit.rollout.policy import read_rollout
-from llmkit.rollout.rehearsal import Traffic, rehearse
+from llmkit.rollout.rehearsal import rehearse
 from llmkit.rollout.store import Store
+from llmkit.rollout.traffic import Traffic
 from llmkit.rollout.view import view
 from llmkit.rollout.window import read_window, window_json
 
