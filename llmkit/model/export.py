@@ -17,10 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import KitError
-from ..core.files import read_json, write_json
+from ..core.files import read_json, read_object, write_json
 from ..core.params import did_you_mean
 from ..core.plugins import need
+from .folder import describe as facts
+from .folder import inspect, told_of
 from .road import buildable, context_of, misbuilt
+from .tokenizer import Tokenizer
+from .weights import load_checked
 
 # %% ../../nbs/04_model/08_export.ipynb #113b59b7
 def builder_folder() -> Path:
@@ -37,18 +41,18 @@ def check_exportable(
     model: str | Path,  # a base or model folder
 ) -> str:
     "The architecture of a model; raises `KitError` when the builder does not know it, or makes another model of it."
-    config = read_json(Path(model) / "config.json")
-    [arch, *_] = config.get("architectures") or [None]
+    config = read_object(file := Path(model) / "config.json")
+    names = config.get("architectures")
+    arch = names[0] if isinstance(names, list) and names else names
     if arch not in (known := known_architectures()):
-        fix = f"The stage quantize needs an architecture that onnxruntime-genai can build. {did_you_mean(arch, known)}"
-        raise KitError(
-            "cannot be exported to ONNX", file=Path(model) / "config.json", key="architectures", value=arch, remedy=fix
-        )
+        fix = f"The stage quantize needs an architecture that onnxruntime-genai can build. {did_you_mean(str(arch), known)}"
+        raise KitError("cannot be exported to ONNX", file=file, key="architectures", value=arch, remedy=fix)
+    inspect(model)
+    with told_of(Path(model), Path(model)):
+        facts(load_checked(model), Tokenizer.load(model))
     if wrong := misbuilt(arch, config):
         told = f"cannot be exported to ONNX: the builder does not keep {wrong}"
-        raise KitError(
-            told, file=Path(model) / "config.json", key="architectures", value=arch, remedy="Use another base"
-        )
+        raise KitError(told, file=file, key="architectures", value=arch, remedy="Use another base")
     return arch
 
 # %% ../../nbs/04_model/08_export.ipynb #ed4b7a15
@@ -176,8 +180,12 @@ def attention_windows(
     config: dict,  # `config.json`
 ) -> list[int]:  # how far back each layer looks; -1 for all the way
     "The window of every layer."
-    n, size = config["num_hidden_layers"], config.get("sliding_window")
+    n, size = config.get("num_hidden_layers"), config.get("sliding_window")
     used = size is not None and config.get("use_sliding_window", True)
+    for key, value in (("num_hidden_layers", n), ("sliding_window", size if used else 1)):
+        if type(value) is not int or value < 1:
+            fix = "Compare it with the model's own config.json"
+            raise KitError("must be a whole number above 0", file="config.json", key=key, value=value, remedy=fix)
     kinds = config.get("layer_types") or ["sliding_attention"] * n
     return [size if used and k == "sliding_attention" else -1 for k in kinds]
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PICKLES', 'PLAIN_TEMPLATE', 'TOKENIZER_FILES', 'inspect', 'bring_tokenizer', 'add_turn_end', 'import_folder',
-           'licences', 'describe']
+           'told_of', 'licences', 'describe']
 
 # %% ../../nbs/04_model/02d_folder.ipynb #f6c21ce4
 import re
@@ -69,7 +69,7 @@ def _refuse_encoders(config: dict, file: Path) -> None:
     if str(kind) not in KNOWN:
         fix = "Take a decoder such as Llama, Mistral, Qwen, Gemma, Phi or GPT-2"
         raise KitError(
-            "stage base: transformers knows no decoder of this type",
+            "transformers knows no decoder of this type",
             file=file,
             key="model_type",
             value=kind,
@@ -77,9 +77,7 @@ def _refuse_encoders(config: dict, file: Path) -> None:
         )
     if config.get("is_encoder_decoder") or (names and not re.search("CausalLM$|LMHeadModel$", first)):
         fix = "Take a checkpoint whose architecture ends in ForCausalLM"
-        raise KitError(
-            "stage base: not a decoder-only language model", file=file, key="architectures", value=names, remedy=fix
-        )
+        raise KitError("not a decoder-only language model", file=file, key="architectures", value=names, remedy=fix)
 
 # %% ../../nbs/04_model/02d_folder.ipynb #e269e2e3
 PLAIN_TEMPLATE = """\
@@ -148,8 +146,11 @@ def add_turn_end(
     folder: Path,  # with tokenizer, template and generation_config.json
 ) -> None:
     "Make the token that ends an assistant's turn an end token."
-    tok, probe = Tokenizer.load(folder), "qzx"
-    text = tok.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": probe}], generation=False)
+    tok, asked, probe = Tokenizer.load(folder), "vqj", "qzx"
+    text = tok.render([{"role": "user", "content": asked}, {"role": "assistant", "content": probe}], generation=False)
+    if not -1 < text.find(asked) < text.find(probe) or not tok.encode(asked):
+        where, fix = folder / "chat_template.jinja", "Take the template, and the tokenizer, that belong to the model"
+        raise KitError("question and answer do not come through in their order", file=where, value=text, remedy=fix)
     tail = text.partition(probe)[2]
     added = tok.backend.get_added_tokens_decoder().items()
     after = sorted((tail.find(t.content), i) for i, t in added if t.special and t.content in tail)
@@ -176,6 +177,8 @@ def import_folder(
     inspect(source)
     model = load_checked(source, dtype)
     model.generation_config = need("transformers").GenerationConfig()
+    if not _tied(model):
+        model.config.tie_word_embeddings = False  # transformers keeps both where they differ, whatever config.json says
     with quiet(), saving():
         model.save_pretrained(folder)
     if (source / "generation_config.json").is_file():
@@ -183,7 +186,7 @@ def import_folder(
     else:
         ends = read_json(folder / "config.json").get("eos_token_id")
         write_json(folder / "generation_config.json", {} if ends is None else {"eos_token_id": ends})
-    with _told_of(source, folder):
+    with told_of(source, folder):
         tok, origin = bring_tokenizer(source, folder, template)
         facts = describe(model, tok)
     for name, path in licences(source).items():
@@ -192,8 +195,14 @@ def import_folder(
     return {**facts, "template": origin, "left_out": left_out}
 
 
+def _tied(model: Any) -> bool:
+    "Whether the head is the input embeddings, or there is none."
+    head = model.get_output_embeddings()
+    return head is None or head.weight is model.get_input_embeddings().weight
+
+
 @contextmanager
-def _told_of(source: Path, folder: Path) -> Iterator[None]:
+def told_of(source: Path, folder: Path) -> Iterator[None]:
     "Let an error name the file that came in, and not its copy."
     try:
         yield
@@ -215,18 +224,25 @@ def licences(
 def describe(model: Any, tok: Tokenizer) -> dict:
     "Facts about a base; raises `KitError` when its tokenizer writes ids that the model does not know."
     rows = model.get_input_embeddings().weight.shape[0]
-    if tok.vocab_size > rows:
+    most = max(tok.backend.get_vocab(with_added_tokens=True).values(), default=0) + 1
+    if most > rows:
         fix = "Take the tokenizer that belongs to the model"
-        raise KitError(
-            "the tokenizer has more tokens than the model has embeddings",
-            key="tokenizer.json",
-            value=(tok.vocab_size, rows),
-            remedy=fix,
-        )
+        told = "the tokenizer has more tokens than the model has embeddings"
+        raise KitError(told, key="tokenizer.json", value=(most, rows), remedy=fix)
+    if far := [i for i in tok.eos_ids if i >= rows]:
+        fix = f"Write the number of the token that ends an answer; the model has {rows}"
+        raise KitError("is no token of the model", key="eos_token_id", value=far[0], remedy=fix)
     name, config = type(model).__name__, model.config.to_dict()
+    if config.get("tie_word_embeddings") and not _tied(model):
+        fix = "Write false: the weights have a head of their own"
+        raise KitError("does not say what the weights are", key="tie_word_embeddings", value=True, remedy=fix)
+    context = context_of(config)
+    if context is not None and not 0 < context < 2**31:
+        fix = "Take the model's own config.json"
+        raise KitError("is no number of tokens", key="max_position_embeddings", value=context, remedy=fix)
     return {
         "architecture": name, "model_type": config["model_type"], "road": road(name, config),
         "parameters": sum(p.numel() for p in model.parameters()), "dtype": str(model.dtype).removeprefix("torch."),
-        "context": context_of(config),
+        "context": context,
         "tokenizer_digest": tok.digest, "template_digest": tok.template_digest, "vocabulary": tok.vocab_size,
     }  # fmt: skip

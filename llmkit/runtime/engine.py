@@ -178,6 +178,9 @@ def score(
             first = max(len(prompts[i]), 1)
             at = np.arange(first, len(rows[i]))
             out[i] = self.logprobs(logits[at - 1])[np.arange(len(at)), np.asarray(rows[i], np.int64)[at]]
+            if np.isnan(out[i]).any():
+                fix = "Look for NaN in the model's weights, or for an overflow: a float16 export, say"
+                raise KitError("the model's logits are not finite", key=f"prompt and continuation {i}", remedy=fix)
     return out
 
 

@@ -46,7 +46,11 @@ def test_k_quant_of_an_odd_number_of_blocks(width):
     w, x = rng.normal(0.3, 1, (width, 6)).astype("float32"), rng.normal(size=(4, width)).astype("float32")
     io = [onnx.helper.make_tensor_value_info(n, 1, s) for n, s in (("x", [4, width]), ("y", [4, 6]))]
     node, weight = onnx.helper.make_node("MatMul", ["x", "w"], ["y"], name="m"), onnx.numpy_helper.from_array(w, "w")
-    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", io[:1], io[1:], [weight]), ir_version=10)
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph([node], "g", io[:1], io[1:], [weight]),
+        ir_version=10,
+        opset_imports=[onnx.helper.make_opsetid("", 21)],
+    )
     with row_zero_points():
         built = weight_only.rtn_quantize(model, num_bits=4, group_size=32, algorithm="k_quant").model
     built.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
@@ -113,7 +117,7 @@ def test_truncated_weights_leave_nothing(tmp_path, make_family):
         make_family(folder, "llama")
         weights = folder / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(KitError, match="quantize: the ONNX builder failed"):
+    with pytest.raises(KitError, match="model.safetensors: cannot load the weights.*cut short"):
         with quantize(tmp_path / "model", tmp_path / "engine"):
             pass
     assert not (tmp_path / "engine").exists()
