@@ -121,6 +121,13 @@ class Optimizer:
             kept |= {f"{key}/{n}": v for key, v in self.adamw.state[p].items()}
         return kept
 
+    def wants(self) -> dict[str, Any]:  # kind/name → a tensor of its shape
+        "What `restore` looks for."
+        torch = need("torch")
+        own = {f"{k}/{n}": p for n, p in self.others.items() for k in ("exp_avg", "exp_avg_sq")}
+        steps = {f"step/{n}": torch.zeros(()) for n in self.others}
+        return {f"momentum/{n}": m for n, m in self.momenta.items()} | own | steps
+
     def restore(
         self,
         kept: Mapping[str, Any],  # from `state`; more is allowed

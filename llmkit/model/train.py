@@ -25,6 +25,7 @@ from .optimizer import Optimizer
 from .recipe import Recipe
 from .tiny import cosine
 from .tokenizer import Tokenizer, encode_example
+from .weights import refuse_not_finite
 
 # %% ../../nbs/04_model/05_train.ipynb #e6ed396a
 def learning_rate(
@@ -188,8 +189,20 @@ def restore(
     self: Trainer,
     state: State,
     tensors: Mapping[str, Any],  # from `snapshot`
+    folder: str | Path = "",  # where they are from, for the error
 ) -> None:
-    "Take up a run where a checkpoint left it."
+    "Take up a run where a checkpoint left it; raises `KitError` on a tensor that is missing, of another shape, or not finite."
+    fix, own = "Remove this folder; the run then begins anew", dict(zip(self.names, self.params, strict=True))
+    want = {
+        f"{kind}/{n}": p for kind in ("weights", "best", *["average"] * bool(self.recipe.ema)) for n, p in own.items()
+    }
+    for name, like in {**want, **self.optimizer.wants()}.items():
+        have = tensors.get(name)
+        if have is None or have.shape != like.shape:
+            got = None if have is None else tuple(have.shape)
+            told = f"the checkpoint must hold this, of shape {tuple(like.shape)}"
+            raise KitError(told, file=folder, key=name, value=got, remedy=fix)
+        refuse_not_finite(have, name, folder, fix)
     device, self.state = self.model.device, state
     self.put([tensors[f"weights/{n}"] for n in self.names])
     self.best = [tensors[f"best/{n}"].to(device) for n in self.names]
@@ -205,7 +218,7 @@ def fit(
     "Train to the end, from the last checkpoint when there is one, and leave the best weights in the model."
     r, ends = self.recipe, np.cumsum(self.per_epoch).tolist()
     if checkpoints and (found := last_checkpoint(checkpoints)):
-        self.restore(*found)
+        self.restore(*found, checkpoints)
     self.model.train()
     for epoch, end in enumerate(ends):
         batches, start = self.batches(epoch), end - self.per_epoch[epoch]

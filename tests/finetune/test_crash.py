@@ -10,9 +10,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from llmkit.core.artifact import open_artifact
+from llmkit.core.artifact import open_artifact, seal
 from llmkit.core.errors import KitError
+from llmkit.core.files import read_json, write_json
 from llmkit.model.finetune import finetune, workspace
 
 CHILD = """
@@ -126,6 +128,51 @@ def test_a_damaged_checkpoint_is_not_used(base, dataset, recipe, tmp_path, monke
     (saved,) = workspace(straight.parents, recipe).glob("checkpoints/step-*/state.safetensors")
     saved.write_bytes(saved.read_bytes()[:-1] + b"\x00\x00")
     assert finetune(base, dataset, tmp_path / "delta", recipe).digest == straight.digest
+
+
+def state(**values):
+    "A change of `state.json`."
+    return lambda folder: write_json(folder / "state.json", read_json(folder / "state.json") | values)
+
+
+def tensors(change):
+    "A change of the tensors, by name."
+
+    def do(folder):
+        held = load_file(folder / "state.safetensors")
+        change(held, next(n for n in sorted(held) if n.startswith("weights/")))
+        save_file(held, folder / "state.safetensors")
+
+    return do
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda f: (f / "state.json").write_text("[]"), "state.json: must be an object"),
+        (state(step="6"), r"state.json: state.step: .*'6'"),
+        (state(step=5), "state.json: curve: must be lists of 5 numbers"),
+        (state(curve={"step": []}), "state.json: curve: must be lists"),
+        (state(epoch=1), "state.json: state.epoch: "),
+        (tensors(lambda held, n: held.pop(n)), "checkpoints: weights/.*: the checkpoint must hold this, of shape .*got None"),
+        (tensors(lambda held, n: held.update({n: held[n][:1].clone()})), r"checkpoints: weights/.*: the checkpoint must hold this"),
+        (tensors(lambda held, n: held[n].fill_(float("nan"))), "checkpoints: weights/.* values are not finite"),
+    ],
+)  # fmt: skip
+def test_a_whole_checkpoint_that_says_something_else_ends_the_run(
+    base, dataset, recipe, tmp_path, monkeypatch, change, says
+):
+    "Its seal is right; a shorter tensor would be spread over the longer one, and the run go on with other weights."
+    with monkeypatch.context() as m:
+        stop_after(m, 6)
+        with pytest.raises(Stop):
+            finetune(base, dataset, tmp_path / "delta", recipe)
+    (folder,) = workspace({"base": base, "dataset": dataset}, recipe).glob("checkpoints/step-*")
+    change(folder)
+    seal(folder, "checkpoint")
+    with pytest.raises(KitError, match=f"{says}.*[Rr]emove"):
+        finetune(base, dataset, tmp_path / "delta", recipe)
+    assert not (tmp_path / "delta").exists()
 
 
 def test_a_full_disk_leaves_the_old_delta(base, dataset, recipe, tmp_path, monkeypatch):
