@@ -9,7 +9,9 @@ __all__ = ['Encode', 'measure', 'percentile', 'lengths', 'by_split', 'tally', 'p
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
+from difflib import get_close_matches
 
+from .records import FIELDS
 from .table import Table
 
 # %% ../../nbs/03_data/08_profile.ipynb #9aa35fe4
@@ -88,6 +90,8 @@ def profile(
         ),
         "found": tally(_found(table).items()),
     }
+    if table.unread:
+        out["unread"] = tally(table.unread.items())
     for column in ("tokens", "prompt_tokens"):
         counts = dict(
             table.all(f"SELECT {column}, count(*) FROM rows WHERE state = 'kept' AND {column} IS NOT NULL GROUP BY 1")
@@ -116,6 +120,12 @@ def _found(table: Table) -> Counter:
     return total
 
 # %% ../../nbs/03_data/08_profile.ipynb #a77e5f3d
+def _meant(column: str) -> str:
+    "A question after a field, where a column is called nearly as one."
+    close = get_close_matches(column.strip().lower(), FIELDS, 1, 0.75)
+    return f" (is it {close[0]}?)" if close else ""
+
+
 def summary(p: dict) -> str:
     "A profile as Markdown: the account of rows, and the lengths as bars."
     r = p["rows"]
@@ -128,6 +138,10 @@ def summary(p: dict) -> str:
     for name in ("duplicates", "quarantine", "found"):
         if p[name]:
             lines += [f"- {name}: " + ", ".join(f"{k} {n}" for k, n in p[name].items())]
+    if p.get("unread"):
+        lines += [
+            "- columns of which nothing is read: " + ", ".join(f"{c} {n}{_meant(c)}" for c, n in p["unread"].items())
+        ]
     if "tokens" in p:
         t = p["tokens"]
         top = max(b["rows"] for b in t["histogram"])

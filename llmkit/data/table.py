@@ -10,6 +10,7 @@ import hashlib
 import json
 import sqlite3
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,7 @@ class Table:
 
     def __init__(self, db: sqlite3.Connection):
         self.db, self.n = db, 0
+        self.unread: Counter = Counter()  # column of which nothing is read → rows
         db.execute(f"CREATE TABLE rows ({', '.join(f'{c} {t}' for c, t in COLUMNS.items())})")
         db.execute("CREATE TABLE links (a INTEGER, b INTEGER)")
 

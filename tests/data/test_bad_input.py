@@ -259,7 +259,7 @@ def test_ragged_and_unclosed_csv_rows(make):
     rows = "".join(f"{r['prompt']},{r['label']}\n" for r in good_rows())
     data = make(f'text,category\nHi, there,find\n{rows}"never closed,x\n'.encode(), "csv", TABLE)
     assert [(n, r.split(":")[0]) for n, r in quarantine(data)] == [
-        (2, "has 3 fields, the header 2"),
+        (2, "has 3 fields, the header 2. Quote a cell that holds the separator"),
         (43, "not valid CSV"),
     ]
 
