@@ -25,7 +25,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml tools/install.sh
 	tools/install.sh $(VENV)
 	touch $@
 
-system: ## Debian packages that tests use beside Python's: podman, redis, prometheus, chromium (needs root)
+system: ## packages of Debian or Ubuntu that tests use beside Python's: podman, redis, prometheus, chromium (needs root)
 	tools/system.sh
 
 extras: env ## what some tests need beside the environment, in folders of its own: bitsandbytes, Ray
