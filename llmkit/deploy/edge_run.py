@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.artifact import open_artifact
+from ..core.cores import thread_limit
 from ..core.errors import KitError
 from ..core.files import read_json
 from .bpe import PlainTokenizer
@@ -39,7 +40,7 @@ class EdgeModel:
     def __init__(
         self,
         folder: str | Path,
-        threads: int = 0,  # 0: one for each core
+        threads: int = 0,  # 0: one for each core that the process may use
         verify: bool = False,  # compare the digests of all files first
     ):
         self.folder = Path(folder)
@@ -50,7 +51,7 @@ class EdgeModel:
         import onnxruntime as ort
 
         so = ort.SessionOptions()
-        so.log_severity_level, so.intra_op_num_threads = 3, threads
+        so.log_severity_level, so.intra_op_num_threads = 3, threads or thread_limit()
         graph = str(self.folder / "model/decode.onnx")
         try:
             self.session = ort.InferenceSession(graph, so, providers=["CPUExecutionProvider"])
@@ -127,7 +128,7 @@ def main(
     )
     p.add_argument("--loaded", action="store_true", help="list the packages that are loaded to answer")
     p.add_argument("--max-tokens", type=int, default=0, help="of an answer")
-    p.add_argument("--threads", type=int, default=0, help="default: one for each core")
+    p.add_argument("--threads", type=int, default=0, help="default: one for each core that it may use")
     a = p.parse_args(argv)
     folder = Path(folder or Path(__file__).resolve().parents[2])
     try:

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import venv
-from importlib.metadata import distribution
+from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,7 @@ def bare_python(tmp_path_factory):
     folder = tmp_path_factory.mktemp("venv")
     venv.create(folder, with_pip=False)
     site = next(folder.glob("lib/python*/site-packages"))
-    todo, seen = ["onnxruntime"], set()
+    todo, seen = packages_distributions()["onnxruntime"][:1], set()  # the CPU's build or the GPU's
     while todo:
         dist = distribution(todo.pop())
         seen.add(dist.name)
@@ -82,6 +82,7 @@ def test_it_answers_where_only_onnx_runtime_is_installed(release, bare_python, t
     done = subprocess.run([str(bare_python), str(place / "run.py"), "--lines"], input=odd, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "latin-1"})  # fmt: skip
     assert [json.loads(x)["id"] for x in done.stdout.splitlines()] == ["\ud800", "€"], done.stderr
     # a changed byte is found
+    whole = (place / "model/weights.bin").read_bytes()
     with open(place / "model/weights.bin", "rb+") as f:
         f.seek(5000)
         f.write(b"\xff\x00\xff")
@@ -91,10 +92,15 @@ def test_it_answers_where_only_onnx_runtime_is_installed(release, bare_python, t
     os.truncate(place / "model/weights.bin", 1000)
     cut = run(bare_python, place / "run.py", "card")
     assert cut.returncode == 2 and len(cut.stderr.splitlines()) == 1 and "decode.onnx: cannot be loaded" in cut.stderr
-    (place / "model/weights.bin").write_bytes(Path("bundle/engine/weights.bin").read_bytes())
+    (place / "model/weights.bin").write_bytes(whole)
+    # threads follow what the process may use
+    count = "from llmkit.core.cores import cores, thread_limit; print(cores(), thread_limit())"
+    core = min(os.sched_getaffinity(0))
+    narrow = run("taskset", "-c", core, bare_python, "-c", count, cwd=place)
+    assert narrow.stdout == f"1 {int(os.cpu_count() > 1)}\n", narrow.stderr
     # a question that does not fit is refused in one line
     long = run(bare_python, place / "run.py", "card " * 400)
-    assert long.returncode == 2 and len(long.stderr.splitlines()) == 1 and "tokens" in long.stderr
+    assert long.returncode == 2 and len(long.stderr.splitlines()) == 1 and "question: has " in long.stderr
 
 
 def policy(text):
