@@ -16,7 +16,6 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from importlib.metadata import version
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -27,6 +26,7 @@ from ..core.digests import short
 from ..core.errors import KitError
 from ..core.files import read_json, read_jsonl, write_json, write_text
 from ..core.params import load_params
+from ..core.plugins import need
 from ..core.report import Measurement, Report, read_report, write_report
 from .bpe import PlainTokenizer, plain_spec
 from .edge_run import prompt_ids
@@ -144,7 +144,7 @@ def fill(
     place(bundle / "licences", folder / "licences")
     write_text(folder / "run.py", RUN)
     write_json(folder / "bpe.json", spec)
-    write_text(folder / "requirements.txt", "".join(f"{p}=={version(p)}\n" for p in ("onnxruntime", "numpy")))
+    write_text(folder / "requirements.txt", "".join(f"{p}=={need(p).__version__}\n" for p in ("onnxruntime", "numpy")))
     said = {"name": about["name"], "engine": facts, "prompt": prompt, "max_tokens": suite.max_tokens, "self_test": []}
     write_json(folder / "edge.json", {"schema": "llmkit.edge/1", **said})
     names = {"bundle": short(bundle.digest), "engine": short(engine.digest)}

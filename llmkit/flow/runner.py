@@ -63,7 +63,8 @@ def progress(name: str, state: Execution) -> Iterator[None]:
 # %% ../../nbs/12_flow/10_runner.ipynb #c64e81bc
 PACKAGES = (
     *("llmkit", "numpy", "scipy", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "onnx"),
-    *("onnxruntime", "onnxruntime-genai", "great-expectations", "papermill", "nbclient", "ipykernel", "dvc", "mlflow"),
+    *("onnxruntime", "onnxruntime-genai", "onnxruntime-gpu", "onnxruntime-genai-cuda", "great-expectations"),
+    *("papermill", "nbclient", "ipykernel", "dvc", "mlflow"),
 )
 
 
