@@ -57,6 +57,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'llmkit.core.files.cannot_write': ('01_core/files.html#cannot_write', 'llmkit/core/files.py'),
                                    'llmkit.core.files.held': ('01_core/files.html#held', 'llmkit/core/files.py'),
                                    'llmkit.core.files.locked': ('01_core/files.html#locked', 'llmkit/core/files.py'),
+                                   'llmkit.core.files.only_file': ('01_core/files.html#only_file', 'llmkit/core/files.py'),
                                    'llmkit.core.files.read_json': ('01_core/files.html#read_json', 'llmkit/core/files.py'),
                                    'llmkit.core.files.read_jsonl': ('01_core/files.html#read_jsonl', 'llmkit/core/files.py'),
                                    'llmkit.core.files.read_object': ('01_core/files.html#read_object', 'llmkit/core/files.py'),

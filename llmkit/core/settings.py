@@ -19,7 +19,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from .errors import KitError
-from .files import cannot_read
+from .files import cannot_read, only_file
 from .params import did_you_mean
 
 # %% ../../nbs/01_core/05_settings.ipynb #1b0d7dc7
@@ -72,7 +72,9 @@ def load_settings(
     environ = os.environ if environ is None else environ
     path, ini = _nearest(Path(path)), ConfigParser(interpolation=None)
     try:
-        with open(path, encoding="utf-8-sig") as f:  # an editor may have put a mark before its first byte
+        with open(
+            path, encoding="utf-8-sig", opener=only_file
+        ) as f:  # an editor may have put a mark before its first byte
             ini.read_file(f)
     except FileNotFoundError as e:
         raise KitError("no such file", file=path, remedy="Run from the project's root") from e

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ..core.artifact import MANIFEST
 from ..core.errors import KitError
-from ..core.files import cannot_read, read_text
+from ..core.files import cannot_read, only_file, read_text
 
 # %% ../../nbs/07_release/01b_sign.ipynb #15eaa96b
 APPROVAL, RELEASE = "llmkit-approval", "llmkit-release"  # namespaces
@@ -74,7 +74,7 @@ def _remedy(path: Path, said: str) -> str:
 def _readable(path: str | Path) -> None:
     "Raise `KitError` on a file that cannot be read."
     try:
-        with open(path, "rb"):
+        with open(path, "rb", opener=only_file):
             return
     except OSError as e:
         raise cannot_read(path, e) from e

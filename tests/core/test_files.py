@@ -9,7 +9,9 @@ import pytest
 from llmkit.core import files
 from llmkit.core.artifact import ArtifactError, build, open_artifact
 from llmkit.core.errors import KitError
-from llmkit.core.files import atomic_folder, locked, read_json, write_json, write_jsonl
+from llmkit.core.files import atomic_folder, held, locked, read_json, read_jsonl, read_text, write_json, write_jsonl
+from llmkit.core.params import load_params
+from llmkit.core.settings import load_settings
 
 
 def together(*jobs):
@@ -106,3 +108,13 @@ def test_who_may_write_and_read_is_the_umasks_to_say(tmp_path, umask, folder, lo
         os.umask(before)
     assert [stat.S_IMODE((tmp_path / n).stat().st_mode) for n in ("made", "lock")] == [folder, lock]
     assert stat.S_IMODE((tmp_path / "made/weights").stat().st_mode) == 0o600 | (folder & 0o444)
+
+
+@pytest.mark.parametrize("read", [read_text, read_json, load_params, load_settings, held, lambda p: [*read_jsonl(p)]])
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(KitError, match=f"{path}: cannot read: is a pipe or a device, and no file"):
+            read(path)
+    with pytest.raises(KitError, match="Is a directory"):
+        read(tmp_path)
