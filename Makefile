@@ -12,7 +12,7 @@ unexport GIT_DIR GIT_INDEX_FILE GIT_WORK_TREE
 # Where this is set, every process compiles all that it imports: 8 s for torch alone, 40 s with transformers.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help env system extras lock repro smoke banking77 bench cache-pull cache-push report-pr rollout-order test quick lint check format sync readme hooks lab docs dist clean
+.PHONY: help env gpu system extras lock repro smoke banking77 bench cache-pull cache-push report-pr rollout-order test quick lint check format sync readme hooks lab docs dist clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,10 @@ env: $(VENV)/.installed ## the environment, with the versions of requirements.lo
 $(VENV)/.installed: requirements.lock pyproject.toml tools/install.sh
 	tools/install.sh $(VENV)
 	touch $@
+
+gpu: env ## ONNX Runtime's CUDA builds in place of the CPU's, for a machine with a GPU (requirements-gpu.txt)
+	$(VENV)/bin/python -m pip uninstall -q -y onnxruntime onnxruntime-genai onnxruntime-gpu onnxruntime-genai-cuda
+	$(VENV)/bin/python -m pip install -q -r requirements-gpu.txt
 
 system: ## packages of Debian or Ubuntu that tests use beside Python's: podman, redis, prometheus, chromium (needs root)
 	tools/system.sh

@@ -9,8 +9,8 @@ or poisons the GPU takes no other with it. What a step needs and is not there (a
 fastapi, a second GPU) is skipped with the reason. No network, and nothing outside a temporary folder is written but `--out`.
 Exit code 0: nothing failed; 1: something did; 2: there is no GPU here.
 
-It wants the kit's extras `train`, `onnx` and `serve`, and `nvidia-ml-py` for joules; ONNX Runtime's CUDA build takes the place
-of the other one: `pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'`.
+It wants the kit's extras `train`, `onnx` and `serve`, and `nvidia-ml-py` for joules; ONNX Runtime's CUDA builds take the place
+of the others: `make gpu`.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-LIBRARIES = ("torch", "transformers", "peft", "accelerate", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "bitsandbytes", "nvidia-ml-py")  # fmt: skip
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda", "bitsandbytes", "nvidia-ml-py")  # fmt: skip
 SIZES = {  # device → the base of good answers, the base of many weights, records, and steps of pretraining
     "cuda": {
         "small": {"vocab": 1024, "hidden": 256, "layers": 4, "heads": 4, "mlp": 704, "context": 256},

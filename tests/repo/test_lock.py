@@ -8,6 +8,7 @@ import sys
 from importlib.metadata import distributions
 
 import pytest
+from packaging.version import Version
 
 
 def pins(root):
@@ -28,13 +29,22 @@ def installed():
 
 def test_every_pin_is_installed_at_its_version(root):
     have = installed()
-    wrong = {n: (v, have.get(n)) for n, v in pins(root).items() if have.get(n) != v}
+    gpu = {"onnxruntime", "onnxruntime-genai"} if "onnxruntime-gpu" in have else set()  # what `make gpu` replaces
+    wrong = {n: (v, have.get(n)) for n, v in pins(root).items() if n not in gpu and have.get(n) != v}
     assert wrong == {}, "locked and installed differ: delete the stamp .venv/.installed and run `make env`"
 
 
 def test_the_lock_serves_every_machine(root):
     lines = [s for s in (root / "requirements.lock").read_text().splitlines() if s and not s.lstrip().startswith("#")]
     assert [s for s in lines if not re.match(r"[\w.-]+(\[[\w,]+\])?==[^+\s]+(\s|$)", s)] == [], "only NAME==VERSION"
+
+
+def test_the_gpu_builds_are_pinned_and_none_is_newer_than_the_lock(root):
+    rows = re.findall(r"^([\w.-]+)(?:\[[\w,]+\])?==(\S+)$", (root / "requirements-gpu.txt").read_text(), re.M)
+    known, locked = dict(rows), pins(root)
+    assert set(known) == {"onnxruntime-gpu", "onnxruntime-genai-cuda"}
+    assert known["onnxruntime-genai-cuda"] == locked["onnxruntime-genai"]  # its builder makes the graphs
+    assert Version(known["onnxruntime-gpu"]) <= Version(locked["onnxruntime"])
 
 
 def test_what_is_asked_for_is_locked(root):
