@@ -14,8 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..core.artifact import open_artifact
+from ..core.artifact import MANIFEST, open_artifact
 from ..core.cores import thread_limit
+from ..core.digests import digest_file
 from ..core.errors import KitError
 from ..core.files import read_json
 from .bpe import PlainTokenizer
@@ -44,8 +45,13 @@ class EdgeModel:
         verify: bool = False,  # compare the digests of all files first
     ):
         self.folder = Path(folder)
-        if verify:
-            open_artifact(folder, "edge")
+        if verify or (self.folder / MANIFEST).is_file():  # there is none yet while a bundle is measured
+            art = open_artifact(folder, "edge", verify)
+            for file in (
+                self.folder / n for n in ("edge.json", "bpe.json")
+            ):  # small, and all that is read hangs on them
+                if not file.is_file() or digest_file(file) != art.files.get(file.name):
+                    raise KitError("changed since it was made", file=file, remedy="Copy the folder again")
         self.facts = read_json(self.folder / "edge.json")
         self.tokenizer = PlainTokenizer(read_json(self.folder / "bpe.json"))
         import onnxruntime as ort

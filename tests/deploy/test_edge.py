@@ -81,6 +81,15 @@ def test_it_answers_where_only_onnx_runtime_is_installed(release, bare_python, t
     odd = b'{"id": "\\ud800", "question": "a"}\n{"id": "\xe2\x82\xac", "question": "b"}\n'
     done = subprocess.run([str(bare_python), str(place / "run.py"), "--lines"], input=odd, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "latin-1"})  # fmt: skip
     assert [json.loads(x)["id"] for x in done.stdout.splitlines()] == ["\ud800", "€"], done.stderr
+    # a file of the program that was edited is told in one line, before it is used
+    for name in ("edge.json", "bpe.json"):
+        before = (place / name).read_text()
+        (place / name).write_text("[]")
+        edited = run(bare_python, place / "run.py", "card")
+        assert edited.returncode == 2 and edited.stderr.endswith(
+            f"{name}: changed since it was made. Copy the folder again\n"
+        )
+        (place / name).write_text(before)
     # a changed byte is found
     whole = (place / "model/weights.bin").read_bytes()
     with open(place / "model/weights.bin", "rb+") as f:
