@@ -3225,8 +3225,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'llmkit/runtime/onnx_engine.py'),
                                             'llmkit.runtime.onnx_engine.OnnxEngine.reuse': ( '05_runtime/onnx_engine.html#onnxengine.reuse',
                                                                                              'llmkit/runtime/onnx_engine.py'),
-                                            'llmkit.runtime.onnx_engine._allowed': ( '05_runtime/onnx_engine.html#_allowed',
-                                                                                     'llmkit/runtime/onnx_engine.py'),
                                             'llmkit.runtime.onnx_engine._load_cuda': ( '05_runtime/onnx_engine.html#_load_cuda',
                                                                                        'llmkit/runtime/onnx_engine.py'),
                                             'llmkit.runtime.onnx_engine._mismatch': ( '05_runtime/onnx_engine.html#_mismatch',

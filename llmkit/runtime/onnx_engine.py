@@ -9,7 +9,6 @@ __all__ = ['PROVIDERS', 'FOR_CUDA', 'LOG_SOFTMAX', 'TYPES', 'SHAPE', 'open_sessi
 # %% ../../nbs/05_runtime/07_onnx_engine.ipynb #7e1dbd28
 import contextlib
 import io
-import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..core.artifact import MANIFEST, open_artifact
+from ..core.cores import thread_limit
 from ..core.errors import KitError
 from ..core.files import read_object
 from ..core.plugins import need
@@ -32,13 +32,7 @@ PROVIDERS = {
     "cpu": ("CPUExecutionProvider", {}),
     "cuda": ("CUDAExecutionProvider", {"arena_extend_strategy": "kSameAsRequested"}),
 }
-FOR_CUDA = "pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'"
-
-
-def _allowed() -> int:
-    "Cores that this process may use, when those are not all; else 0, which ONNX Runtime takes for all."
-    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-    return 0 if mine == os.cpu_count() else mine
+FOR_CUDA = "make gpu in a clone, else pip uninstall -y onnxruntime onnxruntime-genai && pip install 'onnxruntime-gpu[cuda,cudnn]' onnxruntime-genai-cuda"  # fmt: skip
 
 
 def open_session(
@@ -56,7 +50,7 @@ def open_session(
     if device == "cuda":
         missing = _load_cuda(ort)
     so = ort.SessionOptions()
-    so.log_severity_level, so.intra_op_num_threads = 3, threads or _allowed()
+    so.log_severity_level, so.intra_op_num_threads = 3, threads or thread_limit()
     so.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
     try:
         what = graph if isinstance(graph, bytes) else str(graph)
