@@ -29,6 +29,8 @@ create table if not exists failures (rollout text, seq integer, n integer, error
 create table if not exists sources (source text primary key, seen integer not null);
 create table if not exists verdicts (digest text primary key, body text not null);
 create table if not exists hindrances (rollout text primary key, why text not null);
+create table if not exists looks (time real primary key);
+create table if not exists watched (rollout text primary key, time real not null);
 insert or ignore into hindrances select rollout, error from failures where seq = 0;
 delete from failures where seq = 0;
 """

@@ -24,7 +24,11 @@ class Fold:
 
     def plan(self, event: Event) -> tuple[RolloutState, tuple[Effect, ...], Evidence]:
         "What an event would lead to; nothing is changed. Raises `KitError` on a command that does not fit."
-        asks = self.state is not None and event["kind"] not in ("pause", "abort")  # those hold whatever was measured
+        asks = self.state is not None and event["kind"] not in (
+            "pause",
+            "abort",
+            "gap",
+        )  # those hold whatever was measured
         evidence = analyse(self.policy, self.state, self.window, event["time"]) if asks else Evidence()
         new, effects = reduce(self.policy, self.state, event, evidence)
         if new != self.state and self.state is not None:

@@ -16,11 +16,12 @@ from typing import Any
 
 from ..core.digests import short
 from ..core.errors import KitError
-from .controller import Controller, Keeper, Registry
+from .controller import Controller
 from .copies import Copies
 from .database import Unreadable
 from .drill import Drill, undrilled
 from .event import OF_VARIANTS
+from .keeper import Keeper, Registry
 from .loader import LOAD, Left, Loader, Overruled
 from .scrape import Scrape
 from .shadow import Mirror
@@ -156,7 +157,7 @@ def look(self: Live) -> None:
 
 def _take(self: Live, id: str, state: RolloutState) -> None:
     "Load what a rollout names, and route by it; what cannot be loaded ends it."
-    controller = self.coming = Controller(self.store, id, self.registry, self.clock, self.keeper)
+    controller = self.coming = Controller(self.store, id, self.registry, self.clock, self.keeper, attends=True)
     g = self.gateway
     have = {b.release: undrilled(b) for b in g.variants.values()}
     fresh: dict[str, Backend] = {}

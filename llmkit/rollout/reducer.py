@@ -191,6 +191,16 @@ def _displaced(s: RolloutState, e: Event) -> Next:
     fix = "Abort it, or make its baseline the champion again and resume"
     return replace(was, phase="Paused", paused_by="policy", stage=s.stage + 1, stage_since=now, step_since=now, deadline_from=now, reason=f"not promoted: {e['found']}. {fix}"), ()  # fmt: skip
 
+# %% ../../nbs/09_rollout/04_reducer.ipynb #731e6d39
+def _gap(s: RolloutState, e: Event) -> Next:
+    "Time that nobody saw counts for no minimum, no pause and no deadline; where the clock was set back, the step begins anew."
+    now, gap = e["time"], e["seconds"]
+    if s.finished:
+        return s, ()
+    if gap < 0:
+        return replace(s, stage=s.stage + 1, stage_since=now, step_since=now, deadline_from=now, looks=0, look_n=0), ()
+    return replace(s, step_since=min(now, s.step_since + gap), deadline_from=min(now, s.deadline_from + gap)), ()
+
 # %% ../../nbs/09_rollout/04_reducer.ipynb #4eb7215e
 def _follow(policy: RolloutPolicy, s: RolloutState, e: Event) -> Next:
     "The traffic has come to the analysis at a step; raises `KitError` when there is none."
@@ -204,7 +214,7 @@ def _follow(policy: RolloutPolicy, s: RolloutState, e: Event) -> Next:
 def reduce(
     policy: RolloutPolicy | None,  # None where it cannot be read: for an abort
     state: RolloutState | None,  # None before `start`
-    event: Event,  # "start" with id, model and releases; "tick"; "displaced", "follow"; or a command
+    event: Event,  # "start" with id, model and releases; "tick"; "displaced", "follow", "gap"; or a command
     evidence: Evidence = Evidence(),  # noqa: B008  frozen; nothing measured
 ) -> Next:
     "The next state, and what is to be done; raises `KitError` on a command that does not fit."
@@ -217,6 +227,8 @@ def reduce(
             raise KitError("no release for a variant of the policy", value=sorted(lost), remedy="Name one for each")
         new = RolloutState(event["id"], event["model"], dict(event["releases"]), policy.digest)
         return _enter(policy, new, 0, event, "")
+    if kind == "gap" and state is not None:
+        return _gap(state, event)
     if kind == "follow" and state is not None:
         return _follow(policy, state, event)
     if kind == "displaced" and state is not None:

@@ -137,8 +137,8 @@ class Texts:
         return found
 
     def expire(self, age: float) -> int:
-        "Delete texts that are older than so many seconds; gives how many."
-        return self.store.expire("texts", self.clock() - age)
+        "Delete texts that are older than so many seconds; gives how many. No jump of the clock takes away more than a day's."
+        return self.store.expire("texts", age, self.clock())
 
 # %% ../../nbs/08_serve/10b_samples.ipynb #55e551e0
 class Sampler:

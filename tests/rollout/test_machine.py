@@ -105,8 +105,9 @@ SEEN = set()
 class Machine(RuleBasedStateMachine):
     "A rollout with its log, its registry and its judge."
 
-    @initialize(section=policies())
-    def begin(self, section):
+    @initialize(section=policies(), attends=st.booleans())
+    def begin(self, section, attends):
+        self.attends = attends
         self.folder, self.now, self.n, self.sent, self.checked = Path(tempfile.mkdtemp()), 1e6, 0, 0, 0
         self.policy, self.registry, self.store = read_rollout(section), Registry(self.folder), Mortal(self.folder / "r.db")  # fmt: skip
         self.releases = {"baseline": "sha256:a", **{v: f"sha256:{v}" for v in self.policy.variants}}
@@ -120,7 +121,7 @@ class Machine(RuleBasedStateMachine):
         FATE.left = -1
         self.store.close()
         self.store = Mortal(self.folder / "r.db")
-        self.c = Controller(self.store, "r", self.registry, lambda: self.now)
+        self.c = Controller(self.store, "r", self.registry, lambda: self.now, attends=self.attends)
 
     def mortal(self, do, left):
         "Something that the process may not survive; what is refused is refused."

@@ -185,7 +185,7 @@ def test_a_version_that_was_deleted_meanwhile_stops_no_undo_and_no_other_rollout
 
 
 def test_an_undo_is_obeyed_while_the_registry_hangs(tmp_path, monkeypatch):
-    monkeypatch.setattr("llmkit.rollout.controller.SLOW", 0.3)
+    monkeypatch.setattr("llmkit.rollout.keeper.SLOW", 0.3)
     town, go = Town(tmp_path), threading.Event()
     usual, away = town.registry.move, Recorder(tmp_path / "registry.json")
 

@@ -162,7 +162,7 @@ def test_a_promotion_is_undone_while_the_registry_is_away(project, monkeypatch):
         raise OSError("nobody answers")
 
     with monkeypatch.context() as m:
-        m.setattr("llmkit.rollout.controller.registry_client", away)
+        m.setattr("llmkit.rollout.keeper.registry_client", away)
         assert commands.rollout_promote(full=True) == 4 and aliases(uri)["champion"] == 1
         m.setattr("llmkit.rollout.commands.versions", away)
         assert commands.rollout_undo() == 4
@@ -185,7 +185,7 @@ def test_no_rollout_begins_before_what_another_one_promised_is_done(project, mon
         raise OSError("nobody answers")
 
     with monkeypatch.context() as m:
-        m.setattr("llmkit.rollout.controller.registry_client", away)
+        m.setattr("llmkit.rollout.keeper.registry_client", away)
         assert commands.rollout_promote(full=True) == 4
         for order in (
             lambda: commands.rollout_start("bank-support", canary=three.release, id="c"),
