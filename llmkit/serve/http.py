@@ -23,9 +23,9 @@ from ..core.errors import KitError
 from ..core.plugins import need
 from .exchange import LARGE, Exchange, aside
 from .reply import DONE, Piece, sse
-from .scheduler import place_of
 from .store import unlocked
 from .wire import ApiError, read_body
+from .worker import place_of
 
 # %% ../../nbs/08_serve/12_http.ipynb #2449ef19
 log = logging.getLogger("llmkit.serve")

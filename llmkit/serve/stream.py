@@ -24,9 +24,9 @@ from ..core.errors import KitError
 from ..core.params import read_options
 from ..core.plugins import need
 from ..core.settings import load_settings
-from .batch import Places, Presence, answer_one, queue_for
 from .envelope import answer_event, dead_event, read_event
 from .gateway import Gateway
+from .patience import Places, Presence, answer_one, queue_for
 from .running import stops
 from .server import read_canaries
 from .stream_folder import Delivery, FolderSink, FolderSource, Lag

@@ -147,7 +147,7 @@ def test_an_answer_that_finds_no_room_leaves_no_half_line_before_the_next(monkey
         room[0] -= n
         return n
 
-    monkeypatch.setattr(batch.os, "write", nearly_full)
+    monkeypatch.setattr(os, "write", nearly_full)
     with pytest.raises(KitError, match="cannot write: No space left.*Free some space"):
         a.add({"custom_id": "q1", "response": {"body": "x" * 100}})
     room[0] = 1000  # somebody made some
