@@ -40,19 +40,27 @@ class Windows:
 
     def found(self) -> list[Found]:
         "The reports by family of the release in service, and its verdict."
-        memory, _, seen = self.latest()
+        return self.read()[0]
+
+    def families(self) -> list[Any]:
+        "Scores, thresholds, outcomes, the windows themselves, actions, and which releases are meant."
+        return self.read()[1]
+
+    def read(self) -> tuple[list[Found], list[Any]]:
+        "Both, of the same moment."
+        memory, serving, seen = self.latest()
+        still = unsettled(memory, serving) if memory else []
+        named = self.releases.families(seen, still)
+        families = [*_scores(seen), *_windows(seen), *_actions(memory, still), self._waiting(memory, serving), *named]
+        return self._reports(memory, seen), families
+
+    def _reports(self, memory: Memory | None, seen: Sequence[Seen]) -> list[Found]:
+        "The reports of the release in service, and the verdict on them."
         if not seen:
             return []
         w = seen[0]
         reports = memory.reports(w.release, w.number)
         return [*(Found(name, w.end, r) for name, r in reports.items()), Found("window", w.end, None, w.verdict)]
-
-    def families(self) -> list[Any]:
-        "Scores, thresholds, outcomes, the windows themselves, actions, and which releases are meant."
-        memory, serving, seen = self.latest()
-        still = unsettled(memory, serving) if memory else []
-        named = self.releases.families(seen, still)
-        return [*_scores(seen), *_windows(seen), *_actions(memory, still), self._waiting(memory, serving), *named]
 
     def _waiting(self, memory: Memory | None, serving: Sequence[str]) -> Any:
         "Since when requests of the release in service wait for a window."

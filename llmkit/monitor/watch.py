@@ -27,7 +27,7 @@ from .check import text_of
 from .decide import decide
 from .policy import MonitorPolicy, read_monitor
 from .state import RELEASES, WINDOWS, Action, Memory, Overview, Seen, database, overview
-from .window import Span, Window, answering, next_window, spans, waiting, watched
+from .window import Later, Span, Window, answering, next_window, same_log, spans, waiting, watched
 from ..release.ledger import actor
 from ..rollout.commands import open_registry, open_store
 from ..rollout.controller import Registry
@@ -51,6 +51,9 @@ class Monitor:
     clock: Callable[[], float] = time.time  # seconds since the epoch
     start: Callable[[Path], None] = launch  # carries a training request out
     spans: dict[str, Span] = field(default_factory=dict)  # release → its requests, as far as the log was read
+    later: dict[str, tuple[int, float, float, float]] = field(
+        default_factory=dict
+    )  # release → behind which event its next window begins, with how many requests it may be due, when that was found, after when it may be anyhow
     idle: set[str] = field(default_factory=set)  # releases that answer no more, with nothing left to be judged
 
 
@@ -110,8 +113,12 @@ def _window(m: Monitor, release: str, serving: Sequence[str]) -> Seen | None:
     "Decide the next window of a release, if it is due."
     stream, span = m.memory.stream(release), m.spans.get(release, Span(1, 0))
     number, after = stream.get("number", 0), stream.get("after", span.first - 1)
-    w = next_window(m.events, m.policy, release, number, after, m.clock(), max(span.last, after))
-    if w is None:
+    if _not_yet(m, release, after, span):
+        return None
+    now = m.clock()
+    w = next_window(m.events, m.policy, release, number, after, now, max(span.last, after))
+    if isinstance(w, Later):
+        m.later[release] = after, span.requests + w.requests, now, w.time
         if release not in serving and (span.last <= after or (not number and span.requests < m.policy.reference)):
             m.idle.add(release)
         return None
@@ -119,6 +126,13 @@ def _window(m: Monitor, release: str, serving: Sequence[str]) -> Seen | None:
     if m.memory.add(seen, reports, after, actions) and release in (serving or [release])[:1]:
         publish(m.latest, seen, reports)
     return seen
+
+
+def _not_yet(m: Monitor, release: str, after: int, span: Span) -> bool:
+    "Whether the last look at a release has said that this one is too early: its requests are not read anew for that."
+    behind, full, looked, late = m.later.get(release, (-1, 0, 0.0, 0.0))
+    same_log(m.events, after)
+    return behind == after and span.requests < full and looked <= m.clock() <= late
 
 
 def _texts(m: Monitor, w: Window, stream: Mapping) -> tuple[list[str], list[str]]:

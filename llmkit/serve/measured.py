@@ -85,6 +85,10 @@ class Live(Protocol):
     def found(self) -> Sequence[Found]: ...  # the latest of each name
     def families(self) -> list[Any]: ...  # further families of metrics
 
+    def read(self) -> tuple[Sequence[Found], list[Any]]:
+        "Both, for one scrape."
+        return self.found(), self.families()
+
 # %% ../../nbs/08_serve/09b_measured.ipynb #f3567fbe
 class Measured:
     "What a scrape reads of reports and verdicts."
@@ -163,7 +167,7 @@ def _live(self: Measured, out: Mapping[str, Any]) -> list:
     more = []
     for source, live in self.live.items():
         try:
-            found, families = live.found(), live.families()
+            found, families = live.read() if hasattr(live, "read") else Live.read(live)
         except (KitError, OSError, sqlite3.Error):
             out["bad"].add_metric([source], 1)
             continue

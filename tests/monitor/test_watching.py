@@ -671,6 +671,28 @@ def test_a_long_log_is_read_once_for_a_release_that_is_new(tmp_path, monkeypatch
     assert run_window(t.monitor, "sha256:b").requests == 180
 
 
+def test_a_window_that_waits_is_not_read_anew_at_every_look(tmp_path, monkeypatch):
+    from llmkit.monitor import window as module
+
+    t, read, real = Town(tmp_path), [], module._requests
+    monkeypatch.setattr(module, "_requests", lambda e, after, r, *x: read.append(r) or real(e, after, r, *x))
+    looks = lambda n: [run_window(t.monitor, "sha256:b") for _ in range(n)]
+    t.send(100), t.send(30, release="sha256:b")
+    assert looks(5) == [None] * 5 and read == ["sha256:b"]
+    t.send(149, release="sha256:b")  # one is missing
+    assert looks(5) == [None] * 5 and len(read) == 1
+    t.send(1, release="sha256:b")
+    t.now = t.events.since(0)[-1][1]["time"] + 1
+    assert looks(5) == [None] * 5 and len(read) == 2  # it waits for its labels
+    t.now -= 1e6  # a clock that is set back makes it look again
+    assert looks(2) == [None] * 2 and len(read) == 3
+    t.now += 1e6 + t.monitor.policy.label_lag
+    assert looks(1)[0].requests == 180
+    t.events.store.read("DELETE FROM sqlite_sequence")
+    with pytest.raises(KitError, match="is another log"):
+        looks(1)
+
+
 def test_the_hours_of_traffic_are_taken_from_the_log_by_their_time(tmp_path, monkeypatch, capsys):
     from llmkit.monitor import check
 
