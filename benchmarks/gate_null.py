@@ -19,6 +19,7 @@ from scipy import stats
 from scipy.special import ndtr, ndtri, stdtrit
 
 from llmkit.core.files import write_json
+from llmkit.evals.prevalence import Quality, corrected_rate
 from llmkit.gate.clusters import rate_interval
 from llmkit.gate.intervals import _few_counts, bootstrap, clopper_pearson, resample_mean, wilson
 from llmkit.gate.judge import _heavy
@@ -278,6 +279,27 @@ def clustered_rates_at_the_limit(times: int) -> Iterator[dict]:
             )
 
 
+ATTACKS = {  # documents, attacks on each, share that succeeds, and how alike the attacks on one document end
+    "50 e-mails of 4, a little alike": (50, 4, 0.2, 0.1),
+    "50 e-mails of 4": (50, 4, 0.2, 0.4),
+    "50 e-mails of 4, almost one": (50, 4, 0.2, 0.8),
+    "200 e-mails of 4, few succeed": (200, 4, 0.05, 0.4),
+}
+
+
+def attacks_on_documents(times: int) -> Iterator[dict]:
+    "Rates of attacks that cross documents, by their limit, corrected by a detector of which much is known: clusters count, or do not; a fifth of the evaluations."
+    detector = Quality(500, 500, 500, 500)
+    for name, (documents, each, share, alike) in ATTACKS.items():
+        by, rng, found = np.repeat(np.arange(documents), each), np.random.default_rng(0), np.zeros(4)
+        for _ in range(times // 5):
+            flags = _drawn(rng, [each] * documents, share, alike)
+            ends = [corrected_rate("x", flags, detector, "d", level=1 - 2 * ALPHA, clusters=c) for c in (by, None)]
+            found += [v for m in ends for v in (m.high <= share, m.low > share)]
+        row = {"attacks": name, "alike": alike, "limit": share}
+        yield row | dict(zip(("pass", "fail", "pass alone", "fail alone"), (found * 5 / times).tolist(), strict=True))
+
+
 def holm_over_fair_groups(times: int) -> Iterator[dict]:
     "Twenty groups that are all exactly at the limit: how often any of them fails, without and with Holm's adjustment."
     rng, limit, n = np.random.default_rng(1), 0.8, 100
@@ -301,8 +323,8 @@ def intervals_of_rates(times: int) -> Iterator[dict]:
         yield row | {"misses": float(counts[missed].sum() / times), "exact misses": float(counts[off].sum() / times)}
 
 
-PARTS = (at_the_margin, equal_models, equal_scores, means_at_the_margin, rare_losses, perplexities_at_the_limit, clusters_not_told, clusters_at_the_margin, clustered_means_at_the_margin, clustered_rates_at_the_limit, rates_at_the_limit, superiority_of_equals, holm_over_fair_groups, intervals_of_rates)  # fmt: skip
-ERRORS = {"at_the_margin": ("passes",), "means_at_the_margin": ("passes",), "rare_losses": ("passes",), "perplexities_at_the_limit": ("passes",), "superiority_of_equals": ("passes",), "rates_at_the_limit": ("pass", "fail"), "clusters_at_the_margin": ("passes",), "clustered_means_at_the_margin": ("passes",), "clustered_rates_at_the_limit": ("pass", "fail")}  # fmt: skip
+PARTS = (at_the_margin, equal_models, equal_scores, means_at_the_margin, rare_losses, perplexities_at_the_limit, clusters_not_told, clusters_at_the_margin, clustered_means_at_the_margin, clustered_rates_at_the_limit, attacks_on_documents, rates_at_the_limit, superiority_of_equals, holm_over_fair_groups, intervals_of_rates)  # fmt: skip
+ERRORS = {"at_the_margin": ("passes",), "means_at_the_margin": ("passes",), "rare_losses": ("passes",), "perplexities_at_the_limit": ("passes",), "superiority_of_equals": ("passes",), "rates_at_the_limit": ("pass", "fail"), "clusters_at_the_margin": ("passes",), "clustered_means_at_the_margin": ("passes",), "clustered_rates_at_the_limit": ("pass", "fail"), "attacks_on_documents": ("pass", "fail")}  # fmt: skip
 FOR_SHOW = ("bound: wilson", "surprises of a longer tail")  # rows that show what goes wrong
 
 

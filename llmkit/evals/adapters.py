@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..core.digests import digest_json, short
 from ..core.errors import KitError
 from ..core.files import cannot_read, read_json, read_jsonl, read_object, read_text
 from ..core.params import did_you_mean
@@ -102,7 +103,7 @@ def _bipia(n: int, mail: dict, key: str, said: str, marker: str, detector: str, 
         if not isinstance(mail.get(k), str):
             raise KitError("has no text", file=file, key=f"line {n + 1}.{k}", value=mail.get(k))
     head = {"name": "bipia-email", "detector": detector, "system": ""}
-    case = {"id": f"{n + 1}-{key}", "turns": [mail["question"]], "document": f"{mail['context']}\n{said}", "marker": marker, "echo": True}  # fmt: skip
+    case = {"id": f"{n + 1}-{key}", "turns": [mail["question"]], "document": f"{mail['context']}\n{said}", "marker": marker, "echo": True, "cluster": short(digest_json(mail["context"]))}  # fmt: skip
     return attack(case, head, f"line {n + 1}", file)
 
 # %% ../../nbs/06_evals/24_adapters.ipynb #ad7b8664

@@ -43,7 +43,7 @@ ENCODINGS: dict[str, Callable[[str], str]] = {
 
 # %% ../../nbs/06_evals/22_attacks.ipynb #b331fbc4
 _FILE = {"name": str, "version": int, "detector": str, "about": str, "max_tokens": int, "system": str, "cases": list[dict[str, Any]]}  # fmt: skip
-_CASE: dict[str, Any] = {"id": str, "turns": list[str], "marker": str, "document": str, "encoding": str, "payload": str, "echo": bool}  # fmt: skip
+_CASE: dict[str, Any] = {"id": str, "turns": list[str], "marker": str, "document": str, "encoding": str, "payload": str, "echo": bool, "cluster": str}  # fmt: skip
 
 
 def canary(
@@ -86,7 +86,8 @@ def attack(
     _check_marker(marker, system.replace(token, "") if token else system, given, head["detector"], key, file)
     said = [{"role": "system", "content": system}] if system else []
     said += [{"role": "user", "content": t} for t in turns]
-    return Item(f"{head['name']}/{given['id']}", tuple(said), marker, head["detector"], head["name"])
+    tied = f"{head['name']}/{given['cluster']}" if given.get("cluster") else ""
+    return Item(f"{head['name']}/{given['id']}", tuple(said), marker, head["detector"], head["name"], cluster=tied)
 
 # %% ../../nbs/06_evals/22_attacks.ipynb #fa20211e
 def _turns(case: Mapping[str, Any], key: str, file: str | Path | None) -> list[str]:

@@ -21,7 +21,7 @@ from .claims import ABSTAINED, HALLUCINATED, UNSUPPORTED, abstained, unsupported
 from .detect import DATA, Detector, detector_measurements
 from .prevalence import corrected_rate, exact_rate
 from .safety import converse
-from .suite import Item, Suite
+from .suite import Item, Suite, clusters_of
 from ..gate.intervals import bootstrap
 from ..runtime.engine import Engine
 from ..runtime.sampling import Sampling
@@ -53,7 +53,7 @@ def _item(head: Mapping, passage: Mapping, j: int, question: str, answer: str, l
     "A question with its passage."
     said = [{"role": "system", "content": head["system"]}] if head["system"] else []
     said.append({"role": "user", "content": f"{passage['text']}\n\nQuestion: {question}"})
-    return Item(f"{passage['id']}/{label}-{j + 1}", tuple(said), answer, label, passage["id"])
+    return Item(f"{passage['id']}/{label}-{j + 1}", tuple(said), answer, label, passage["id"], cluster=passage["id"])
 
 
 def _plain(text: str) -> str:
@@ -71,6 +71,7 @@ def grounding_table(
     return {
         "id": [i.id for i, _, _ in rows],
         "group": [i.group for i, _, _ in rows],
+        **clusters_of(suite.items),
         "answerable": [int(i.label == "answerable") for i, _, _ in rows],
         "unasked": [int(u) for _, _, u in rows],
         "abstained": [int(abstained(a)) for _, a, _ in rows],
@@ -131,12 +132,13 @@ def grounding_measurements(
     parts["answers"] = parts["unanswerable"] + parts["answerable"]
     parts["claims"] = [r for r in parts["answers"] if not r["abstained"]]
     tables = {n: {c: [r[c] for r in p] for c in table} for n, p in parts.items() if p}
-    out = [exact_rate("unasked_rate", table["unasked"], "")]
+    out = [exact_rate("unasked_rate", table["unasked"], "", clusters=table.get("cluster"))]
     for metric, part, column, better in _RATES:
         if part in tables:
-            out.append(exact_rate(metric, tables[part][column], f"{part}/{column}", direction=better))
-    if "answers" in tables:
-        out.append(corrected_rate("hallucination_rate", tables["answers"]["hallucinated"], scorer.quality(), str(scorer)))  # fmt: skip
+            t = tables[part]
+            out.append(exact_rate(metric, t[column], f"{part}/{column}", direction=better, clusters=t.get("cluster")))
+    if t := tables.get("answers"):
+        out.append(corrected_rate("hallucination_rate", t["hallucinated"], scorer.quality(), str(scorer), clusters=t.get("cluster")))  # fmt: skip
     return out, tables
 
 # %% ../../nbs/06_evals/30_grounding.ipynb #10146b6f

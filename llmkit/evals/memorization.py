@@ -88,11 +88,14 @@ def verbatim(
     least: int = 8,  # tokens that must remain; shorter answers are left out
 ) -> dict[str, list]:
     "The per-sample table of continuations that equal the record: 1 or 0 for each long enough answer."
-    cut = [(str(r["id"]), *answer_ids(engine.tokenizer, r["messages"])) for r in records]
-    cut = [(i, p, c) for i, p, c in cut if len(c) >= begun + least and len(p) + len(c) <= engine.info.context_length]
+    cut = [(r, *answer_ids(engine.tokenizer, r["messages"])) for r in records]
+    cut = [(r, p, c) for r, p, c in cut if len(c) >= begun + least and len(p) + len(c) <= engine.info.context_length]
     jobs = [Sampling(max_tokens=len(c) - begun) for _, _, c in cut]
     said = engine.generate([[*p, *c[:begun]] for _, p, c in cut], jobs)
-    return {"id": [i for i, _, _ in cut], "verbatim": [int(_same(a.tokens, c[begun:], engine)) for a, (_, _, c) in zip(said, cut, strict=True)]}  # fmt: skip
+    same = [int(_same(a.tokens, c[begun:], engine)) for a, (_, _, c) in zip(said, cut, strict=True)]
+    kept, tied = [r for r, _, _ in cut], any(r.get("cluster") for r in records)
+    by = {"cluster": [str(r.get("cluster") or r["id"]) for r in kept]} if tied else {}
+    return {"id": [str(r["id"]) for r in kept], **by, "verbatim": same}
 
 
 def _same(got: Sequence[int], wanted: Sequence[int], engine: Engine) -> bool:
@@ -125,7 +128,7 @@ def run_memorization(
         if t["id"]:
             tables[f"verbatim_{split}"] = t | {"split": [split] * len(t["id"])}
             better = "lower" if split == "train" else "none"
-            out.append(exact_rate("verbatim_rate", t["verbatim"], f"verbatim_{split}/verbatim", f"split={split}", better))  # fmt: skip
+            out.append(exact_rate("verbatim_rate", t["verbatim"], f"verbatim_{split}/verbatim", f"split={split}", better, clusters=t.get("cluster")))  # fmt: skip
     return out, tables
 
 # %% ../../nbs/06_evals/25_memorization.ipynb #8684d0c9

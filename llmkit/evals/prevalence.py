@@ -8,12 +8,13 @@ __all__ = ['exact_rate', 'exact_rates', 'Quality', 'rogan_gladen', 'melded', 'co
 # %% ../../nbs/06_evals/20_prevalence.ipynb #4916bcf0
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ..core.errors import KitError
 from ..core.report import Direction, Measurement
-from ..gate.clusters import rate_interval
+from ..gate.clusters import effective_items, rate_interval
 from ..gate.intervals import Interval, clopper_pearson, tail
 
 # %% ../../nbs/06_evals/20_prevalence.ipynb #6ae55add
@@ -40,12 +41,16 @@ def exact_rates(
     by: str = "family",  # column to slice by
     direction: Direction = "lower",
 ) -> list[Measurement]:
-    "A rate on everything and on every value of a column; nothing when the table is empty."
+    "A rate on everything and on every value of a column; nothing when the table is empty, clusters where it tells some."
     flags, parts, ref = np.asarray(table[column]), np.asarray(table[by]), f"{name}/{column}"
     if not len(flags):
         return []
-    each = [exact_rate(metric, flags[parts == p], ref, f"{by}={p}", direction) for p in sorted(set(parts.tolist()))]
-    return [exact_rate(metric, flags, ref, direction=direction), *each]
+    tied = np.asarray(table["cluster"]) if "cluster" in table else None
+
+    def of(rows: Any, slice: str) -> Measurement:
+        return exact_rate(metric, flags[rows], ref, slice, direction, clusters=None if tied is None else tied[rows])
+
+    return [of(slice(None), "all"), *(of(parts == p, f"{by}={p}") for p in sorted(set(parts.tolist())))]
 
 # %% ../../nbs/06_evals/20_prevalence.ipynb #b1625191
 @dataclass(frozen=True)
@@ -88,8 +93,8 @@ def rogan_gladen(
 
 # %% ../../nbs/06_evals/20_prevalence.ipynb #672d27b0
 def melded(
-    flagged: int,
-    n: int,
+    flagged: float,  # need not be whole where n is an effective number
+    n: float,
     quality: Quality,
     level: float = 0.95,  # confidence
     draws: int = 20_000,
@@ -106,12 +111,12 @@ def melded(
     return Interval(min(float(np.quantile(low, a)), least), max(float(np.quantile(high, 1 - a)), most), level, how)
 
 # %% ../../nbs/06_evals/20_prevalence.ipynb #17831539
-def _low(rng: np.random.Generator, k: int, n: int, draws: int) -> np.ndarray:
+def _low(rng: np.random.Generator, k: float, n: float, draws: int) -> np.ndarray:
     "Draws from the lower confidence distribution of a share."
     return rng.beta(k, n - k + 1, draws) if k else np.zeros(draws)
 
 
-def _high(rng: np.random.Generator, k: int, n: int, draws: int) -> np.ndarray:
+def _high(rng: np.random.Generator, k: float, n: float, draws: int) -> np.ndarray:
     "Draws from the upper one."
     return rng.beta(k + 1, n - k, draws) if k < n else np.ones(draws)
 
@@ -130,10 +135,12 @@ def corrected_rate(
     slice: str = "all",
     direction: Direction = "lower",
     level: float = 0.95,
+    clusters: Sequence | None = None,  # (n,) label of each item's cluster
 ) -> Measurement:
     "A rate corrected by its detector's sensitivity and specificity, with its interval."
     k, n = int(sum(flags)), len(flags)
     value = rogan_gladen(k / n, quality.sensitivity, quality.specificity, detector)
-    ci = melded(k, n, quality, level)
-    how = f"{ci.method}; {detector}: sensitivity {quality.hits}/{quality.positives}, specificity {quality.correct_rejections}/{quality.negatives}"
+    items, tied = effective_items(flags, clusters, tail(level))
+    ci = melded(items * (k / n) if tied else k, items if tied else n, quality, level)
+    how = f"{ci.method}{tied}; {detector}: sensitivity {quality.hits}/{quality.positives}, specificity {quality.correct_rejections}/{quality.negatives}"
     return Measurement(f"{metric}_corrected", value, n, ci.low, ci.high, level, direction, slice, method=how)

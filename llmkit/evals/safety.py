@@ -18,7 +18,7 @@ from ..data.privacy import find_pii, mask
 from .detect import DETECTORS, Detector, detector_measurements, refused
 from .languages import in_known_language
 from .prevalence import corrected_rate, exact_rate, exact_rates
-from .suite import Item, Suite
+from .suite import Item, Suite, clusters_of
 from ..runtime.engine import Engine
 from ..runtime.sampling import Sampling
 
@@ -68,6 +68,7 @@ def safety_table(
         "id": [i.id for i, _ in rows],
         "family": [i.group for i, _ in rows],
         "detector": [i.label for i, _ in rows],
+        **clusters_of(suite.items),
         "unasked": [int(r is None) for _, r in rows],
         "success": [int(r is not None and detectors[i.label].find("\n".join(r), _about(i))) for i, r in rows],
         "refused": [int(bool(r) and refused(r[-1])) for _, r in rows],
@@ -93,17 +94,18 @@ def safety_measurements(
     "Attack success, refusal and over-refusal with the tables behind them."
     asked = _where(table, lambda r: not r["unasked"])
     attacks, harmful = _where(asked, lambda r: r["detector"] != "refused"), _where(asked, lambda r: r["detector"] == "complied")  # fmt: skip
-    tables = {"probes": {c: list(table[c]) for c in ("id", "family", "unasked")}, "attacks": attacks, "harmful": harmful, "benign": _where(asked, lambda r: r["detector"] == "refused")}  # fmt: skip
+    tables = {"probes": {c: list(table[c]) for c in ("id", "family", "unasked", "cluster") if c in table}, "attacks": attacks, "harmful": harmful, "benign": _where(asked, lambda r: r["detector"] == "refused")}  # fmt: skip
     out = exact_rates("unasked_rate", tables["probes"], "unasked", "probes")[:1]
     out += exact_rates("attack_success_rate", attacks, "success", "attacks")
     out += corrected_families(attacks, detectors)
     if unread := asked.get("unread"):
-        out.append(exact_rate("unknown_language_rate", unread, ""))
+        out.append(exact_rate("unknown_language_rate", unread, "", clusters=asked.get("cluster")))
     for metric, part, better in (("refusal_rate", "harmful", "higher"), ("over_refusal_rate", "benign", "lower")):
         if flags := tables[part]["refused"]:
             d, unread = DETECTORS.load("refused"), tables[part].get("unread", [])
-            found = partial(exact_rate, metric, samples=f"{part}/refused", direction=better)
-            corrected = partial(corrected_rate, metric, quality=d.quality(), detector=str(d), direction=better)
+            how = {"direction": better, "clusters": tables[part].get("cluster")}
+            found = partial(exact_rate, metric, samples=f"{part}/refused", **how)
+            corrected = partial(corrected_rate, metric, quality=d.quality(), detector=str(d), **how)
             out += [_either_way(found, flags, unread), _either_way(corrected, flags, unread)]
     return out, {n: t for n, t in tables.items() if t["id"]}
 
@@ -123,7 +125,7 @@ def corrected_families(
     detectors: Mapping[str, Detector],  # by name
 ) -> list[Measurement]:
     "Each family's success as its detector's errors leave it; a rule reads this one."
-    return [corrected_rate("attack_success_rate", flags, detectors[d].quality(), str(detectors[d]), f"family={f}") for f, d, flags in _families(attacks, "success")]  # fmt: skip
+    return [corrected_rate("attack_success_rate", t["success"], detectors[d].quality(), str(detectors[d]), f"family={f}", clusters=t.get("cluster")) for f, d, t in _families(attacks)]  # fmt: skip
 
 
 def _where(table: Mapping[str, Sequence], keep) -> dict[str, list]:
@@ -132,11 +134,10 @@ def _where(table: Mapping[str, Sequence], keep) -> dict[str, list]:
     return {c: [r[c] for r in rows if keep(r)] for c in table}
 
 
-def _families(table: Mapping[str, Sequence], column: str) -> Iterator[tuple[str, str, list[int]]]:
-    "(family, detector, flags) of a table."
-    for key in sorted(set(zip(table["family"], table["detector"], strict=True))):
-        rows = zip(table["family"], table["detector"], table[column], strict=True)
-        yield *key, [v for f, d, v in rows if (f, d) == key]
+def _families(table: Mapping[str, Sequence]) -> Iterator[tuple[str, str, dict[str, list]]]:
+    "(family, detector, its rows) of a table."
+    for f, d in sorted(set(zip(table["family"], table["detector"], strict=True))):
+        yield f, d, _where(table, lambda r, key=(f, d): (r["family"], r["detector"]) == key)
 
 # %% ../../nbs/06_evals/23_safety.ipynb #9759dc31
 def judges_of(
@@ -162,7 +163,8 @@ def run_safety(
         raise KitError("two detectors for one family", key=mixed.group, value=[judged[mixed.group], mixed.label], remedy=fix)  # fmt: skip
     known = judges_of(suites, detectors)
     parts = [safety_table(s, converse(engine, s), known) for s in suites]
-    table = {c: [v for p in parts for v in p[c]] for c in parts[0]}
+    table = {c: [v for p in parts for v in p[c]] for c in parts[0] if c != "cluster"}
+    table |= clusters_of(i for s in suites for i in s.items)  # one column for all, where any family has some
     out, tables = safety_measurements(table, known)
     return out + detector_measurements(list(known.values())), tables
 

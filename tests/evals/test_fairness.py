@@ -231,7 +231,7 @@ def bbq_rows(seed=0, each=12):
             info = {f"ans{k}": people[o] for k, o in enumerate(order)}
             right = 2 if condition == "ambig" else int(rng.integers(2))
             names = [f"The {target[0]}", f"The {other[0]}", "Unknown"]
-            rows.append({"example_id": i, "question_index": "1", "question_polarity": polarity, "context_condition": condition, "category": category, "answer_info": info, "additional_metadata": {"stereotyped_groups": stereotyped}, "context": f"Case {i}: {target[0]} and {other[0]}.", "question": "Who was it?", **{f"ans{k}": names[o] for k, o in enumerate(order)}, "label": int(np.where(order == right)[0][0])})  # fmt: skip
+            rows.append({"example_id": i, "question_index": str(i), "question_polarity": polarity, "context_condition": condition, "category": category, "answer_info": info, "additional_metadata": {"stereotyped_groups": stereotyped}, "context": f"Case {i}: {target[0]} and {other[0]}.", "question": "Who was it?", **{f"ans{k}": names[o] for k, o in enumerate(order)}, "label": int(np.where(order == right)[0][0])})  # fmt: skip
     return rows
 
 
