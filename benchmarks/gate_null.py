@@ -22,9 +22,9 @@ from llmkit.core.files import write_json
 from llmkit.evals.prevalence import Quality, corrected_rate
 from llmkit.gate.clusters import rate_interval
 from llmkit.gate.intervals import _few_counts, bootstrap, clopper_pearson, resample_mean, wilson
-from llmkit.gate.judge import _heavy
 from llmkit.gate.paired import holm, mcnemar_better, paired_rates, paired_scores, score, skew_alpha
 from llmkit.gate.plan import pairs_needed, scores_needed
+from llmkit.gate.ratios import _heavy
 
 ALPHA, POWER = 0.05, 0.80
 
@@ -204,7 +204,7 @@ SURPRISES = {  # spread of the logarithm: of factors on each item's log-likeliho
 def perplexities_at_the_limit(times: int) -> Iterator[dict]:
     "Perplexities that are 1.10 times as high in the long run, by a rule of 1.10; and how many pass at 1.05, and of twins; a tenth of the evaluations."
     for name, draw in SURPRISES.items():
-        for n in (50, 200, 500):
+        for n in (30, 50, 200, 500):
             rng, found = np.random.default_rng(n), np.zeros(3)
             for _ in range(times // 10):
                 tokens = rng.poisson(20, n) + 2

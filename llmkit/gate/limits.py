@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['SHARE', 'QUANTILE', 'Unmeasured', 'find', 'judge_limit', 'rate_behind', 'refuse_beyond', 'refuse_disagreement',
-           'refuse_narrow', 'least_values', 'successes', 'number_text', 'slice_text', 'rule_result']
+           'refuse_narrow', 'paired_values', 'by_item', 'same_suite', 'least_values', 'successes', 'number_text',
+           'slice_text', 'rule_result']
 
 # %% ../../nbs/02_gate/05b_limits.ipynb #279b21e3
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -182,6 +184,58 @@ def refuse_narrow(
     if (1 - m.level) / 2 > r.alpha + 1e-9:
         fix = f"Measure it at {1 - 2 * r.alpha:.4g} at least, or raise the rule's alpha to {(1 - m.level) / 2:.4g}"
         raise KitError(f"the interval of {subject} {r.metric} is too narrow for alpha {r.alpha:g}: its level is {m.level:g}", remedy=fix)  # fmt: skip
+
+# %% ../../nbs/02_gate/05b_limits.ipynb #d7d4a615
+def paired_values(
+    report: Report,
+    m: Measurement,  # one of its measurements
+    extra: str | None = None,  # another column of the same table
+) -> dict[str, tuple[float, Any]]:
+    "id → (value, extra) behind a measurement, on its slice; raises `KitError`."
+    table = report.samples.get(m.samples.partition("/")[0], {}) if m.samples else {}
+    if not table or "id" not in table:
+        raise KitError(f"{report.subject} {m.metric} has no per-sample values with an id", remedy="Pair another metric")
+    key, _, want = m.slice.partition("=") if m.slice != "all" else ("id", "", None)
+    for col in (key, extra or "id"):
+        if col not in table:
+            raise KitError(f"{report.subject} has no column {col} beside {m.samples}", remedy=did_you_mean(col, table))
+    if odd := [i for i in table["id"] if isinstance(i, (list, dict))]:
+        raise KitError(f"an id of {report.subject} beside {m.samples} is no name", value=odd[0], remedy="Measure again")
+    rows = zip(table["id"], report.column(m.samples), table[key], table[extra or "id"], strict=True)
+    values = {i: (v, x) for i, v, k, x in rows if want is None or str(k) == want}
+    refuse_disagreement(report, m, [v for v, _ in values.values()])
+    return values
+
+
+def by_item(
+    r: Rule,
+    m: Measurement,  # the candidate's
+    ref: Measurement,  # the baseline's
+    reports: Mapping[str, Report],  # subject → report
+) -> tuple[list[float], list[float], list[str] | None]:
+    "The baseline's and the candidate's values of each item, and its cluster; raises `KitError` on other items."
+    told = "cluster" in reports[r.on].samples.get(m.samples.partition("/")[0], {})
+    column = r.cluster or ("cluster" if told else None)
+    new, old = paired_values(reports[r.on], m, column), paired_values(reports[r.against], ref)
+    if new.keys() != old.keys():
+        raise KitError(f"cannot be paired: {len(new.keys() ^ old.keys())} ids stand in only one of the two reports")
+    ids = sorted(new, key=str)
+    clusters = [str(new[i][1]) for i in ids] if column else None
+    return [old[i][0] for i in ids], [new[i][0] for i in ids], clusters
+
+
+def same_suite(
+    r: Rule,
+    reports: Mapping[str, Report],  # subject → report
+) -> None:
+    "Refuse to compare numbers of two suites, also of two under one name; raises `KitError`."
+    a, b = reports[r.on], reports[r.against]
+    fix = f"Measure {r.against} again, on {a.suite}"
+    if a.suite != b.suite:
+        raise KitError(f"{r.on} was measured by {a.suite} and {r.against} by {b.suite}", remedy=fix)
+    ours, theirs = (x.context.get("suite_digest") for x in (a, b))
+    if ours and theirs and ours != theirs:
+        raise KitError(f"{r.on} and {r.against} were measured by two suites that are both called {a.suite}", remedy=fix)
 
 # %% ../../nbs/02_gate/05b_limits.ipynb #02fc1a2d
 def _limit_needs(r: Rule, m: Measurement) -> int | None:

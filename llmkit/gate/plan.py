@@ -13,7 +13,7 @@ import numpy as np
 from scipy.special import bdtr, bdtrc, bdtrik, betainc, gammaln, nctdtr, ndtri, stdtrit, xlogy
 
 from ..core.errors import KitError
-from .paired import score, skew_alpha
+from .paired import FEW, score, skew_alpha
 
 # %% ../../nbs/02_gate/05_plan.ipynb #8ef47a75
 PairedTest = Literal["score", "mcnemar"]
@@ -83,7 +83,7 @@ def scores_needed(
     room = margin + difference
     if room <= 0:
         return None
-    n = max(2, math.ceil((ndtri(1 - alpha) + ndtri(power)) ** 2 * sd**2 / room**2))
+    n = max(FEW, math.ceil((ndtri(1 - alpha) + ndtri(power)) ** 2 * sd**2 / room**2))
     while sd and nctdtr(n - 1, room / sd * n**0.5, stdtrit(n - 1, 1 - skew_alpha(alpha, n))) > 1 - power:
         n += 1
     return n

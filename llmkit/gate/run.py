@@ -21,11 +21,12 @@ from ..core.params import load_params
 from ..core.ranges import check_ranges
 from ..core.report import Report, read_report, write_report
 from .clusters import design_effect
-from .judge import compare, judge, ratio_needed
+from .judge import compare, judge
 from .limits import find, least_values, rate_behind
 from .paired import Difference
 from .plan import about, interval_needed, pairs_needed, power_each, rate_needed, scores_needed
 from .policy import PAIRED, Policy, Rule, read_policy
+from .ratios import ENOUGH, PER, ratio_needed
 from .verdict import EXIT_CODES, Verdict, write_verdict
 
 # %% ../../nbs/02_gate/08_run.ipynb #2f978521
@@ -128,6 +129,7 @@ def plan_rule(
         return None, "no sampling error is counted"
     if r.test == "max_ratio":
         why = f"a true ratio of {r.limit - lead:.4g}"
+        why += f", and {ENOUGH} items, or clusters, at least" if r.metric in PER else ""
         return _measured_need(lambda: ratio_needed(r, reports or {}, lead, power), why, r, reports)
     value = r.limit + lead if r.test == "min" else r.limit - lead
     if r.bound == "interval":

@@ -16,8 +16,9 @@ import numpy as np
 
 from ..core.errors import KitError
 from ..core.report import Measurement, Report
-from .judge import LOGS, PER, judge, judge_rule, likelihoods, why_unpaired
+from .judge import judge, judge_rule
 from .policy import PAIRED, Rule, read_policy
+from .ratios import LOGS, PER, below, likelihoods
 
 # %% ../../nbs/02_gate/07_selftest.ipynb #7c96bf05
 def edit(
@@ -106,7 +107,7 @@ def plant(
         return {**reports, rule.on: _worse_samples(rule, report, other)}
     if rule.test != "max_ratio" and rule.bound != "interval" and (worse := _worse_rate(rule, report)):
         return {**reports, rule.on: worse}
-    if rule.test == "max_ratio" and rule.bound and rule.against in reports and why_unpaired(rule, reports) is None:
+    if rule.test == "max_ratio" and rule.bound and rule.against in reports and below(rule, reports)[0]:
         report = _dear_samples(rule, report)
     bad = {
         "min": 0.0 if rule.bound in ("clopper_pearson", "wilson") else rule.limit - abs(rule.limit) - 1,

@@ -191,11 +191,11 @@ def test_a_folder_that_lost_its_report_is_not_passed_over(folder, capsys):
 
 
 def test_a_ratio_is_resampled_once(folder, capsys, monkeypatch):
-    import llmkit.gate.judge as judge
+    import llmkit.gate.ratios as ratios
 
     calls = []
-    plain = judge.paired_scores
-    monkeypatch.setattr(judge, "paired_scores", lambda *a, **k: (calls.append(a), plain(*a, **k))[1])
+    plain = ratios.paired_scores
+    monkeypatch.setattr(ratios, "paired_scores", lambda *a, **k: (calls.append(a), plain(*a, **k))[1])
     table = [(i * 37 % 101) / 10 + 1 for i in range(60)]
     for subject, factor in (("engine", 1.0), ("merged", 1.01)):
         values = [v * factor + (i % 5) * 0.3 * (subject == "engine") for i, v in enumerate(table)]

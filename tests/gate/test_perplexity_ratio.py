@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from llmkit.core.report import Measurement, Report
-from llmkit.gate.judge import bound_ratio, judge_rule, ratio_needed
+from llmkit.gate.judge import judge_rule
 from llmkit.gate.policy import read_rule
+from llmkit.gate.ratios import ENOUGH, _heavy, below, bound_ratio, ratio_needed
 from llmkit.gate.run import plan_rule
 from llmkit.gate.selftest import selftest
 
@@ -141,3 +142,42 @@ def test_the_self_test_plants_a_dear_engine_in_its_items(metric):
     pair = {k: replace(v, measurements=(*v.measurements, nll)) for k, v in pair.items()}
     [bite] = selftest({"rules": [RULE | {"metric": metric}]}, pair)
     assert bite.bites, bite
+
+
+def test_few_items_let_no_perplexity_pass_and_the_plan_says_so():
+    "Ten items passed at the limit in up to 20 of 100 simulations, and a plan named seven of them."
+    rng = np.random.default_rng(8)
+    tokens, old, new = drawn(rng, 200, 1.01, 0.05)
+    pair = lambda n: {s: report(s, x[:n], tokens[:n]) for s, x in (("engine", new), ("merged", old))}
+    need, why = plan_rule(read_rule(RULE), lead=0.05, reports=pair(200))
+    assert need == ENOUGH and f"{ENOUGH} items, or clusters, at least" in why
+    for n, outcome in ((ENOUGH - 1, "inconclusive"), (ENOUGH, "pass")):
+        [found] = judge_rule(read_rule(RULE), pair(n))
+        assert found.outcome == outcome and (found.needs == ENOUGH or outcome == "pass"), found
+    ten = {s: report(s, np.repeat(x, 10), np.repeat(tokens, 10), [f"c{i // 10}" for i in range(2000)]) for s, x in (("engine", new), ("merged", old))}  # fmt: skip
+    assert plan_rule(read_rule(RULE), lead=0.05, reports=ten)[0] == 10 * ENOUGH
+
+
+def test_few_items_pass_too_often():
+    "Why there is a floor: an engine at its limit, on ten items whose losses have log-normal tails."
+    rng, passed = np.random.default_rng(10), 0
+    for _ in range(200):
+        tokens = rng.poisson(20, 10) + 2
+        old, most = 0.3 * tokens * rng.lognormal(-0.5, 1.0, 10), math.log(1.10) * tokens
+        new = old + most * rng.lognormal(-0.5, 1.0, 10)
+        passed += _heavy(new / tokens.mean(), (old + most) / tokens.mean(), 0.05, None).low >= 0
+    assert passed > 12
+
+
+def test_items_are_joined_once_for_a_rule(monkeypatch):
+    tokens, old, new = drawn(np.random.default_rng(8), 40, 1.08)
+    pair, calls = {"engine": report("engine", new, tokens), "merged": report("merged", old, tokens)}, []
+    import llmkit.gate.ratios as ratios
+
+    kept = ratios.likelihoods
+    monkeypatch.setattr(ratios, "likelihoods", lambda *a: calls.append(a) or kept(*a))
+    for reports in (pair, {**pair, "merged": replace(pair["merged"], samples={})}):
+        calls.clear()
+        [found] = judge_rule(read_rule(RULE), reports)
+        assert found.outcome == "inconclusive" and len(calls) == 2
+    assert below(read_rule(RULE), reports) == (None, "merged keeps no log-likelihoods of its items")
