@@ -239,7 +239,8 @@ def golden(
     positions: int = 3,  # tokens of the answer whose rankings it keeps
 ) -> Report:
     "What the engine says otherwise than the last release did on golden prompts that it did not learn, beyond that release's own noise."
-    return replace(since_release(folder, engine, around.seed, around.dataset), subject="golden_engine")
+    ends = around.questions.think_end_token if around.questions else ""
+    return replace(since_release(folder, engine, around.seed, around.dataset, ends), subject="golden_engine")
 
 
 def load(

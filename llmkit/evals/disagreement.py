@@ -75,9 +75,10 @@ def record_golden(
     ranked = hasattr(engine, "forward") and same and all(r["top"] for r in known.values())
     n, rows = next((len(r["top"][0]) for r in known.values() if ranked), n), []
     for item, answer in zip(suite.items, ask(engine, suite), strict=True):
-        key, said = prompt_digest(item.messages), predicted_label(answer.text)
+        text, unclosed = suite.read(answer.text, answer.finish)
+        key, said = prompt_digest(item.messages), predicted_label(text)
         path = (known[key]["path"] if known else answer.tokens[:positions]) if ranked else []
-        rows.append({"id": key, "tokenizer": engine.tokenizer.digest, "label": item.label, "said": said, "correct": int(said == item.label), "answer": answer.text, "path": path, "top": [], "logprob": [], **({"cluster": item.cluster} if item.cluster else {})})  # fmt: skip
+        rows.append({"id": key, "tokenizer": engine.tokenizer.digest, "label": item.label, "said": said, "correct": int(said == item.label), "answer": text, "path": path, "top": [], "logprob": [], **({"cluster": item.cluster} if item.cluster else {}), **({"unclosed": unclosed} if suite.think_end_token else {})})  # fmt: skip
     if not ranked:
         return rows
     prompts = [engine.tokenizer.chat(list(i.messages)) for i in suite.items]
@@ -146,4 +147,5 @@ def _answers(g: Mapping[str, Any], o: Mapping[str, Any]) -> dict[str, Any]:
         "right": int(g["correct"]),
         "was": g["said"],
         "became": o["said"],
+        **({"unclosed": o["unclosed"]} if "unclosed" in o else {}),
     }

@@ -56,6 +56,8 @@ def evaluate(
             measured += more
         if overlaps := set(suite.scorers) & {"rouge_l", "token_f1"}:
             tables["task"]["reference"] = [i.answer for i in suite.items]
+            if any(i.references for i in suite.items):
+                tables["task"]["references"] = [[*i.accepted] for i in suite.items]
             by = ("group", "label") if _labelled(suite) else ("group",)
             measured += overlap_measurements(tables["task"], overlaps, by, seed=seed)
     if "choice" in suite.scorers:

@@ -82,21 +82,22 @@ def normal_match(answer: str, reference: str) -> int:
 
 # %% ../../nbs/06_evals/02b_overlap.ipynb #492171a4
 def overlap_measurements(
-    table: dict[str, list],  # the task's, with answer and reference; gains a column for each score
+    table: dict[str, list],  # the task's, with answer and reference, or references; gains a column for each score
     scorers: Sequence[str],  # of "rouge_l" and "token_f1"
     by: Sequence[str] = ("group", "label"),  # columns to slice by
     seed: int = 0,  # of the bootstrap
 ) -> list[Measurement]:
-    "The overlap of answers with their references."
-    pairs, out = list(zip(table["answer"], table["reference"], strict=True)), []
+    "The overlap of answers with their references; where there are several, with the one that fits best."
+    right = table.get("references") or [[r] for r in table["reference"]]
+    pairs, out = list(zip(table["answer"], right, strict=True)), []
     if "rouge_l" in scorers:
-        refuse_unseen(table["reference"])
+        refuse_unseen([r for rs in right for r in rs])
     for name, score in (("rouge_l", rouge_l), ("token_f1", token_f1)):
         if name in scorers:
-            table[name] = [score(*p) for p in pairs]
+            table[name] = [max(score(a, r) for r in rs) for a, rs in pairs]
             out += _sliced(name, table, by, seed)
     if "token_f1" in scorers:
-        table["normal_match"] = [normal_match(*p) for p in pairs]
+        table["normal_match"] = [max(normal_match(a, r) for r in rs) for a, rs in pairs]
         out.append(rate("normal_match", table["normal_match"], "task/normal_match", clusters=table.get("cluster")))
     return out
 

@@ -47,6 +47,9 @@ def regression_report(
         out.append(mean_score(f"{m}_noise", noise[m], f"noise/{m}", direction="none", seed=seed, clusters=by))
         out.append(mean_difference(f"{m}_excess", found[m], noise[m], direction="lower", clusters=by, seed=seed))
     out += rate_measurements(found, noise)
+    if "unclosed" in found:
+        m = exact_rate("reasoning_unclosed_rate", found["unclosed"], "golden/unclosed", clusters=by)
+        out.append(replace(m, method=f"{m.method}; {found['unclosed'].count(0)} answers were read from the end of their reasoning"))  # fmt: skip
     context: dict[str, Any] = {"prompts": len(golden)}
     if not _breakable(found):
         why = f"only {sum(found['right'])} of {len(golden)} golden prompts were answered with their label before, which leaves next to nothing to break"
@@ -122,7 +125,7 @@ def _twice(engine: EngineBase, suite: Suite, n: int, positions: int) -> tuple[li
     return gold, record_golden(in_other_batches(engine), suite, golden=gold)
 
 # %% ../../nbs/06_evals/10_regression.ipynb #5289e18e
-_ROW = {"id": str, "tokenizer": str, "label": str, "said": str, "correct": int, "answer": str, "path": list[int], "top": list[list[int]], "logprob": list[list[float]], "cluster": str}  # fmt: skip
+_ROW = {"id": str, "tokenizer": str, "label": str, "said": str, "correct": int, "answer": str, "path": list[int], "top": list[list[int]], "logprob": list[list[float]], "cluster": str, "unclosed": int}  # fmt: skip
 
 
 def keep_golden(
@@ -181,7 +184,7 @@ def _rows(file: Path, kinds: Mapping[str, Any]) -> list[dict]:
     "The rows of a recording; raises `KitError` that names the line."
     try:
         rows = [
-            check_section(r, dict(kinds), f"line {i}", file, optional={"cluster"})
+            check_section(r, dict(kinds), f"line {i}", file, optional={"cluster", "unclosed"})
             for i, r in enumerate(read_jsonl(file), 1)
         ]
     except ParamsError as e:
@@ -217,6 +220,7 @@ def since_release(
     dataset: str
     | Path
     | None = None,  # folder with the splits that the candidate was made from; without train.jsonl, nothing is left out
+    think_end_token: str = "",  # where the candidate's reasoning ends; the release's answers were read when they were kept
 ) -> Report:
     "Compare an engine with what a release said, beyond the noise of that release, on prompts that the engine did not learn."
     g = open_golden(folder)
@@ -229,7 +233,7 @@ def since_release(
         report = Report("regression", candidate.info.digest, str(g.suite))
     else:
         few = _without(g, learnt)
-        new = record_golden(candidate, few.suite, golden=few.rows)
+        new = record_golden(candidate, replace(few.suite, think_end_token=think_end_token), golden=few.rows)
         report = regression_report(few.rows, few.again, new, str(g.suite), candidate.info.digest, seed=seed)
     context["suite_digest"] = digest_json([g.engine, [r["id"] for r, x in zip(g.rows, learnt, strict=True) if not x]])
     report = replace(report, context={**report.context, **context})

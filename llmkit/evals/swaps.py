@@ -109,8 +109,9 @@ def swap_table(
     asked = [replace(x, id=f"{n}") for n, x in enumerate(x for _, _, v in jobs for x in v if x is not None)]
     if not asked:
         raise KitError("no item changes on any axis", key="axes", value=[a.name for a in axes], remedy="Use other axes")
-    short = replace(suite, items=tuple(asked), stop=(*suite.stop, ":"))  # the label is all that is read
-    said = iter(predicted_label(a.text) for a in ask(engine, short))
+    stop = (*suite.stop, *([] if suite.think_end_token else [":"]))  # the label is all that is read
+    short = replace(suite, items=tuple(asked), stop=stop)
+    said = iter(predicted_label(suite.read(a.text, a.finish)[0]) for a in ask(engine, short))
     rows = [(axis, i, [None if x is None else next(said) for x in v]) for axis, i, v in jobs]
     return {
         "id": [f"{i.id}/{axis}" for axis, i, _ in rows],

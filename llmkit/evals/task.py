@@ -7,7 +7,9 @@ __all__ = ['CONFIDENCE', 'ask', 'label_confidence', 'answer_table', 'f1_by_label
            'sliced', 'worst_group', 'refusals', 'task_measurements', 'macro_f1']
 
 # %% ../../nbs/06_evals/02_task.ipynb #f7c29714
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import isnan
 from typing import Any
 
@@ -48,10 +50,19 @@ CONFIDENCE = "probability of the generated label's tokens, end of label included
 def label_confidence(
     tokenizer: Any,
     completion: Completion,
+    after: str = "",  # where a preamble of reasoning ends
 ) -> float:
-    "The probability of the label in an answer; not a number where the engine tells no log-probabilities."
-    k = next((k for k in range(1, len(completion.tokens)) if _ended(tokenizer.decode(completion.tokens[:k]))), None)
-    return float(np.exp(sum(completion.logprobs[:k])))
+    "The probability of the label in an answer, given its reasoning; not a number where the engine tells no log-probabilities."
+    tokens, begin = completion.tokens, _begins(tokenizer, completion, after) if after else 0
+    k = next((k for k in range(begin + 1, len(tokens)) if _ended(tokenizer.decode(tokens[begin:k]))), None)
+    return float(np.exp(sum(completion.logprobs[begin:k])))
+
+
+def _begins(tokenizer: Any, completion: Completion, after: str) -> int:
+    "The number of tokens up to the last occurrence of a text."
+    many = completion.text.count(after)
+    seen = lambda k: tokenizer.decode(completion.tokens[:k]).count(after)
+    return bisect_left(range(len(completion.tokens) + 1), many, key=seen) if many else 0
 
 
 def _ended(text: str) -> bool:
@@ -65,9 +76,11 @@ def answer_table(
     tokenizer: Any,
 ) -> dict[str, list]:
     "The per-sample table of a task: one row for each item; confidences only where every answer has one, clusters where records have some."
-    said, known = [predicted_label(a.text) for a in answers], {i.label for i in suite.items}
-    sure = [label_confidence(tokenizer, a) for a in answers]
+    texts, open_ = zip(*(suite.read(a.text, a.finish) for a in answers), strict=True)
+    said, known = [predicted_label(t) for t in texts], {i.label for i in suite.items}
+    sure = [label_confidence(tokenizer, a, suite.think_end_token) for a in answers]
     pairs = list(zip(suite.items, answers, said, strict=True))
+    thought = {"unclosed": [*open_], "reasoning": [a.text.removesuffix(t) for a, t in zip(answers, texts, strict=True)]}
     return {
         "id": [i.id for i, _, _ in pairs],
         "group": [i.group for i, _, _ in pairs],
@@ -76,12 +89,13 @@ def answer_table(
         "predicted": said,
         "correct": [int(p == i.label) for i, _, p in pairs],
         "unknown": [int(p not in known) for p in said],
-        "empty": [int(not a.text.strip()) for _, a, _ in pairs],
+        "empty": [int(not t.strip()) for t in texts],
         "truncated": [int(a.finish == "length") for _, a, _ in pairs],
-        "exact": [int(a.text.strip() == i.answer.strip()) for i, a, _ in pairs],
+        "exact": [int(t.strip() in {r.strip() for r in i.accepted}) for i, t in zip(suite.items, texts, strict=True)],
         **({} if any(map(isnan, sure)) else {"confidence": sure}),
         "tokens": [len(a.tokens) for a in answers],
-        "answer": [a.text for a in answers],
+        **(thought if suite.think_end_token else {}),
+        "answer": [*texts],
     }
 
 # %% ../../nbs/06_evals/02_task.ipynb #790d8af8
@@ -236,6 +250,9 @@ def task_measurements(
     for metric, column in (("empty_answer_rate", "empty"), ("truncated_answer_rate", "truncated")):
         if column in table:  # tables of older kits have not all of them
             out.append(rate(metric, table[column], f"task/{column}", direction="lower", clusters=clusters))
+    if "unclosed" in table:
+        m = rate("reasoning_unclosed_rate", table["unclosed"], "task/unclosed", direction="lower", clusters=clusters)
+        out.append(replace(m, method=f"{m.method}; {table['unclosed'].count(0)} answers were read from the end of their reasoning"))  # fmt: skip
     if "label" in scorers:
         right = sliced("accuracy", table, "correct")
         unknown = rate("unknown_label_rate", table["unknown"], "task/unknown", direction="lower", clusters=clusters)

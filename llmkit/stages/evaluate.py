@@ -47,6 +47,7 @@ def run(
     version: int,  # of the questions and of how they are asked
     limit: int | None,  # the first so many of the test split; null for all
     max_tokens: int,  # of an answer
+    think_end_token: str | None,  # where a preamble of reasoning ends; null for none
     scorers: list[
         str
     ],  # what is measured: label, exact, language, calibration, refusal, temperature, rouge_l, token_f1, choice
@@ -71,6 +72,7 @@ def run(
         require_parent(parts[child], role, parts[role])
     rows = read_jsonl(parts["dataset"] / "test.jsonl")
     how = {"suite": suite, "version": version, "limit": limit, "max_tokens": max_tokens, "scorers": scorers}
+    how["think_end_token"] = think_end_token
     questions = task_suite(how, rows)
     recipe = {"suite": str(questions), "suite_digest": questions.digest, "batch_size": batch_size, "seed": seed}
     with build(MAKES["report"], "report", parts, recipe) as folder:
