@@ -128,7 +128,7 @@ def evaluate_cached(
 
 
 PACKAGES = ("core", "gate", "data", "model", "runtime", "evals")  # of the kit: whose code can change a report
-LIBRARIES = ("numpy", "scipy", "onnxruntime", "onnxruntime-genai", "torch", "transformers", "tokenizers")
+LIBRARIES = ("numpy", "scipy", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda", "torch", "transformers", "tokenizers")  # fmt: skip
 
 
 def evaluation_digest(

@@ -10,7 +10,6 @@ __all__ = ['METRICS', 'FRONT', 'LIMITS', 'read_precision', 'Candidate', 'measure
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -266,7 +265,8 @@ def tradeoff(
     rows = read_jsonl(Path(dataset) / "test.jsonl")
     scorers = ("label", "language", "calibration")
     questions = make_suite("tradeoff", 1, rows, limit or None, max_tokens=32, scorers=scorers)
-    built = [open_artifact(model).digest, device, method, version("onnxruntime-genai")]  # what engines depend on
+    library = need("onnxruntime_genai").__version__
+    built = [open_artifact(model).digest, device, method, library]  # what engines depend on
     where = Path(out) / short(digest_json(built), 12)
     found = []
     for name in precisions.split(","):
