@@ -64,8 +64,8 @@ def receiver(take):
 
 
 def needs(*programs):
-    "Skip where a program is not installed, and say which package brings it."
-    missing = [p for p in programs if not shutil.which(p)]
+    "Skip where a program is not installed (`a|b`: one of them), and say which package brings it."
+    missing = [p for p in programs if not any(map(shutil.which, p.split("|")))]
     return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)} (tools/system.sh)")
 
 

@@ -45,7 +45,7 @@ return [...document.querySelectorAll('main *, header *')].filter(e => e.checkVis
 """
 
 
-@needs("chromedriver", "chromium")
+@needs("chromedriver", "chromium|google-chrome")
 def test_a_rollout_changes_under_the_readers_eyes(town, tmp_path):  # noqa: F811
     with town.server() as t, dash(t) as url, browser(tmp_path) as page:
         page.size(390, 844)
@@ -116,7 +116,7 @@ def crowd(folder):
     write_verdict(verdict, folder / "gate")
 
 
-@needs("chromedriver", "chromium")
+@needs("chromedriver", "chromium|google-chrome")
 def test_on_a_phone_nothing_is_cut_and_only_boxes_scroll(town, tmp_path):  # noqa: F811
     with town.server() as t, dash(t) as url, browser(tmp_path) as page:
         t.begin(id="promotion-of-the-quantized-release-of-november-for-all-retail-customers-of-the-bank")
@@ -146,7 +146,7 @@ def test_on_a_phone_nothing_is_cut_and_only_boxes_scroll(town, tmp_path):  # noq
         assert scroll <= inner == 360 and not out, out[:5]
 
 
-@needs("chromedriver", "chromium")
+@needs("chromedriver", "chromium|google-chrome")
 def test_with_keys_nothing_is_shown_without_one(town, tmp_path):  # noqa: F811
     keys = Keys(tmp_path / "keys.db")
     admin, user = keys.create("ops", ("admin",))[0], keys.create("app")[0]
@@ -168,7 +168,7 @@ def test_with_keys_nothing_is_shown_without_one(town, tmp_path):  # noqa: F811
         assert admin not in page.run("return document.documentElement.outerHTML")
 
 
-@needs("chromedriver", "chromium")
+@needs("chromedriver", "chromium|google-chrome")
 def test_a_page_whose_server_is_gone_says_since_when(town, tmp_path):  # noqa: F811
     with browser(tmp_path) as page:
         with dash(town) as url:
