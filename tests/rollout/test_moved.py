@@ -10,7 +10,7 @@ from llmkit.core.errors import KitError
 from llmkit.release.ledger import read_ledger
 from llmkit.release.registry import register, registry_client, versions
 from llmkit.release.release import Release
-from llmkit.rollout import commands, controller
+from llmkit.rollout import commands, keeper
 from llmkit.rollout.controller import Controller, MlflowRegistry
 
 URI, NAME = "sqlite:///mlflow.db", "bank-support"
@@ -83,7 +83,7 @@ def test_an_undo_leaves_a_champion_that_was_moved_since(under_way, to, capsys):
 @pytest.mark.parametrize("dies", ["before previous", "before champion", "before its line", "after it"])
 def test_a_promotion_that_died_half_way_is_finished_and_not_refused(under_way, dies, monkeypatch):
     c, seen = under_way, []
-    done = controller.append_ledger
+    done = keeper.append_ledger
 
     def ledger(*args):
         seen.append(args[2])
@@ -97,7 +97,7 @@ def test_a_promotion_that_died_half_way_is_finished_and_not_refused(under_way, d
         done(*args)
 
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(controller, "append_ledger", ledger)
+        m.setattr(keeper, "append_ledger", ledger)
         if dies == "before previous":
             m.setattr(MlflowRegistry, "move", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         c.command("promote", full=True)
@@ -112,7 +112,7 @@ def test_users_are_split_as_before_and_the_server_goes_on(town):  # noqa: F811
 
     def move(effect):
         if theirs.is_set():
-            raise controller.Displaced("version 3 is champion by now")
+            raise keeper.Displaced("version 3 is champion by now")
         usual(effect)
 
     town.registry.move = move

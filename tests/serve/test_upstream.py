@@ -13,7 +13,7 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
-import llmkit.serve.batch as batch
+import llmkit.serve.patience as patience
 from llmkit.core.errors import KitError
 from llmkit.runtime.dummy import DummyEngine
 from llmkit.serve.batch import Line, run_batch
@@ -93,10 +93,10 @@ def test_a_batch_waits_for_a_mock_upstream_that_is_busy(monkeypatch):
         lines = (Line(i, f"q{i}", "completion", {"prompt": "x"}) for i in range(1, 21))
         return await run_batch(lines, bank, lambda a: None, lambda e: None)
 
-    monkeypatch.setattr(batch.asyncio, "sleep", soon)
+    monkeypatch.setattr(patience.asyncio, "sleep", soon)
     tally = asyncio.run(run())
     assert (tally.answered, tally.errors, len(asked)) == (20, 0, 60) and waits and min(waits) == 7
-    monkeypatch.setattr(batch, "BUSY", 5.0)  # sooner than it wants to be asked again
+    monkeypatch.setattr(patience, "BUSY", 5.0)  # sooner than it wants to be asked again
     asked.clear()
     assert asyncio.run(run()).errors > 0
 
