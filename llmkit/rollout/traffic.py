@@ -128,7 +128,15 @@ def _rate(arm: Arm, liked: np.ndarray) -> None:
         arm.means["user_satisfaction"] = add(arm.means.get("user_satisfaction", Running()), float(x))
 
 
-def strangers(fold: Fold, asked: int, arms: Mapping[str, Traffic], cells: Mapping[str, Sequence[np.ndarray]], kinds: Sequence[str], now: float, rng) -> int:  # fmt: skip
+def strangers(
+    fold: Simulated,
+    asked: int,  # requests of all arms
+    arms: Mapping[str, Traffic],  # variant → its traffic; "canary" for those that are not named
+    cells: Mapping[str, Sequence[np.ndarray]],  # variant → for each stratum the chance of each latency bucket
+    kinds: Sequence[str],  # of TIMES: which are counted
+    now: float,  # seconds since the epoch
+    rng: np.random.Generator,
+) -> int:
     "Requests of users who are alike; gives how many the candidates answered."
     shares = fold.state.weights
     counts = rng.multinomial(asked, [p / 100 for p in shares.values()])
@@ -159,7 +167,15 @@ class People:
             self.shares[t, key] = betaincinv(mean * size, (1 - mean) * size, u) if differ else np.full(len(u), mean)
         return self.shares[t, key]
 
-    def arrive(self, fold: Fold, n: int, medians: Sequence[float], slower: float, kinds: Sequence[str], now: float) -> int:  # fmt: skip
+    def arrive(
+        self,
+        fold: Simulated,
+        n: int,  # requests of all arms
+        medians: Sequence[float],  # of each stratum, in medians of the arm
+        slower: float,  # the candidates' latency, in baselines
+        kinds: Sequence[str],  # of TIMES: which are counted
+        now: float,  # seconds since the epoch
+    ) -> int:
         "n requests of all arms; gives how many the candidates answered."
         w, s, rng = fold.window, fold.state, self.rng
         if s.stage != self.stage:

@@ -24,7 +24,7 @@ def table(obj: object) -> str:
     head = re.split(r'\n *"', inspect.getsource(obj))[0] if inspect.isfunction(obj) else ""
     for name, text in re.findall(r"^ +\*\*(\w+)\b[^#\n]*# *(.+)$", head, re.M):  # docments takes it for the result's
         docs = {k: v for k, v in docs.items() if v != text} | {f"**{name}": text}
-    words = {k: re.sub(r"(# *)?\bnoqa(: *[A-Z]+\d+)?", "", v).strip() for k, v in docs.items()}
+    words = {k: re.sub(r"(# *)?\b(noqa(: *[A-Z]+\d+)?|fmt: skip)", "", v).strip() for k, v in docs.items()}
     rows = [f"| `{k}` | {' '.join(v.split()).replace('|', chr(92) + '|')} |" for k, v in words.items() if v]
     return "\n".join(["| name | meaning |", "|:--|:--|", *rows]) if rows else ""
 
