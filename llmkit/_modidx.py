@@ -1371,6 +1371,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'llmkit/gate/sequential.py')},
             'llmkit.gate.sequential_quantiles': { 'llmkit.gate.sequential_quantiles._both': ( '02_gate/sequential_quantiles.html#_both',
                                                                                               'llmkit/gate/sequential_quantiles.py'),
+                                                  'llmkit.gate.sequential_quantiles._excuse': ( '02_gate/sequential_quantiles.html#_excuse',
+                                                                                                'llmkit/gate/sequential_quantiles.py'),
                                                   'llmkit.gate.sequential_quantiles._harm_capital': ( '02_gate/sequential_quantiles.html#_harm_capital',
                                                                                                       'llmkit/gate/sequential_quantiles.py'),
                                                   'llmkit.gate.sequential_quantiles._quantile_capital': ( '02_gate/sequential_quantiles.html#_quantile_capital',

@@ -83,7 +83,7 @@ def quantile_ratio(
     alpha: float = 0.05,  # chance that the true ratio is ever outside
 ) -> Gap:
     "The confidence sequence of candidate over baseline quantile, stratified."
-    pairs, n, m, value = _both(baseline, candidate, q)
+    pairs, n, m, _, value = _both(baseline, candidate, q)
     steps = round(np.log(value) / np.log(GROWTH))
     middle = steps if abs(steps) >= _FAR else 0
     up = down = np.zeros(2 * _SPAN)
@@ -97,12 +97,13 @@ def quantile_ratio(
     return Gap(value, low, high, alpha, m, n, f"order-statistic confidence sequence, strata: {len(pairs)}")
 
 
-def _both(baseline: Mapping[str, np.ndarray], candidate: Mapping[str, np.ndarray], q: float) -> tuple[list, int, int, float]:  # fmt: skip
-    "Counts of both arms in each stratum that both have, requests of each arm there, and the ratio as observed."
+def _both(baseline: Mapping[str, np.ndarray], candidate: Mapping[str, np.ndarray], q: float) -> tuple[list, int, int, list[float], float]:  # fmt: skip
+    "Counts of both arms in each stratum that both have, requests of each arm there, and the ratio as observed in each and in all."
     pairs = [(baseline[k], c) for k, c in candidate.items() if c.any() and k in baseline and baseline[k].any()]
     n, m = (int(sum(pair[i].sum() for pair in pairs)) for i in (0, 1))
-    logs = [c.sum() * np.log(bucket_quantile(c, q) / bucket_quantile(b, q)) for b, c in pairs]
-    return pairs, n, m, float(np.exp(sum(logs) / m)) if m else 1.0
+    each = [bucket_quantile(c, q) / bucket_quantile(b, q) for b, c in pairs]
+    logs = [c.sum() * np.log(r) for (_, c), r in zip(pairs, each, strict=True)]
+    return pairs, n, m, each, float(np.exp(sum(logs) / m)) if m else 1.0
 
 
 def _quicker(counts: np.ndarray, k: int) -> np.ndarray:
@@ -136,18 +137,20 @@ def _slower(bets: np.ndarray, k: np.ndarray, n: int, p: float) -> np.ndarray:
     return k * np.log(bets / p) + (n - k) * (np.log1p(-bets) - np.log1p(-p))
 
 
+def _excuse(base: np.ndarray, p: float) -> np.ndarray:
+    "For each bucket the log capital of bets that the baseline's quantile lies below it; half of the stake is not bet."
+    n = int(base.sum())
+    return _floored(logsumexp(_slower(p * _LESS, n - np.cumsum(base) + base, n, p), axis=1) - np.log(len(_LESS)))
+
+
 def _harm_capital(pairs: Sequence[tuple[np.ndarray, np.ndarray]], p: float, steps: int) -> float:
-    "The least log capital against 'in no stratum is the candidate's quantile over GROWTH**steps times the baseline's'."
+    "From `_excuse` and counts, the least log capital against 'in no stratum is the candidate's quantile over GROWTH**steps times the baseline's'."
     bets, each = np.minimum(p * _MORE, (1 + p) / 2), []
-    for base, cand in pairs:
-        n, m = int(base.sum()), int(cand.sum())
-        until = np.clip(
-            np.arange(BUCKETS) + steps, -1, BUCKETS - 1
-        )  # above this bucket, whichever value of its bucket x is
+    until = np.clip(np.arange(BUCKETS) + steps, -1, BUCKETS - 1)  # above it, whichever value of its bucket x is
+    for excuse, cand in pairs:
+        m = int(cand.sum())
         above = m - np.append(np.cumsum(cand), 0)[until]
-        won = _slower(p * _LESS, n - np.cumsum(base) + base, n, p)
-        floored = _floored(logsumexp(won, axis=1) - np.log(len(_LESS)))
-        each.append((floored[:, None] + _slower(bets, above, m, p)).min(0))
+        each.append((excuse[:, None] + _slower(bets, above, m, p)).min(0))
     alone = logsumexp(each) - np.log(len(each))
     return float(np.logaddexp(logsumexp(np.sum(each, 0)), alone) - np.log(2 * len(bets)))
 
@@ -162,15 +165,15 @@ def quantile_excess(
     "A lower bound of candidate over baseline quantile; 0 until a ratio over the limit is shown; raises `KitError`."
     if not max_ratio > 0:
         raise KitError("a ratio is positive", key="max_ratio", value=max_ratio)
-    pairs, n, m, value = _both(baseline, candidate, q)
-    each = [bucket_quantile(c, q) / bucket_quantile(b, q) for b, c in pairs]
-    limit, shown = int(np.ceil(np.log(max_ratio) / np.log(GROWTH) - 1e-9)), -np.log(alpha)
-    over = lambda steps: _harm_capital(pairs, 1 - q, steps) >= shown
-    low, high = limit, BUCKETS
-    if max(each, default=0.0) <= max_ratio or not over(
-        limit
-    ):  # the first: no bet has won anything where it was observed
-        return Gap(value, 0.0, np.inf, alpha, m, n, "one-sided mixture test")
+    pairs, n, m, each, value = _both(baseline, candidate, q)
+    none = Gap(value, 0.0, np.inf, alpha, m, n, "one-sided mixture test")
+    if max(each, default=0.0) <= max_ratio:  # no bet has won anything where it was observed
+        return none
+    games, shown = [(_excuse(b, 1 - q), c) for b, c in pairs], -np.log(alpha)
+    over = lambda steps: _harm_capital(games, 1 - q, steps) >= shown
+    low, high = int(np.ceil(np.log(max_ratio) / np.log(GROWTH) - 1e-9)), BUCKETS
+    if not over(low):
+        return none
     while high - low > 1:
         low, high = (mid, high) if over(mid := (low + high) // 2) else (low, mid)
     worst = value if value > max_ratio else max(each)  # where it is slow for some prompts alone

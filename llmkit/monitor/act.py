@@ -23,7 +23,8 @@ from .decide import held_back
 from .policy import MonitorPolicy
 from .state import Action, Memory
 from ..release.registry import RETRAIN_ID
-from ..rollout.controller import Controller, Registry
+from ..rollout.controller import Controller
+from ..rollout.keeper import Registry
 from ..rollout.store import Store
 from ..serve.events import Events
 from ..serve.samples import Texts

@@ -30,7 +30,7 @@ from .state import RELEASES, WINDOWS, Action, Memory, Overview, Seen, database, 
 from .window import Later, Span, Window, answering, next_window, same_log, spans, waiting, watched
 from ..release.ledger import actor
 from ..rollout.commands import open_registry, open_store
-from ..rollout.controller import Registry
+from ..rollout.keeper import Registry
 from ..serve.events import Events, events_file
 from ..serve.samples import Texts, texts_file
 

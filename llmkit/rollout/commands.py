@@ -22,7 +22,8 @@ from ..core.project import params_if_any
 from ..core.settings import Settings, load_settings
 from ..release.ledger import actor
 from ..release.registry import Version, holder_of, named_by, outside_training, registry_uri, versions
-from .controller import Controller, Keeper, MlflowRegistry, Registry
+from .controller import Controller
+from .keeper import Keeper, MlflowRegistry, Registry
 from .policy import RolloutPolicy, read_rollout
 from .state import Effect, RolloutState
 from .store import MOVES, ODD, Store, rollouts_file

@@ -15,7 +15,7 @@ from typing import Any
 
 from .assign import SLOTS, assign, slot
 from .event import readable
-from .keeper import Keeper, MlflowRegistry, Registry  # noqa: F401  whoever makes a controller needs one
+from .keeper import Keeper, Registry
 from .reducer import Event
 from .state import RolloutState
 from .store import Store

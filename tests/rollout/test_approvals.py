@@ -15,7 +15,8 @@ from llmkit.release.ledger import append, read_ledger
 from llmkit.release.registry import versions
 from llmkit.rollout import commands
 from llmkit.rollout.approve import approve
-from llmkit.rollout.controller import Controller, MlflowRegistry
+from llmkit.rollout.controller import Controller
+from llmkit.rollout.keeper import MlflowRegistry
 from llmkit.rollout.policy import read_rollout
 
 URI, NAME = "sqlite:///mlflow.db", "bank-support"

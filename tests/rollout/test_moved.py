@@ -11,7 +11,8 @@ from llmkit.release.ledger import read_ledger
 from llmkit.release.registry import register, registry_client, versions
 from llmkit.release.release import Release
 from llmkit.rollout import commands, keeper
-from llmkit.rollout.controller import Controller, MlflowRegistry
+from llmkit.rollout.controller import Controller
+from llmkit.rollout.keeper import MlflowRegistry
 
 URI, NAME = "sqlite:///mlflow.db", "bank-support"
 

@@ -16,8 +16,9 @@ from llmkit.core.errors import KitError
 from llmkit.release.registry import register, registry_client, versions
 from llmkit.release.release import Release
 from llmkit.rollout import commands, database
-from llmkit.rollout.controller import Controller, MlflowRegistry
+from llmkit.rollout.controller import Controller
 from llmkit.rollout.judge_server import judge_app
+from llmkit.rollout.keeper import MlflowRegistry
 from llmkit.rollout.shadow import Mirror
 from llmkit.rollout.store import Store, newest
 from llmkit.rollout.view import view

@@ -21,8 +21,9 @@ from llmkit.release.ledger import read_ledger
 from llmkit.release.registry import register, versions
 from llmkit.release.release import Release
 from llmkit.rollout import commands
-from llmkit.rollout.controller import Controller, MlflowRegistry
+from llmkit.rollout.controller import Controller
 from llmkit.rollout.judge_server import answer, judge_app
+from llmkit.rollout.keeper import MlflowRegistry
 from llmkit.rollout.state import Effect
 from llmkit.rollout.store import Store
 

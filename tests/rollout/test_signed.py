@@ -20,7 +20,8 @@ from llmkit.release.releases import list_releases
 from llmkit.release.sign import APPROVAL, RELEASE, sign
 from llmkit.rollout import commands
 from llmkit.rollout.approve import approve
-from llmkit.rollout.controller import Controller, MlflowRegistry
+from llmkit.rollout.controller import Controller
+from llmkit.rollout.keeper import MlflowRegistry
 from llmkit.rollout.policy import read_rollout
 
 pytestmark = pytest.mark.skipif(not shutil.which("ssh-keygen"), reason="no ssh-keygen: apt-get install openssh-client")
