@@ -48,6 +48,18 @@ def judge(tmp_path):
     thread.join(60)
 
 
+HOOKS = ("confirm-promotion", "rollback")
+
+
+def post(url):
+    "The status code of an empty POST."
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="POST"), timeout=60) as r:
+            return r.status
+    except urllib.error.HTTPError as e:
+        return e.code
+
+
 def get(url):
     with urllib.request.urlopen(url, timeout=60) as r:
         return json.loads(r.read())
@@ -64,8 +76,28 @@ def test_the_judge_says_what_the_controller_thinks_at_every_stage(judge, how):
             get(f"{url}/v1/rollouts/r1/verdict?at={w.now}")["digest"] == answer(w.store.replay("r1"), w.now)["digest"]
         )
     assert get(f"{url}/v1/rollouts/r1/verdict")["verdict"] == ("fail" if how else "inconclusive")
+    assert {p: post(f"{url}/v1/rollouts/r1/{p}") for p in HOOKS} == dict(
+        zip(HOOKS, (409, 200 if how else 409), strict=True)
+    )
     with pytest.raises(urllib.error.HTTPError, match="404"):
         get(f"{url}/v1/rollouts/none/verdict")
+
+
+def test_the_judge_says_pass_where_the_controller_goes_on(judge):
+    "While it is paused a rollout gathers evidence, so that both are asked before it goes on."
+    w, url = judge
+    before, said = w.c.state.step, {"verdict": "inconclusive"}
+    w.c.command("pause", "ann")
+    while w.n < 6000 and said["verdict"] == "inconclusive":
+        assert post(f"{url}/v1/rollouts/r1/confirm-promotion") == 409
+        w.traffic(100, every=4.0)
+        said = get(f"{url}/v1/rollouts/r1/verdict")
+        assert said == answer(w.c.fold, w.now) and w.c.state.step == before
+    assert said["verdict"] == "pass" and said["digest"] == answer(w.store.replay("r1"), w.now)["digest"]
+    assert [post(f"{url}/v1/rollouts/r1/{p}") for p in HOOKS] == [200, 409]
+    w.c.command("resume", "ann")
+    w.c.step()
+    assert w.c.state.step > before
 
 
 @pytest.fixture
