@@ -922,6 +922,11 @@ def test_a_server_that_is_killed_in_every_step_goes_on_there(town):
     with killed_at_the_end(town.folder) as url:
         until(lambda: good in ask_all(url, 24), "the canary again")
         assert ask_all(url) == before, "every user is where they were"
+        town.order("r1", "pause", because="lunch")
+    with killed_at_the_end(town.folder) as url:
+        until(lambda: good in ask_all(url, 24), "the canary once more")
+        assert ask_all(url) == before and town.phase("r1") == "Paused", "a pause outlives its server"
+        town.order("r1", "resume")
         town.order("r1", "promote", full=True)
     assert town.phase("r1") == "Healthy"
     with killed_at_the_end(town.folder) as url:
@@ -934,6 +939,18 @@ def test_a_server_that_is_killed_in_every_step_goes_on_there(town):
     assert [e[:2] for e in said["ledger"]] == [["promote", "previous"], ["promote", "champion"], ["rollback", "previous"], ["rollback", "champion"]]  # fmt: skip
     events = list(Events(town.folder / "events.db").all("request"))
     assert len({e["id"] for e in events}) == len(events) and {e["status"] for e in events} == {"ok"}
+
+
+def test_an_abort_outlives_the_server_that_is_killed_after_it(town):
+    town.begin("r1", "sha256:good", QUICK | {"steps": [{"setWeight": 50}, {"analysis": ENDLESS}]})
+    with killed_at_the_end(town.folder) as url:
+        until(lambda: fingerprint("sha256:good") in ask_all(url), "the canary")
+        town.order("r1", "abort", because="a complaint")
+        until(lambda: set(ask_all(url)) == {fingerprint("sha256:a")}, "the way back")
+    for _ in range(2):
+        with killed_at_the_end(town.folder) as url:
+            assert set(ask_all(url)) == {fingerprint("sha256:a")} and town.store.load("r1").state.aborted
+    assert town.registry.read()["aliases"] == {"champion": "sha256:a"}
 
 
 def test_a_registry_that_does_not_answer_for_a_moment_aborts_no_rollout(town, monkeypatch, capsys):
