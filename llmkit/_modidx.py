@@ -304,6 +304,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'llmkit.data.validate.validate': ('03_data/validate.html#validate', 'llmkit/data/validate.py')},
             'llmkit.deploy.argo': { 'llmkit.deploy.argo._check': ('11_deploy/argo.html#_check', 'llmkit/deploy/argo.py'),
                                     'llmkit.deploy.argo._check_pods': ('11_deploy/argo.html#_check_pods', 'llmkit/deploy/argo.py'),
+                                    'llmkit.deploy.argo.absence': ('11_deploy/argo.html#absence', 'llmkit/deploy/argo.py'),
                                     'llmkit.deploy.argo.argo_objects': ('11_deploy/argo.html#argo_objects', 'llmkit/deploy/argo.py'),
                                     'llmkit.deploy.argo.argo_steps': ('11_deploy/argo.html#argo_steps', 'llmkit/deploy/argo.py'),
                                     'llmkit.deploy.argo.as_yaml': ('11_deploy/argo.html#as_yaml', 'llmkit/deploy/argo.py'),

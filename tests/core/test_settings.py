@@ -31,3 +31,18 @@ def test_every_setting_that_is_read_is_named():
         read |= set(re.findall(r"Path\(settings\.get\(\"([a-z_]+)\"", text))  # where a default is said once, for all
     assert {"serve_db", "monitor", "retrain", "ledger", "tracking_uri"} <= read
     assert not read - set(KEYS) and not (set(KEYS) - read - {"events_db", "host", "otlp_endpoint"})
+
+
+def test_the_projects_file_names_every_setting_with_the_default_that_the_code_takes(tmp_path):
+    root = Path(llmkit.__file__).parent
+    text = re.sub(r"^# ([a-z_]+ =)", r"\1", (root.parent / "settings.ini").read_text(encoding="utf-8"), flags=re.M)
+    (tmp_path / "settings.ini").write_text(text)
+    said = load_settings(tmp_path / "settings.ini", environ={}).values
+    assert set(said) == set(KEYS)
+    taken = {}
+    for path in root.rglob("*.py"):
+        for key, default in re.findall(r"\.get\(\"([a-z_]+)\", \"([^\"]+)\"\)", path.read_text(encoding="utf-8")):
+            if key in KEYS and default != "?":
+                taken.setdefault(key, set()).add(default)
+    assert {"ledger", "serve_db", "events_db", "texts_db", "rollouts", "monitor_db", "monitor", "retrain"} <= set(taken)
+    assert taken == {key: {said[key]} for key in taken}

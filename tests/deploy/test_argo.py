@@ -59,6 +59,12 @@ def test_the_policy_of_the_project_is_valid_for_argo(crds, tmp_path, ingress):
     rollout, *templates = objects
     asked = re.findall(r"templateName: (\S+)", out.read_text())
     assert sorted(asked) == sorted(t["metadata"]["name"] for t in templates), "each template is used, each use has one"
+    assert rollout["spec"]["rollbackWindow"] == {"revisions": 1}
+    for t in templates:  # what Argo would take by default is said
+        (metric,) = t["spec"]["metrics"]
+        assert metric.keys() >= {"failureLimit", "inconclusiveLimit", "consecutiveErrorLimit", "interval"}
+        assert metric["consecutiveErrorLimit"] > 100_000, "the policy pauses where the judge is away"
+        assert [m["metricName"] for m in t["spec"]["measurementRetention"]] == [metric["name"]]
     weights = [s["setWeight"] for s in rollout["spec"]["strategy"]["canary"]["steps"] if "setWeight" in s]
     section = YAML(typ="safe").load((ROOT / "params.yaml").read_text())["rollout"]
     assert weights == [s["setWeight"] for s in section["steps"] if "setWeight" in s]

@@ -42,6 +42,29 @@ def test_a_module_edited_by_hand_is_seen(tree):
     assert module.read_bytes() == before
 
 
+def test_what_is_written_in_a_module_is_brought_into_its_notebook(tree):
+    "The way of CONTRIBUTING.md for whoever edits a module: the notebook has the line, and nothing else moves."
+    module, notebook = tree / "llmkit/gate/limits.py", tree / "nbs/02_gate/05b_limits.ipynb"
+    before, was = content(tree, "llmkit/**/*.py", "nbs/**/*"), notebook.read_text(encoding="utf-8")
+    said = "What the rule asks for is not in the report."
+    module.write_text(module.read_text(encoding="utf-8").replace(said, said + " So."), encoding="utf-8")
+    run(tree, "nbdev-update", "--fname", "llmkit/gate/limits.py")
+    run(tree, "nbdev-export")
+    run(tree, "nbdev-clean")
+    assert was.count(said) == 1 and notebook.read_text(encoding="utf-8") == was.replace(said, said + " So.")
+    after = content(tree, "llmkit/**/*.py", "nbs/**/*")
+    assert changed(before, after) == [str(p.relative_to(tree)) for p in (module, notebook)]
+    assert (said + " So.").encode() in after["llmkit/gate/limits.py"]
+
+
+def test_no_filter_and_no_merge_touches_a_record(root, files):
+    "A filter such as nbstripout's would rewrite what was executed, in the folder and in git."
+    records = [str(f) for f in files() if str(f).startswith("records/") and f.suffix == ".ipynb"]
+    assert len(records) >= 10
+    p = subprocess.run(["git", "check-attr", "filter", "merge", "--", *records], cwd=root, capture_output=True, text=True, check=True)  # fmt: skip
+    assert {line.rsplit(": ", 1)[1] for line in p.stdout.splitlines()} == {"unset"}
+
+
 def test_clean_changes_nothing(tree):
     before = content(tree, "nbs/**/*.ipynb")
     run(tree, "nbdev-clean")
