@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -9,6 +10,8 @@ from html import unescape
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from serve_server import until
+from telemetry_browser import browser
 
 LINK = re.compile(r"""<(?:a|img|script|link|iframe)\b[^>]*?\s(?:href|src)=["']([^"']*)["']""")
 NAME = re.compile(r"""\sid=["']([^"']+)["']""")
@@ -139,8 +142,37 @@ def test_the_diagrams_of_a_page_and_of_its_outputs_are_drawn(diagrams):
         pages.prose("```mermaid\npie\n```\n", {}, pages.Path("x/y.md"))
 
 
+def ran(tree, root):
+    "Put into a copy of the tree what a run of the pipeline leaves for the site: records, and small pages of two stages."
+    shutil.copytree(root / "records", tree / "records", ignore=shutil.ignore_patterns("*.json"))
+    for folder, page in {"prepare/dataset/data_docs": "index.html", "card/card": "model_card.html"}.items():
+        (tree / "artifacts" / folder / "more").mkdir(parents=True)
+        (tree / "artifacts" / folder / page).write_text(
+            "<title>t</title><h1>made by a run</h1><a href=more/a.html>a</a>"
+        )
+        (tree / "artifacts" / folder / "more/a.html").write_text("<h1>a</h1>")
+
+
+def seen(site, folder):
+    "What is wrong with each page, on a telephone and on a screen, and what the search finds."
+    wrong, pages = [], sorted(str(f.relative_to(site)) for f in site.rglob("*.html") if "_static" not in f.parts)
+    with browser(folder) as window:
+        for width in (390, 1280):
+            window.size(width, 844)
+            for page in pages:
+                window.open(f"file://{site}/{page}")
+                if (wide := window.run("return document.documentElement.scrollWidth")) > width:
+                    wrong.append((page, width, wide))
+                wrong += [(page, width, said) for said in window.complaints()]
+        window.open(f"file://{site}/search.html?q=wilson")
+        until(lambda: "finished" in window.text(".search-summary"), "the search")
+        found = window.run("return [...document.querySelectorAll('ul.search a')].map(a => a.getAttribute('href'))")
+    return pages, wrong, found
+
+
 @pytest.mark.slow
-def test_the_site(tree):
+def test_the_site(tree, root, tmp_path_factory):
+    ran(tree, root)
     p = subprocess.run([sys.executable, "tools/website", "site"], cwd=tree, capture_output=True, text=True)
     assert p.returncode == 0, p.stdout + p.stderr
     site = tree / "site"
@@ -167,3 +199,17 @@ def test_the_site(tree):
     assert "<summary" in page, "sources are folded"
     assert "<math" in (site / "04_model/04_lora.html").read_text(), "formulas are MathML"
     assert dead_links(site.resolve()) == []
+
+    overview = (site / "pipeline/index.html").read_text()
+    records = sorted(r.stem for r in tree.glob("records/*.ipynb"))
+    assert len(records) >= 10 and all(f'href="../records/{r}.html"' in overview for r in records)
+    assert "is asked" in (site / "records/07_gate.html").read_text(), "what the last run put out"
+    assert "none on this machine" not in overview
+    for page in ("data_docs/index.html", "model_card/model_card.html"):
+        assert f'href="../{page}"' in overview and "made by a run" in (site / page).read_text()
+
+    if not shutil.which("chromedriver"):
+        pytest.skip("built and read, but not looked at: chromedriver is not installed (tools/system.sh)")
+    pages, wrong, found = seen(site, tmp_path_factory.mktemp("browser"))
+    assert len(pages) > 250 and wrong == []
+    assert found[0].endswith("01_intervals.html#llmkit.gate.intervals.wilson") and len(found) > 10
