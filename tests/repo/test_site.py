@@ -14,6 +14,7 @@ from serve_server import until
 from telemetry_browser import browser
 
 LINK = re.compile(r"""<(?:a|img|script|link|iframe)\b[^>]*?\s(?:href|src)=["']([^"']*)["']""")
+NARROW = '<meta name="viewport" content="width=device-width">'
 NAME = re.compile(r"""\sid=["']([^"']+)["']""")
 
 
@@ -147,10 +148,8 @@ def ran(tree, root):
     shutil.copytree(root / "records", tree / "records", ignore=shutil.ignore_patterns("*.json"))
     for folder, page in {"prepare/dataset/data_docs": "index.html", "card/card": "model_card.html"}.items():
         (tree / "artifacts" / folder / "more").mkdir(parents=True)
-        (tree / "artifacts" / folder / page).write_text(
-            "<title>t</title><h1>made by a run</h1><a href=more/a.html>a</a>"
-        )
-        (tree / "artifacts" / folder / "more/a.html").write_text("<h1>a</h1>")
+        (tree / "artifacts" / folder / page).write_text(f"{NARROW}<h1>made by a run</h1><a href=more/a.html>a</a>")
+        (tree / "artifacts" / folder / "more/a.html").write_text(f"{NARROW}<h1>a</h1>")
 
 
 def seen(site, folder):
