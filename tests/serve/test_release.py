@@ -1,6 +1,7 @@
 "From the registry to an answer: a registered bundle with a real ONNX engine is found, verified, tested and served."
 
 import asyncio
+import json
 import shutil
 import signal
 import subprocess
@@ -230,6 +231,69 @@ def test_a_delta_is_loaded_asked_and_unloaded_while_the_server_runs(project, tmp
             "answered, or told that it is gone: none was dropped"
         )
         assert c.post("/v1/unload_lora_adapter", json={"lora_name": name}).status_code == 404
+
+
+def other_delta(folder):
+    "The project's delta with its updates the other way round."
+    from safetensors.torch import load_file, save_file
+
+    base = open_artifact("artifacts/base/base")
+    with build(folder, "delta", parents={"base": base}) as f:
+        shutil.copytree(
+            "artifacts/finetune/delta", f, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json")
+        )
+        tensors = load_file(f / "adapter_model.safetensors")
+        (f / "adapter_model.safetensors").unlink()
+        save_file({n: -3 * t if "lora_B" in n else t for n, t in tensors.items()}, f / "adapter_model.safetensors")
+    return str(folder)
+
+
+def test_deltas_come_and_go_under_load_and_none_answers_for_another(project, tmp_path):
+    from llmkit.runtime.engine import load_engine
+
+    base, paths = "artifacts/base/base", ["artifacts/finetune/delta", other_delta(tmp_path / "other")]
+    want = []
+    for path in paths:
+        with load_engine(base, "torch", delta=path) as e:
+            prompt = e.tokenizer.encode(LINES[3])
+            want.append(e.generate([prompt], Sampling(6, stop_ids=()))[0].text)
+    assert want[0] != want[1]
+    ask = {"prompt": prompt, "max_tokens": 6, "temperature": 0, "ignore_eos": True}
+    gateway = Gateway("bank-support", {"baseline": open_backend(resolve(BUNDLE, load_settings()))})
+    said, stop = [], threading.Event()
+    with serving(gateway, adapters=Adapters(gateway, base, slots=4)) as url, httpx.Client(timeout=PATIENCE, base_url=url) as c:  # fmt: skip
+        load = lambda i: c.post("/v1/load_lora_adapter", json={"lora_name": "ab"[i], "lora_path": paths[i]}).json()[
+            "id"
+        ]
+        names = [load(0), load(1)]
+
+        def flood(i, stream):
+            with httpx.Client(timeout=PATIENCE) as mine:
+                while not stop.is_set():
+                    r = mine.post(f"{url}/v1/completions", json={**ask, "model": names[i], "stream": stream})
+                    if stream and r.status_code == 200:
+                        *events, end = [x[6:] for x in r.text.split("\n\n") if x]
+                        assert end == "[DONE]"
+                        text = "".join(p["text"] for e in events for p in json.loads(e)["choices"])
+                    else:
+                        text = r.json()["choices"][0]["text"] if r.status_code == 200 else ""
+                    said.append((i, r.status_code, text))
+
+        threads = [threading.Thread(target=flood, args=(i, s)) for i in (0, 1) for s in (False, True)]
+        for t in threads:
+            t.start()
+        for _ in range(3):  # the second one goes and comes back; the first one never notices
+            n = len(said)
+            until(lambda n=n: sum(x == (1, 200, want[1]) for x in said[n:]) > 2, "answers of the second")
+            assert c.post("/v1/unload_lora_adapter", json={"lora_name": names[1]}).status_code == 200
+            until(lambda n=n: (1, 404, "") in said[n:], "the end of its name")
+            assert load(1) == names[1]
+        stop.set()
+        for t in threads:
+            t.join(PATIENCE)
+            assert not t.is_alive()
+    assert {x[1:] for x in said if x[0] == 0} == {(200, want[0])}
+    assert {x[1:] for x in said if x[0] == 1} == {(200, want[1]), (404, "")}
 
 
 def test_serve_starts_with_nothing_said_and_stops_on_sigterm(project):
