@@ -1,5 +1,6 @@
 """Bad input to the base and merge stages: a clear error, and nothing half-written."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -222,6 +223,50 @@ def test_a_config_that_describes_no_model(pair, tmp_path, change):
     with pytest.raises(KitError, match="from.*: ") as e:
         make_base(tmp_path / "base", source="folder", model=str(copy))
     assert "\n" not in str(e.value) and not (tmp_path / "base").exists()
+
+
+NAN, INF, ROPE = float("nan"), float("inf"), {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"rope_parameters": ROPE | {"rope_theta": NAN}}, r"rope_parameters.rope_theta: is not finite \(got nan\)"),
+        ({"rope_parameters": ROPE | {"rope_theta": {"__float__": "NaN"}}}, "rope_parameters.rope_theta: is not finite"),
+        ({"rope_parameters": {"full_attention": ROPE | {"factor": -1.0}}}, r"full_attention.factor: must be positive \(got -1.0\)"),
+        ({"rope_scaling": ROPE | {"long_factor": [1.0, 0.0]}}, "rope_scaling.long_factor: must be positive"),
+        ({"rope_theta": 0}, "rope_theta: must be positive"),
+        ({"text_config": {"rms_norm_eps": -1e-6}}, "text_config.rms_norm_eps: must be 0 or more"),
+        ({"rms_norm_eps": INF}, "rms_norm_eps: is not finite"),
+        ({"initializer_range": -0.1}, "initializer_range: must be 0 or more"),
+        ({"attention_dropout": -1.0}, "attention_dropout: must be 0 or more"),
+        ({"sliding_window": -1}, "sliding_window: must be 0 or more"),
+        ({"attention_multiplier": 0.0}, "attention_multiplier: must be positive"),
+        ({"final_logit_softcapping": 0.0}, "final_logit_softcapping: must be positive"),
+        ({"time_step_limit": [-INF, INF]}, "time_step_limit: is not finite"),
+    ],
+)  # fmt: skip
+def test_a_number_that_makes_no_sense(pair, tmp_path, change, says):
+    "transformers builds a model from all of these but one; the logits of most are finite, and wrong."
+    copy = shutil.copytree(pair[0].path, tmp_path / "from")
+    (copy / "config.json").write_text(json.dumps(read_json(copy / "config.json") | change))
+    with pytest.raises(KitError, match=f"from/config.json: .*{says}.*Take the model's own config.json"):
+        make_base(tmp_path / "base", source="folder", model=str(copy))
+    assert not (tmp_path / "base").exists()
+
+
+def test_numbers_that_look_odd_and_are_right(pair, tmp_path):
+    copy = shutil.copytree(pair[0].path, tmp_path / "from")
+    for limit in ([0.0, INF], [0.0, {"__float__": "Infinity"}]):
+        fine = {
+            "time_step_limit": limit,
+            "rms_norm_eps": 0.0,
+            "sliding_window": 0,
+            "router_jitter_noise": 0.0,
+            "x": 10**400,
+        }
+        (copy / "config.json").write_text(json.dumps(read_json(copy / "config.json") | fine))
+        assert inspect(copy)["time_step_limit"] == limit
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
