@@ -9,8 +9,9 @@ from data_rows import TABLE, good_rows
 from llmkit.core.errors import KitError
 from llmkit.core.files import read_json, read_jsonl
 from llmkit.core.plugins import need
-from llmkit.data.profile import summary
-from llmkit.data.records import Shape
+from llmkit.data.profile import SUITE, summary
+from llmkit.data.records import FIELDS, Shape
+from llmkit.evals.suite import KEYS
 
 GOOD = good_rows()
 
@@ -60,6 +61,12 @@ def test_columns_of_which_nothing_is_read_are_told(make):
     told = read_json(make(rows) / "profile.json")
     assert told["unread"] == {"lable": 40, "note": 39}
     assert "- columns of which nothing is read: lable 40 (is it label?), note 39" in summary(told)
+
+
+def test_columns_that_only_a_suite_reads_are_told_as_such(make):
+    assert {*KEYS} - {*FIELDS} == {*SUITE}
+    told = summary(read_json(make([{**r, "references": ["a"]} for r in GOOD]) / "profile.json"))
+    assert "nothing is read: references 40 (read in a suite's file, not in training data)\n" in told
 
 
 def test_what_is_left_out_of_a_chat_is_told(make):
