@@ -83,7 +83,7 @@ def context_of(
 ) -> int | None:  # tokens; None where nothing bounds them
     "How much a model reads; of rotary positions that change beyond some length for all rows at once, up to there."
     keys = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
-    most = next((config[k] for k in keys if config.get(k)), None)
+    most = next((config[k] for k in keys if config.get(k) is not None), None)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type")) == "longrope":
         return rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings") or most

@@ -488,6 +488,7 @@ def numbered(model):
         (vocabulary(numbered), r"bad: tokenizer.json: the tokenizer has more tokens than the model has embeddings \(got \(5001, 320\)\)"),
         (lambda f: write_json(f / "generation_config.json", {"eos_token_id": [1, 320]}), r"bad: eos_token_id: is no token of the model \(got 320\)"),
         (lambda f: write_json(f / "config.json", read_json(f / "config.json") | {"max_position_embeddings": -1}), r"bad: max_position_embeddings: is no number of tokens \(got -1\)"),
+        (lambda f: write_json(f / "config.json", read_json(f / "config.json") | {"max_position_embeddings": 0}), r"bad: max_position_embeddings: is no number of tokens \(got 0\)"),
         (lambda f: write_json(f / "config.json", read_json(f / "config.json") | {"vocab_size": 321}), "bad: the weights have other sizes than config.json"),
     ],
 )  # fmt: skip
