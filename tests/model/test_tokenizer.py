@@ -11,6 +11,7 @@ import pytest
 
 from llmkit.core.errors import KitError
 from llmkit.core.files import write_json, write_text
+from llmkit.model.lint import lint
 from llmkit.model.tiny import train_tokenizer
 from llmkit.model.tokenizer import Tokenizer, encode_after, encode_example
 
@@ -296,3 +297,17 @@ def test_half_a_character_is_refused_in_words(folder, text):
     for encode in (tok.encode, lambda t: tok.chat([{"role": "user", "content": t}])):
         with pytest.raises(KitError, match="text: is no text of Unicode .got .*UTF-8"):
             encode(text)
+
+
+@pytest.mark.parametrize(
+    "template, says",
+    [
+        ("{{ raise_exception('no talk') }}", "the chat template refuses the conversation: no talk"),
+        ("{{ messages[7].content.x }}", "chat_template.jinja: the chat template failed: UndefinedError"),
+    ],
+)
+def test_a_template_that_refuses_every_talk_is_found_and_stops_no_check(tmp_path, template, says):
+    train_tokenizer(tmp_path, LINES, 300)
+    write_text(tmp_path / "chat_template.jinja", template)
+    found = [f.text for f in lint(tmp_path) if f.fatal]
+    assert len(found) == 1 and found[0].startswith(says), found
