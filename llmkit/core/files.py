@@ -133,10 +133,19 @@ def write_json(path: str | Path, value: Any) -> Path:
 
 
 def cannot_read(path: str | Path, e: OSError) -> KitError:
-    "The error for a file that is missing, a folder, or not ours to read."
-    return KitError(
-        "no such file" if isinstance(e, FileNotFoundError) else f"cannot read: {e.strerror or e}", file=path
-    )
+    "The error for a file that is missing, a folder, or not ours to read, with its remedy."
+    said = "no such file" if isinstance(e, FileNotFoundError) else f"cannot read: {e.strerror or e}"
+    fix = _READ.get(e.errno, "Check the path, and the disk that it is on")
+    return KitError(said, file=path, remedy=fix)
+
+
+_READ = {  # what the system says → what to do about it
+    errno.ENOENT: "Correct the path, or make the file",
+    errno.EISDIR: "Name a file in that folder",
+    errno.ENOTDIR: "Correct the path: it goes through a file",
+    errno.EACCES: "Let this user read it, and enter its folders",
+    errno.EINVAL: "Write what comes from there into a file, and name that",
+}
 
 
 def only_file(path: str, flags: int) -> int:
@@ -169,14 +178,18 @@ def read_json(path: str | Path) -> Any:
     except OSError as e:
         raise cannot_read(path, e) from e
     except (ValueError, RecursionError) as e:  # a number of thousands of digits, or ten thousand brackets
-        raise KitError(f"not valid JSON: {e}", file=path) from e
+        raise KitError(f"not valid JSON: {e}", file=path, remedy=f"Correct it there, or {_AGAIN}") from e
+
+
+_AGAIN = "restore the file: make it, fetch it or copy it again"
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
     "Read a JSON file that holds an object; raises `KitError`."
     value = read_json(path)
     if not isinstance(value, dict):
-        raise KitError("must be an object with named values", file=path, value=value)
+        fix = f'Write it as {{"name": value, …}}, or {_AGAIN}'
+        raise KitError("must be an object with named values", file=path, value=value, remedy=fix)
     return value
 
 # %% ../../nbs/01_core/03_files.ipynb #6155896d
@@ -198,20 +211,21 @@ def read_jsonl(path: str | Path) -> Iterator[dict]:
     except OSError as e:
         raise cannot_read(path, e) from e
     except UnicodeDecodeError as e:
-        fix = "Convert it to UTF-8"
+        fix = "Save it as UTF-8"
         raise KitError(f"is not UTF-8: byte 0x{e.object[e.start]:02x}", file=path, remedy=fix) from e
 
 
 def _rows(lines: Iterable[str], path: str | Path) -> Iterator[dict]:
     "What the lines of a file hold."
     for i, line in enumerate(lines, 1):
+        at = {"file": path, "key": f"line {i}", "remedy": f"Correct the line, or {_AGAIN}"}
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as e:
             said = getattr(e, "msg", e)
-            raise KitError(f"not valid JSON: {said}", file=path, key=f"line {i}", value=line.rstrip("\n")) from e
+            raise KitError(f"not valid JSON: {said}", **at, value=line.rstrip("\n")) from e
         if not isinstance(row, dict):
-            raise KitError("must be an object with named values", file=path, key=f"line {i}", value=row)
+            raise KitError("must be an object with named values", **at, value=row)
         yield row
 
 # %% ../../nbs/01_core/03_files.ipynb #bef252d8

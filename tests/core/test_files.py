@@ -9,7 +9,17 @@ import pytest
 from llmkit.core import files
 from llmkit.core.artifact import ArtifactError, build, open_artifact
 from llmkit.core.errors import KitError
-from llmkit.core.files import atomic_folder, held, locked, read_json, read_jsonl, read_text, write_json, write_jsonl
+from llmkit.core.files import (
+    atomic_folder,
+    held,
+    locked,
+    read_json,
+    read_jsonl,
+    read_object,
+    read_text,
+    write_json,
+    write_jsonl,
+)
 from llmkit.core.params import load_params
 from llmkit.core.settings import load_settings
 
@@ -118,3 +128,40 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path, read):
             read(path)
     with pytest.raises(KitError, match="Is a directory"):
         read(tmp_path)
+
+
+READERS = {"read_text": read_text, "read_json": read_json, "read_jsonl": lambda p: list(read_jsonl(p))}
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_what_cannot_be_read_is_told_with_the_file_and_what_to_do(tmp_path, read):
+    (tmp_path / "file").write_text("{}")
+    os.mkfifo(tmp_path / "pipe")
+    for name, said in (
+        ("none", "no such file. Correct the path, or make the file"),
+        (".", "cannot read: Is a directory. Name a file in that folder"),
+        ("file/x", "cannot read: Not a directory. Correct the path: it goes through a file"),
+        ("n" * 300, "cannot read: File name too long. Check the path, and the disk that it is on"),
+        ("pipe", "cannot read: is a pipe or a device, and no file. Write what comes from there into a file, and name that"),
+    ):  # fmt: skip
+        with pytest.raises(KitError) as e:
+            read(tmp_path / name)
+        assert str(e.value) == f"{tmp_path / name}: {said}"
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ('{"n": 3,', "not valid JSON"),
+        ("", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("1" * 5000, "not valid JSON"),
+        ("[1]", r"must be an object with named values \(got \[1\]\)"),
+    ],
+)
+def test_what_is_no_object_is_told_with_what_to_do(tmp_path, text, said):
+    (tmp_path / "f").write_text(text + "\n")
+    with pytest.raises(KitError, match=f"f: {said}.*restore the file: make it, fetch it or copy it again$"):
+        read_object(tmp_path / "f")
+    with pytest.raises(KitError, match=f"f: line 1: {said}.*Correct the line, or restore the file.*again$"):
+        list(read_jsonl(tmp_path / "f"))
