@@ -2350,6 +2350,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llmkit.release.sign.beside': ('07_release/sign.html#beside', 'llmkit/release/sign.py'),
                                      'llmkit.release.sign.detached': ('07_release/sign.html#detached', 'llmkit/release/sign.py'),
                                      'llmkit.release.sign.key_of': ('07_release/sign.html#key_of', 'llmkit/release/sign.py'),
+                                     'llmkit.release.sign.read_beside': ('07_release/sign.html#read_beside', 'llmkit/release/sign.py'),
                                      'llmkit.release.sign.sign': ('07_release/sign.html#sign', 'llmkit/release/sign.py'),
                                      'llmkit.release.sign.verify': ('07_release/sign.html#verify', 'llmkit/release/sign.py')},
             'llmkit.release.signed': { 'llmkit.release.signed._named': ('07_release/signed.html#_named', 'llmkit/release/signed.py'),

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from ..core.artifact import MANIFEST, Artifact, open_artifact
 from ..core.errors import KitError
-from ..core.files import read_text, write_text
+from ..core.files import write_text
 from ..core.settings import load_settings
 from .bundle import faults, verify_bundle
-from .sign import RELEASE, SignatureError, Signer, beside, key_of, sign, verify
+from .sign import RELEASE, SignatureError, Signer, beside, key_of, read_beside, sign, verify
 
 # %% ../../nbs/07_release/02b_signed.ipynb #6e6ab75b
 def sign_bundle(
@@ -41,12 +41,10 @@ def require_signer(
     revoked: str | Path = "",  # revocation list
 ) -> Signer:
     "Who signed a bundle; raises `SignatureError` when nobody did who is allowed to."
-    path = beside(art.path)
-    if not path.is_file():
-        raise SignatureError(
-            "not signed: no such file", file=path.name, remedy="It travels beside the folder: copy it too"
-        )
-    return verify((art / MANIFEST).read_bytes(), read_text(path), RELEASE, signers, revoked=revoked)
+    if (text := read_beside(art.path)) is None:
+        fix = "It travels beside the folder: copy it too"
+        raise SignatureError("not signed: no such file", file=beside(art.path).name, remedy=fix)
+    return verify((art / MANIFEST).read_bytes(), text, RELEASE, signers, revoked=revoked)
 
 
 def check_bundle(
@@ -88,14 +86,12 @@ def _signature(art: Artifact, signers: str, revoked: str) -> str:
     if signers:
         by = require_signer(art, signers, revoked)
         return f"signed by {by.name} with key {by.key}"
-    path = beside(art.path)
-    if not path.is_file():
+    if (text := read_beside(art.path)) is None:
         return "not signed"
     try:
-        return f"signed with key {key_of((art / MANIFEST).read_bytes(), read_text(path), RELEASE)}; --signers says whose it is"
+        return f"signed with key {key_of((art / MANIFEST).read_bytes(), text, RELEASE)}; --signers says whose it is"
     except SignatureError as e:
-        raise SignatureError(
-            f"is no signature of this bundle: {e}", file=path.name, remedy="Sign it again, or remove it"
-        ) from e
+        said, fix = f"is no signature of this bundle: {e}", "Sign it again, or remove it"
+        raise SignatureError(said, file=beside(art.path).name, remedy=fix) from e
     except KitError as e:  # without ssh-keygen the bytes are whole all the same
         return f"a signature lies there and was not checked: {e}"

@@ -15,7 +15,7 @@ from llmkit.deploy.image import image_write
 from llmkit.release.bundle import faults, verify_bundle
 from llmkit.release.registry import register_release, versions
 from llmkit.release.release import Release, write_release
-from llmkit.release.sign import beside
+from llmkit.release.sign import beside, detached
 from llmkit.release.signed import check_bundle, sign_bundle
 
 BUNDLE = "artifacts/package/bundle"
@@ -185,3 +185,21 @@ def test_a_signature_goes_into_the_registry_and_an_image(packaged, capsys):
     assert register_release("released", **how) == 0
     assert "; bundle not signed: bundle.sig is left where it is" in capsys.readouterr().out
     beside(BUNDLE).unlink()
+
+
+@pytest.mark.parametrize("signers", ["", "signers"])
+@pytest.mark.parametrize(
+    "put, said",
+    [
+        (lambda p: p.write_bytes(b"\xf6"), "is not UTF-8: byte 0xf6 at 0"),
+        (lambda p: p.mkdir(), "cannot read: Is a directory"),
+        (lambda p: p.symlink_to("nothing"), "no such file"),
+    ],
+)
+def test_what_lies_in_the_place_of_a_signature_and_is_none_lets_no_bundle_pass(packaged, capsys, signers, put, said):
+    Path("signers").touch()
+    put(beside(BUNDLE))
+    assert check_bundle(BUNDLE, signers=signers) == 1
+    fix = "Let this user read it, sign the bundle again, or remove it"
+    assert capsys.readouterr().out.splitlines()[-1] == f"bundle.sig: is no signature: {said}. {fix}"
+    assert detached(BUNDLE)[0] == "" and "bundle.sig is left where it is" in detached(BUNDLE)[1]
