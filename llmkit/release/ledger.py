@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from ..core.digests import canonical_json, digest_json, short
 from ..core.errors import KitError
 from ..core.files import cannot_write, locked, read_jsonl, read_text
+from ..core.params import check_section
 
 # %% ../../nbs/07_release/09_ledger.ipynb #de8de3b3
 @dataclass(frozen=True)
@@ -68,18 +69,34 @@ class Entry:
         return digest_json(self.body)
 
 
+_LINE = get_type_hints(Entry) | {"terms": dict[str, Any], "digest": str}
+_TERMS = get_type_hints(Terms)
+
+
 def _read_entry(row: Mapping[str, Any]) -> Entry:
-    "An entry from its line; raises `TypeError` or `ValueError` on one that is none."
-    terms = Terms(**row["terms"]) if row.get("terms") is not None else None
-    entry = Entry(**{**row, "terms": terms})
-    if (entry.action in ("approve", "withdraw")) != (terms is not None):
-        raise ValueError("a word has terms, a move has none")
-    times = ([entry.when] if entry.signature else []) + ([terms.until] if entry.action == "approve" else [])
-    if None in (datetime.fromisoformat(t).tzinfo for t in times):
-        raise ValueError("a time without its zone")
-    if not isinstance(entry.signature, str) or entry.signature and terms is None:
-        raise ValueError("a signature is a text, and of a word")
+    "An entry from its line; raises `KitError` on one that is none."
+    row = check_section(row, _LINE, optional=("terms", "signature"))
+    if "terms" in row:
+        row["terms"] = Terms(**check_section(row["terms"], _TERMS, "terms", optional=("allows", "until", "policy")))
+    del row["digest"]
+    entry = Entry(**row)
+    if (entry.action in ("approve", "withdraw")) != (entry.terms is not None):
+        raise KitError("a word has terms, a move has none", key="action", value=entry.action)
+    if entry.signature and entry.terms is None:
+        raise KitError("a signature is of a word", key="signature", value=entry.signature)
+    _require_zone("when", entry.when) if entry.signature else None
+    _require_zone("terms.until", entry.terms.until) if entry.action == "approve" else None
     return entry
+
+
+def _require_zone(key: str, text: str) -> None:
+    "Refuse what is no time, or one without its zone; raises `KitError`."
+    try:
+        zone = datetime.fromisoformat(text).tzinfo
+    except ValueError:
+        zone = None
+    if zone is None:
+        raise KitError("must be a time with its zone", key=key, value=text)
 
 
 def read_ledger(
@@ -91,10 +108,10 @@ def read_ledger(
     lines = read_text(path).split("\n") if rows else []
     for i, (row, line) in enumerate(zip(rows, lines, strict=False), 1):
         try:
-            said = row.pop("digest")
-            entry = _read_entry(row)
-        except (TypeError, KeyError, ValueError) as e:
-            raise KitError("not a ledger entry", file=path, key=f"line {i}") from e
+            said, entry = row.get("digest"), _read_entry(row)
+        except KitError as e:
+            fix = "Restore the file from version control, or read it with the version that wrote it"
+            raise KitError(f"not a ledger entry: {e.problem}", file=path, key=f"line {i}.{e.key}", value=e.value, remedy=fix) from e  # fmt: skip
         want = entries[-1].digest if entries else ""
         written = canonical_json({**entry.body, "digest": said}) == line.rstrip("\r")  # a name twice is read once
         if (entry.seq, entry.previous, entry.digest, written) != (i, want, said, True):

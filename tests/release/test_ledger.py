@@ -1,11 +1,13 @@
 """The ledger only grows, whoever writes, and shows every edit."""
 
+import json
 import multiprocessing as mp
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmkit.core.digests import canonical_json, digest_json
 from llmkit.core.errors import KitError
 from llmkit.release.ledger import append, read_ledger, verify_ledger
 
@@ -118,3 +120,44 @@ def test_a_user_without_a_name_is_a_number(monkeypatch):
 
     monkeypatch.setattr(ledger.getpass, "getuser", nobody)
     assert ledger.actor({}) == f"uid {os.getuid()}" and ledger.actor({"LLMKIT_ACTOR": "ci"}) == "ci"
+
+
+def resealed(chain, path, **changed):
+    "The first line of a ledger with other values and the digest that they have."
+    row = json.loads(chain.read_text().splitlines()[0]) | changed
+    row = {k: v for k, v in row.items() if k != "digest" and v is not ...}
+    path.write_text(canonical_json(row | {"digest": digest_json(row)}) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("value", [5, True, [], {}])
+@pytest.mark.parametrize("key", ["seq", "when", "who", "action", "model", "alias", "before", "after", "evidence", "previous", "terms", "signature"])  # fmt: skip
+def test_a_value_of_another_type_is_named_though_the_digest_fits(chain, tmp_path, capsys, key, value):
+    path = resealed(chain, tmp_path / "typed.jsonl", **{key: value})
+    assert verify_ledger(str(path)) == 1
+    said = capsys.readouterr().out
+    if (key, value) == ("seq", 5):
+        assert f"{path}: line 1: the chain is broken" in said
+    elif (key, value) == ("terms", {}):
+        assert f"{path}: line 1.terms.why: not a ledger entry: missing parameter. Restore the file" in said
+    else:
+        assert said.startswith(f"{path}: line 1.{key}: not a ledger entry: must be ")
+        assert f"(got {value!r}). Restore the file from version control" in said
+
+
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        ({"x": 1}, "line 1.x: not a ledger entry: unknown parameter (got 1)"),
+        ({"who": ...}, "line 1.who: not a ledger entry: missing parameter"),
+        ({"who": None}, "line 1.who: not a ledger entry: must be a str, not a NoneType (got None)"),
+        ({"action": "approve"}, "line 1.action: not a ledger entry: a word has terms, a move has none (got 'approve')"),
+        ({"signature": "x"}, "line 1.signature: not a ledger entry: a signature is of a word (got 'x')"),
+    ],
+)
+def test_what_is_no_entry_says_why_and_what_to_do(chain, tmp_path, changed, said):
+    path = resealed(chain, tmp_path / "odd.jsonl", **changed)
+    with pytest.raises(KitError) as e:
+        read_ledger(path)
+    fix = "Restore the file from version control, or read it with the version that wrote it"
+    assert str(e.value) == f"{path}: {said}. {fix}"
