@@ -2098,6 +2098,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'llmkit.release.bundle._describe': ('07_release/bundle.html#_describe', 'llmkit/release/bundle.py'),
                                        'llmkit.release.bundle._head': ('07_release/bundle.html#_head', 'llmkit/release/bundle.py'),
                                        'llmkit.release.bundle._members': ('07_release/bundle.html#_members', 'llmkit/release/bundle.py'),
+                                       'llmkit.release.bundle._other': ('07_release/bundle.html#_other', 'llmkit/release/bundle.py'),
                                        'llmkit.release.bundle._parts': ('07_release/bundle.html#_parts', 'llmkit/release/bundle.py'),
                                        'llmkit.release.bundle._spelling': ('07_release/bundle.html#_spelling', 'llmkit/release/bundle.py'),
                                        'llmkit.release.bundle._test_inside': ( '07_release/bundle.html#_test_inside',

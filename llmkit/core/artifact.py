@@ -92,27 +92,41 @@ def open_artifact(
         fix = "Run the stage that makes it, with `dvc repro`, or fetch it with `dvc pull`"
         raise ArtifactError("no artifact here: it has no manifest", file=path, remedy=fix)
     m = read_json(path / MANIFEST)
-    schema = m.get("schema") if isinstance(m, dict) else None
-    if schema != SCHEMA:
-        raise ArtifactError("unknown manifest schema", file=path / MANIFEST, key="schema", value=schema)
-    if lacks := [k for k in FIELDS if not isinstance(m.get(k), str if k in ("kind", "digest") else dict)]:
-        fix = "Make it again, or fetch it again with `dvc checkout`"
-        raise ArtifactError("the manifest is not whole", file=path / MANIFEST, key=lacks[0], remedy=fix)
+    _require_whole(m, path / MANIFEST)
     art = Artifact(path, m["kind"], m["files"], m["parents"], m["recipe"], m["meta"])
     kinds = (kind,) if isinstance(kind, str) else kind
     if kinds and art.kind not in kinds:
-        raise ArtifactError(f"is a {art.kind}, not a {' or '.join(kinds)}", file=path)
+        raise ArtifactError(
+            f"is a {art.kind}, not a {' or '.join(kinds)}", file=path, remedy=f"Name the folder of a {kinds[0]}"
+        )
     try:
         edited = art.digest != m["digest"]
     except KitError as e:  # NaN, or half of a character
         raise ArtifactError(e.problem, file=path / MANIFEST, key=e.key, remedy=e.remedy) from e
+    except RecursionError as e:
+        raise ArtifactError("is nested too deep", file=path / MANIFEST, remedy=_AGAIN) from e
     if edited:
-        raise ArtifactError("the manifest was edited: its digest does not match", file=path / MANIFEST)
+        raise ArtifactError("the manifest was edited: its digest does not match", file=path / MANIFEST, remedy=_AGAIN)
     if verify and (bad := damage(art)):
-        fix = "Make it again, or fetch it again with `dvc checkout`"
         rest = f"; and {len(bad) - 9} more" if len(bad) > 9 else ""
-        raise ArtifactError(f"changed since it was made: {'; '.join(bad[:9])}{rest}", file=path, remedy=fix)
+        raise ArtifactError(f"changed since it was made: {'; '.join(bad[:9])}{rest}", file=path, remedy=_AGAIN)
     return art
+
+
+_AGAIN = "Make it again, or fetch it again with `dvc checkout`"
+
+
+def _require_whole(m: Any, file: Path) -> None:
+    "Refuse what is no manifest, or not all of one; raises `ArtifactError`."
+    schema = m.get("schema") if isinstance(m, dict) else None
+    if schema != SCHEMA:
+        fix = "Read it with the version that wrote it, or make it again"
+        raise ArtifactError("unknown manifest schema", file=file, key="schema", value=schema, remedy=fix)
+    if lacks := [k for k in FIELDS if not isinstance(m.get(k), str if k in ("kind", "digest") else dict)]:
+        raise ArtifactError("the manifest is not whole", file=file, key=lacks[0], remedy=_AGAIN)
+    for key, digest in ((f"{k}.{n}", d) for k in ("files", "parents") for n, d in m[k].items()):
+        if not isinstance(digest, str):
+            raise ArtifactError("is no digest", file=file, key=key, value=digest, remedy=_AGAIN)
 
 
 def damage(art: Artifact) -> list[str]:

@@ -132,10 +132,10 @@ def write_json(path: str | Path, value: Any) -> Path:
     return write_text(path, json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n")
 
 
-def cannot_read(path: str | Path, e: OSError) -> KitError:
-    "The error for a file that is missing, a folder, or not ours to read, with its remedy."
-    said = "no such file" if isinstance(e, FileNotFoundError) else f"cannot read: {e.strerror or e}"
-    fix = _READ.get(e.errno, "Check the path, and the disk that it is on")
+def cannot_read(path: str | Path, e: OSError | ValueError) -> KitError:
+    "The error for a file that is missing, a folder, not ours to read, or of a name that no file has, with its remedy."
+    said = "no such file" if isinstance(e, FileNotFoundError) else f"cannot read: {getattr(e, 'strerror', None) or e}"
+    fix = _READ.get(getattr(e, "errno", None), "Check the path, and the disk that it is on")
     return KitError(said, file=path, remedy=fix)
 
 
@@ -163,20 +163,18 @@ def read_text(path: str | Path) -> str:
     try:
         with open(path, encoding="utf-8", opener=only_file) as f:
             return f.read()
-    except OSError as e:
-        raise cannot_read(path, e) from e
     except UnicodeDecodeError as e:
         fix = "Save it as UTF-8"
         raise KitError(f"is not UTF-8: byte 0x{e.object[e.start]:02x} at {e.start}", file=path, remedy=fix) from e
+    except (OSError, ValueError) as e:  # a null byte in a path
+        raise cannot_read(path, e) from e
 
 
 def read_json(path: str | Path) -> Any:
     "Read a JSON file; raises `KitError` that names the file and the place."
+    text = read_text(path)
     try:
-        with open(path, encoding="utf-8", opener=only_file) as f:
-            return json.load(f)
-    except OSError as e:
-        raise cannot_read(path, e) from e
+        return json.loads(text)
     except (ValueError, RecursionError) as e:  # a number of thousands of digits, or ten thousand brackets
         raise KitError(f"not valid JSON: {e}", file=path, remedy=f"Correct it there, or {_AGAIN}") from e
 
@@ -208,11 +206,13 @@ def read_jsonl(path: str | Path) -> Iterator[dict]:
     try:
         with open(path, encoding="utf-8", opener=only_file) as f:
             yield from _rows(f, path)
-    except OSError as e:
-        raise cannot_read(path, e) from e
+    except KitError:
+        raise
     except UnicodeDecodeError as e:
         fix = "Save it as UTF-8"
         raise KitError(f"is not UTF-8: byte 0x{e.object[e.start]:02x}", file=path, remedy=fix) from e
+    except (OSError, ValueError) as e:
+        raise cannot_read(path, e) from e
 
 
 def _rows(lines: Iterable[str], path: str | Path) -> Iterator[dict]:

@@ -12,7 +12,7 @@ from ..core.artifact import MANIFEST, Artifact, open_artifact
 from ..core.errors import KitError
 from ..core.files import write_text
 from ..core.settings import load_settings
-from .bundle import faults, verify_bundle
+from .bundle import AGAIN, faults, verify_bundle
 from .sign import RELEASE, SignatureError, Signer, beside, key_of, read_beside, sign, verify
 
 # %% ../../nbs/07_release/02b_signed.ipynb #6e6ab75b
@@ -59,7 +59,7 @@ def check_bundle(
         raise KitError("nobody has to have signed it, so nothing is revoked", key="revoked", value=revoked, remedy="Name the file of allowed signers too: --signers")  # fmt: skip
     _named(folder)
     if bad := faults(folder, digest):
-        print(*bad, sep="\n")
+        print(*bad, f"{folder}: not whole. {AGAIN}", sep="\n")
         return 1
     art = open_artifact(folder, "bundle", verify=False)
     try:

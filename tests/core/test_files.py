@@ -130,6 +130,12 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path, read):
         read(tmp_path)
 
 
+def test_json_that_is_no_utf_8_is_told_as_such(tmp_path):
+    (tmp_path / "f").write_bytes(b'{"a": "\xf6"}')
+    with pytest.raises(KitError, match="f: is not UTF-8: byte 0xf6 at 7. Save it as UTF-8"):
+        read_json(tmp_path / "f")
+
+
 READERS = {"read_text": read_text, "read_json": read_json, "read_jsonl": lambda p: list(read_jsonl(p))}
 
 
@@ -142,6 +148,7 @@ def test_what_cannot_be_read_is_told_with_the_file_and_what_to_do(tmp_path, read
         (".", "cannot read: Is a directory. Name a file in that folder"),
         ("file/x", "cannot read: Not a directory. Correct the path: it goes through a file"),
         ("n" * 300, "cannot read: File name too long. Check the path, and the disk that it is on"),
+        ("a\0b", "cannot read: embedded null byte. Check the path, and the disk that it is on"),
         ("pipe", "cannot read: is a pipe or a device, and no file. Write what comes from there into a file, and name that"),
     ):  # fmt: skip
         with pytest.raises(KitError) as e:

@@ -118,7 +118,7 @@ DAMAGE = {  # what happens to a file → what is said of it behind its name
     "truncated": (lambda t: t[:100], "not valid JSON"),
     "empty": (lambda t: "", "not valid JSON"),
     "no JSON": (lambda t: "<html>", "not valid JSON"),
-    "no UTF-8": (lambda t: "\udcff", "not valid JSON"),
+    "no UTF-8": (lambda t: "\udcff", "is not UTF-8: byte 0xff at 0"),
     "too deep": (lambda t: "[" * 100_000, "not valid JSON"),
     "a list": (lambda t: "[1]", "schema: unknown report schema (got 'list')"),
     "another object": (lambda t: '{"metric": 1}', "schema: unknown report schema (got None)"),

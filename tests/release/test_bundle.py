@@ -1,5 +1,6 @@
 """A bundle is made from a pass alone, and no byte of it can change unseen."""
 
+import json
 import random
 import shutil
 import subprocess
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 from release_road import POLICY, run_gate, run_package, write_reports
 
-from llmkit.core.artifact import open_artifact
+from llmkit.core.artifact import open_artifact, seal
+from llmkit.core.digests import canonical_json, digest_bytes
 from llmkit.core.errors import KitError
 from llmkit.core.files import read_json, write_json
 from llmkit.deploy.image import image_write
@@ -203,3 +205,50 @@ def test_what_lies_in_the_place_of_a_signature_and_is_none_lets_no_bundle_pass(p
     fix = "Let this user read it, sign the bundle again, or remove it"
     assert capsys.readouterr().out.splitlines()[-1] == f"bundle.sig: is no signature: {said}. {fix}"
     assert detached(BUNDLE)[0] == "" and "bundle.sig is left where it is" in detached(BUNDLE)[1]
+
+
+def test_a_bundle_sealed_anew_around_what_is_not_so_is_not_whole(packaged, capsys):
+    art, about = verify_bundle(BUNDLE), Path(BUNDLE, "bundle.json")
+    body, whole = read_json(about), about.read_bytes()
+    engine, verdict = body["engine"], body["verdict"]
+    up = {n: r | {"folder": "../bundle/" + r["folder"]} for n, r in body["reports"].items()}
+    lies = {
+        "": "not valid JSON",
+        "[1]": r"must be an object with named values (got [1])",
+        **{json.dumps({k: v for k, v in body.items() if k != gone}): f"{gone}: " for gone in ("schema", "name", "engine", "tokenizer", "reports", "verdict", "self_test")},
+        json.dumps(body | {"schema": "llmkit.bundle/9"}): "schema: is not what the bundle holds (got 'llmkit.bundle/9')",
+        json.dumps(body | {"name": 5}): "name: must be a str, not a int (got 5)",
+        json.dumps(body | {"engine": 5}): "engine: is not what the bundle holds (got 5)",
+        json.dumps(body | {"engine": engine | {"digest": "sha256:0"}}): "engine.digest: is not what the bundle holds (got 'sha256:0')",
+        json.dumps(body | {"verdict": verdict | {"digest": "sha256:0"}}): "verdict.digest: is not what the bundle holds (got 'sha256:0')",
+        json.dumps(body | {"verdict": verdict | {"outcome": "fail"}}): "verdict.outcome: is not what the bundle holds (got 'fail')",
+        json.dumps(body | {"reports": up}): ".folder: is not what the bundle holds (got '../bundle/reports/",
+        json.dumps(body | {"self_test": {"max_tokens": 8, "prompts": [1]}}): "self_test.prompts[0]: must be a dict, not a int (got 1)",
+    }  # fmt: skip
+    for text, said in lies.items():
+        about.unlink()  # it may be linked
+        about.write_text(text)
+        seal(BUNDLE, "bundle", art.parents, art.recipe)
+        assert check_bundle(BUNDLE) == 1, text
+        found, fix = capsys.readouterr().out.splitlines()
+        assert found.startswith(f"{about}: ") and said in found
+        assert fix == f"{BUNDLE}: not whole. Make it again with `dvc repro package`, or copy it again"
+    about.write_bytes(whole)
+    for parents, said in (
+        (art.parents | {"engine": 5}, "parents.engine: is no digest (got 5). Make it again"),
+        (art.parents | {"../../../quantize/engine": engine["digest"]}, "parents.../../../quantize/engine: is no part of the bundle"),
+    ):  # fmt: skip
+        seal(BUNDLE, "bundle", parents, art.recipe)
+        assert said in faults(BUNDLE)[0]
+    sealed = {"kind": "bundle", "files": art.files, "parents": art.parents, "recipe": {"x": "DEEP"}}
+    for deep in (400, 900, 980):
+        digest = digest_bytes(canonical_json(sealed).replace('"DEEP"', "[" * deep + "]" * deep).encode())
+        manifest = canonical_json({"schema": "llmkit.artifact/1", **sealed, "meta": {}, "digest": digest})
+        (art / "manifest.json").write_text(manifest.replace('"DEEP"', "[" * deep + "]" * deep))
+        (found,) = faults(BUNDLE)
+        assert "manifest.json" in found or "nested too deep" in found
+    seal(BUNDLE, "bundle", art.parents, art.recipe)
+    assert faults(BUNDLE, art.digest) == []
+    about.write_text(json.dumps({k: v for k, v in body.items() if k != "system"}))  # as an older version wrote it
+    seal(BUNDLE, "bundle", art.parents, art.recipe)
+    assert faults(BUNDLE) == []
