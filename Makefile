@@ -12,7 +12,7 @@ unexport GIT_DIR GIT_INDEX_FILE GIT_WORK_TREE
 # Where this is set, every process compiles all that it imports: 8 s for torch alone, 40 s with transformers.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help env gpu system extras lock repro smoke banking77 bench cache-pull cache-push report-pr rollout-order test quick lint check format sync readme hooks lab docs dist clean
+.PHONY: help env gpu system extras lock repro smoke banking77 banking77-data bench cache-pull cache-push report-pr rollout-order test quick lint check format sync readme hooks lab docs dist clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,10 +57,13 @@ smoke: env ## a model answers fixture prompts in under 30 s (MODEL=a base, delta
 
 BANKING77 ?= examples/banking77/data
 banking77: env ## the same pipeline on real questions, beside a yardstick (BANKING77=the folder with its train.csv and test.csv)
-	[ -f "$(BANKING77)/train.csv" ] || { echo "banking77: needs BANKING77=the folder with train.csv and test.csv" >&2; exit 2; }
+	[ -f "$(BANKING77)/train.csv" ] || { echo "banking77: needs BANKING77=the folder with train.csv and test.csv; make banking77-data fetches them" >&2; exit 2; }
 	[ -f examples/banking77/data/train.csv ] || ln -sfn "$(abspath $(BANKING77))" examples/banking77/data
 	cd examples/banking77 && llmkit repro
 	python examples/banking77/yardstick.py
+
+banking77-data: ## fetch these questions from where they are published, held to their SHA-256 (BANKING77=the folder)
+	tools/banking77.sh "$(BANKING77)"
 
 bench: $(VENV)/.bench ## the benchmarks, as ratios within one run (BANKING77=DIR, LLAMA=DIR, BENCH="those"; see benchmarks/README.md)
 	BENCH="$(BENCH)" BANKING77="$(BANKING77)" LLAMA="$(LLAMA)" tools/bench.sh
