@@ -2,6 +2,7 @@
 
     python benchmarks/monitor_null.py [--before COMMIT] [--out benchmarks/results/monitor_null.json]
     python benchmarks/monitor_null.py --sequences 200      only what needs labels, over whole lives of services
+    python benchmarks/monitor_null.py --texts 20           only windows with the texts of users, of so many releases
 
 Every release has its own reference and its own windows, as the policy in params.yaml sizes them, and everything passes
 `decide`: features, adjustment, k of n, the detectors. Under no change the share of windows that end in an alarm must keep
@@ -11,6 +12,9 @@ planted change the delay is counted in windows from the first changed one to the
 
 With --sequences, services of 50 windows have labels for 5, 30 and 100 % of their requests, each a minute late on average (the
 policy's label lag cuts some off); then for samples that are none, in which wrong answers are rated more often than right ones.
+
+With --texts, each request has a text of a topic, held against two thousand texts that the release was made for, and every
+other column is there as well. Of a change the delay is counted as above.
 """
 
 import argparse
@@ -202,6 +206,65 @@ def sequences(a) -> int:
     return int(broken)
 
 
+WORDS, CYRILLIC = 3000, str.maketrans("0123456789w", "абвгдежзийш")
+SAID = {
+    "a tenth of the texts on one topic (below what counts)": ("domain_auc", {"other": 0.1}),
+    "a half of the texts on one topic": ("domain_auc", {"other": 0.5}),
+    "a fifth of the texts in another script": ("script_psi", {"script": 0.2}),
+    "one word in ten never seen": ("unseen_words", {"unseen": 0.1}),
+}
+
+
+def texts(rng, n, other=0.0, script=0.0, unseen=0.0):
+    "Texts of 8 to 16 words, of which the commonest are any topic's and the others of one of ten; what has changed, as shares."
+    topics = np.where(rng.random(n) < other, 0, rng.integers(10, size=n))
+    out = []
+    for topic in topics.tolist():
+        rank = np.minimum((WORDS ** rng.random(rng.integers(8, 17))).astype(int), WORDS - 1)  # Zipf's law
+        own = np.where(rank < 50, rank, WORDS * (topic + 1) + rank)
+        new = rng.random(len(own)) < unseen
+        said = " ".join(f"w{10**6 + w if x else w}" for w, x in zip(own.tolist(), new.tolist(), strict=True))
+        out.append(said.translate(CYRILLIC) if rng.random() < script else said)
+    return out
+
+
+def said(policy, rng, windows, change=None, calm=0):
+    "The windows of one release whose texts are compared, without the reference; the last ones with a change."
+    made_for, stream, out = list(dict.fromkeys(texts(rng, 2000))), {}, []
+    for number in range(1 + windows):
+        n = policy.requests if number else policy.reference
+        pair = (made_for, list(dict.fromkeys(texts(rng, n, **((change or {}) if number > calm else {})))) if number else [])  # fmt: skip
+        w = Window("sha256:a", number, 1, 2, tuple(rows(rng, n)))
+        seen, _, stream, _ = decide(policy, w, stream, pair)
+        out.append(seen)
+        if change and "data" in seen.alarms:
+            break
+    return out[1:]
+
+
+def of_texts(a) -> int:
+    "The tables of --texts."
+    policy = read_monitor(load_params(a.params, "monitor"))
+    policy = replace(policy, methods=(*policy.methods, "texts"))
+    seen = [w for i in range(a.texts) for w in said(policy, np.random.default_rng([a.seed + 8, i]), a.windows)]
+    drifts = [{s.metric for s in w.scores if s.drifted and s.q is not None} for w in seen]
+    bad = sum("data" in w.alarms for w in seen)
+    alarms = clopper_pearson(bad, len(seen))
+    of_text = sum(bool(d & {"domain_auc", "length_psi", "script_psi", "unseen_words"}) for d in drifts)
+    print(f"Texts, no change: {a.texts} releases, {len(seen)} windows\n| | found | stated |\n|---|--:|--:|")
+    print(f"| windows with a test that drifted | {np.mean([bool(d) for d in drifts]):.4f} | {policy.fdr:g} |\n| a test of texts | {of_text / len(seen):.4f} | |")  # fmt: skip
+    print(f"| windows that end in an alarm of data | {bad / len(seen):.4f} ({alarms.low:.4f} to {alarms.high:.4f}) | {policy.budget:g} |", flush=True)  # fmt: skip
+    some = max(1, a.texts // 4)
+    print(f"\nPlanted after 3 quiet windows, {some} releases each, up to 4 windows\n| change | found by | found | median delay |\n|---|---|--:|--:|")  # fmt: skip
+    for name, (metric, change) in SAID.items():
+        lives = [said(policy, np.random.default_rng([a.seed + 9, i]), 7, change, 3)[3:] for i in range(some)]
+        named = [any(s.metric == metric and s.drifted for w in x for s in w.scores) for x in lives]
+        delays = [next((j for j, w in enumerate(x, 1) if "data" in w.alarms), math.inf) for x in lives]
+        median = f"{m:g}" if math.isfinite(m := float(np.median(delays))) else "over 4"
+        print(f"| {name} | {metric} in {sum(named)} of {some} | {np.isfinite(delays).mean():.2f} | {median} |", flush=True)  # fmt: skip
+    return int(alarms.low > policy.budget)
+
+
 def planted(policy, a, name, each=1) -> dict:
     "How often and how soon a change is found after three quiet windows."
     (family, change), delays, other = PLANTED[name], [], 0
@@ -321,7 +384,10 @@ def main() -> None:
     p.add_argument("--before", default="", help="a commit whose code and policy are measured too, in the same run")
     p.add_argument("--out", default="")
     p.add_argument("--sequences", type=int, default=0, help="only so many services with labels of every coverage")
+    p.add_argument("--texts", type=int, default=0, help="only so many releases whose windows have texts")
     a = p.parse_args()
+    if a.texts:
+        raise SystemExit(of_texts(a))
     if a.sequences:
         raise SystemExit(sequences(a))
     body = measured(a)

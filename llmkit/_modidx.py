@@ -1785,6 +1785,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                               'llmkit/monitor/check.py'),
                                       'llmkit.monitor.check.event_features': ( '10_monitor/check.html#event_features',
                                                                                'llmkit/monitor/check.py'),
+                                      'llmkit.monitor.check.kept_texts': ('10_monitor/check.html#kept_texts', 'llmkit/monitor/check.py'),
                                       'llmkit.monitor.check.monitor_check': ( '10_monitor/check.html#monitor_check',
                                                                               'llmkit/monitor/check.py'),
                                       'llmkit.monitor.check.monitor_traffic': ( '10_monitor/check.html#monitor_traffic',

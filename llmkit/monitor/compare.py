@@ -150,9 +150,7 @@ def features(
         failed = ([r["status"] == "error" for r in x] for x in (old, new))
         out["data"].append(share("error_rate", *failed, p.rise, level, asked(lambda r: True)))
     if min(map(len, texts)) >= 20:
-        changed = text_features(*texts, permutations=need)
-        least = {"domain_auc": p.auc, "unseen_words": None}
-        out["data"] += [f if least.get(f.name, p.psi) is None else replace(f, least=least.get(f.name, p.psi)) for f in changed]  # fmt: skip
+        out["data"] += text_features(*texts, permutations=need, auc=p.auc, index=p.psi, rise=p.rise)
     out["cost"] = [cost(f"{k}_per_request", *pair(k), p.ratio, level, of(k)) for k in SPENT if has(k)]  # fmt: skip
     if has("claim"):
         out["hallucination"] = [share("hallucination_rate", *pair("claim"), p.claim_rise, level, of("claim"))]

@@ -16,14 +16,14 @@ from pathlib import Path
 
 from ..core.digests import short
 from ..core.errors import KitError
-from ..core.files import atomic_folder, locked, read_jsonl
+from ..core.files import atomic_folder, locked
 from ..core.params import load_params
 from ..core.ranges import check_ranges
 from ..core.report import Report, write_report
 from ..core.settings import load_settings
 from ..gate.verdict import EXIT_CODES, as_text, worst, write_verdict
 from .act import NO_TEXTS, ended, launch, retrain, rollback
-from .check import text_of
+from .check import kept_texts, read_texts
 from .decide import decide
 from .policy import MonitorPolicy, read_monitor
 from .state import RELEASES, WINDOWS, Action, Memory, Overview, Seen, database, overview
@@ -139,12 +139,10 @@ def _texts(m: Monitor, w: Window, stream: Mapping) -> tuple[list[str], list[str]
     "What users said: what the model was made for, or the reference, and the window."
     if "texts" not in m.policy.methods or m.texts is None or not w.number:
         return [], []
-    said = lambda rows: [t for x in m.texts.get(*(r["id"] for r in rows)).values() if (t := text_of(x))]
     path = Path(m.policy.texts) if m.policy.texts else None
     if path and not path.is_file():
         raise KitError("no texts to compare with", file=path, key="monitor.reference.texts", remedy="Name a file, or nothing for the texts of the reference")  # fmt: skip
-    old = [t for r in read_jsonl(path) if (t := text_of(r))] if path else said(stream["reference"])
-    return list(dict.fromkeys(old))[:2000], list(dict.fromkeys(said(w.rows)))
+    return read_texts(path) if path else kept_texts(m.texts, stream["reference"]), kept_texts(m.texts, w.rows)
 
 
 def publish(
