@@ -156,16 +156,52 @@ def test_a_log_of_an_older_server(tmp_path):
     assert seen.verdict.exit_code == 3
 
 
-def test_rollback_only_of_what_the_last_rollout_brought(tmp_path):
-    t = Town(tmp_path)
+WORSE = {  # family whose alarm asks for a rollback → what a release does
+    "fairness": {"worse": 0.8, "said": 0.9},
+    "data": {"refuses": 0.6},
+}
+
+
+def taking_back(folder, family, **more):
+    "A town whose policy takes a promotion back on an alarm of one family."
+    parts = {k: SMALL[k] for k in ("window", "reference", "fairness", "calibration", "retrain")}
+    return Town(folder, section(**parts, rollback={"when": [family]}), **more)
+
+
+@pytest.mark.parametrize("family", WORSE)
+def test_rollback_only_of_what_the_last_rollout_brought(tmp_path, family):
+    t = taking_back(tmp_path, family)
     t.send(180)
-    t.send(240, worse=0.8, said=0.9)
+    t.send(240, **WORSE[family])
     t.promoted()
     for _ in range(9):
         run_window(t.monitor, "sha256:a")
     [a] = t.monitor.memory.actions(kind="rollback")
     assert a.state == "held" and "a person decides" in a.note
     assert t.registry.aliases() == {"previous": "sha256:a", "champion": "sha256:b"}
+
+
+@pytest.mark.parametrize("family", WORSE)
+def test_an_alarm_takes_the_promotion_back_where_the_policy_names_its_family(tmp_path, family):
+    t = taking_back(tmp_path, family)
+    t.promoted()
+    t.send(180, release="sha256:b")
+    t.send(60 * 6, release="sha256:b", **WORSE[family])
+    other = {"data": "fairness", "fairness": "data"}[family]
+    while (w := run_window(t.monitor, "sha256:b")) and not t.monitor.memory.actions(kind="rollback"):
+        assert family not in w.alarms and t.registry.aliases()["champion"] == "sha256:b"
+    assert family in w.alarms and other not in w.alarms
+    [a] = t.monitor.memory.actions(kind="rollback")
+    assert (a.state, a.note, a.reason.partition(":")[0].partition(" ")[0]) == ("done", "undo of bank-2", family), a
+    assert t.registry.aliases() == {"previous": "sha256:b", "champion": "sha256:a"}
+    assert Store(tmp_path / "r.db").load("bank-2").state.phase == "Degraded"
+    quiet = taking_back(tmp_path / "quiet", other)  # the same, by a policy that names another family
+    quiet.promoted()
+    quiet.send(180, release="sha256:b")
+    quiet.send(60 * 6, release="sha256:b", **WORSE[family])
+    seen = [w for w in iter(lambda: run_window(quiet.monitor, "sha256:b"), None)]
+    assert any(family in w.alarms for w in seen) and not quiet.monitor.memory.actions(kind="rollback")
+    assert quiet.registry.aliases()["champion"] == "sha256:b"
 
 
 def test_an_old_promotion_is_left_to_a_person(tmp_path):
