@@ -208,8 +208,8 @@ def sequences(a) -> int:
 
 WORDS, CYRILLIC = 3000, str.maketrans("0123456789w", "абвгдежзийш")
 SAID = {
-    "a tenth of the texts on one topic (below what counts)": ("domain_auc", {"other": 0.1}),
-    "a half of the texts on one topic": ("domain_auc", {"other": 0.5}),
+    "a half of the texts on one topic of ten (below what counts)": ("domain_auc", {"other": 0.5}),
+    "all texts on one topic of ten": ("domain_auc", {"other": 1.0}),
     "a fifth of the texts in another script": ("script_psi", {"script": 0.2}),
     "one word in ten never seen": ("unseen_words", {"unseen": 0.1}),
 }
