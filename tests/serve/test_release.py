@@ -296,6 +296,45 @@ def test_deltas_come_and_go_under_load_and_none_answers_for_another(project, tmp
     assert {x[1:] for x in said if x[0] == 1} == {(200, want[1]), (404, "")}
 
 
+def test_the_official_client_and_the_harness_ask_the_onnx_engine(project, monkeypatch):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    backend = open_backend(resolve(BUNDLE, load_settings()), slots=4)
+    engine, tok = backend.engine, backend.tokenizer
+    prompt = tok.encode(LINES[0], special=True)
+    greedy = engine.generate([prompt], Sampling(8, stop_ids=()))[0]
+    ask = {"model": "bank-support", "prompt": prompt, "max_tokens": 8, "extra_body": {"ignore_eos": True}}
+    with serving(Gateway("bank-support", {"baseline": backend})) as url:
+        create = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=PATIENCE).completions.create
+        whole = create(**ask, temperature=0)
+        assert (whole.choices[0].text, whole.usage.completion_tokens) == (greedy.text, 8)
+        parts = list(create(**ask, temperature=0, stream=True, stream_options={"include_usage": True}))
+        assert "".join(p.choices[0].text for p in parts[:-1]) == greedy.text
+        assert (parts[-1].usage, parts[-1].choices) == (whole.usage, [])
+        cut = greedy.text[len(greedy.text) // 2 :][:2]
+        stopped = create(**ask, temperature=0, stop=cut).choices[0]
+        assert (stopped.text, stopped.finish_reason) == (greedy.text.split(cut)[0], "stop")
+        warm = Sampling(8, 0.9, seed=7, stop_ids=())
+        three = create(**ask, temperature=0.9, seed=7, n=3, logprobs=0).choices
+        again = create(**ask, temperature=0.9, seed=7, n=3, logprobs=0).choices
+        assert [c.logprobs for c in three] == [c.logprobs for c in again] and len({c.text for c in three}) > 1
+        alone = engine.generate([prompt], warm)[0]
+        assert three[0].logprobs.token_logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+        echoed = create(**ask, temperature=0, echo=True, logprobs=1).choices[0].logprobs.token_logprobs
+        scored = engine.score([prompt[:1]], [prompt[1:]])[0]
+        assert echoed[0] is None and echoed[1:] == pytest.approx([*map(float, scored), *greedy.logprobs], abs=1e-4)
+
+        lm = LocalCompletionsAPI(base_url=f"{url}/v1/completions", model="bank-support", max_length=128, batch_size=2)
+        assert lm.tokenizer_backend == "remote"
+        pairs = [(line, " my card") for line in LINES[:3]]
+        told = lm.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)])
+        encoded = [lm._encode_pair(*pair) for pair in pairs]
+        want = [float(engine.score([a], [b])[0].sum()) for a, b in encoded]
+        assert [value for value, _ in told] == pytest.approx(want, abs=1e-3)
+
+
 def test_serve_starts_with_nothing_said_and_stops_on_sigterm(project):
     code = "import sys; from llmkit.rollout.serve import serve; sys.exit(serve())"
     p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
