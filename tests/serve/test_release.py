@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import httpx
+import openai
 import pytest
 from release_road import LINES, TINY, random_delta, run_card, run_gate, run_package, small_dataset, write_reports
 from serve_server import PATIENCE, serving, until
