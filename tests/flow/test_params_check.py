@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
         ("{metric: accuracy, min: 0.80,", "{metric: accuracy, mim: 0.80,", "gates.rules[0].mim: unknown parameter"),
         ("  precision: auto\n  # for auto", "  precision: int3\n  # for auto", "quantize.precision: cannot be built"),
         ("    hidden: 128", "    hiden: 128", "base.tiny.hiden: unknown parameter"),
-        ("[engine, merged]", "[engine, mergd]", "evaluate.speed_subjects[1]: must be one of"),
+        ("[engine, merged, base]", "[engine, mergd, base]", "evaluate.speed_subjects[1]: must be one of"),
         ("  clip: 1.0", "  clip: .nan", "finetune.clip: must be a finite number (got nan)"),
         ("  clip: 1.0", "  clip: -1.0", "finetune.clip: must be 0 or more (got -1.0)"),
         ("  patience: 4", "  patience: -1", "finetune.patience: must be 0 or more"),
