@@ -31,7 +31,7 @@ WORDS = {
 }
 
 
-def random_delta(path, base, dataset):
+def random_delta(path, base, dataset, seed=0):
     "A delta as PEFT leaves it, with random numbers in place of what was learnt."
     import torch
 
@@ -40,7 +40,7 @@ def random_delta(path, base, dataset):
 
     tok = Tokenizer.load(base.path)
     tuned = attach(load_frozen(base.path), rank=4, alpha=8, seed=0)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     for name, p in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.3)

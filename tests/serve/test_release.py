@@ -234,25 +234,11 @@ def test_a_delta_is_loaded_asked_and_unloaded_while_the_server_runs(project, tmp
         assert c.post("/v1/unload_lora_adapter", json={"lora_name": name}).status_code == 404
 
 
-def other_delta(folder):
-    "The project's delta with its updates the other way round."
-    from safetensors.torch import load_file, save_file
-
-    base = open_artifact("artifacts/base/base")
-    with build(folder, "delta", parents={"base": base}) as f:
-        shutil.copytree(
-            "artifacts/finetune/delta", f, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json")
-        )
-        tensors = load_file(f / "adapter_model.safetensors")
-        (f / "adapter_model.safetensors").unlink()
-        save_file({n: -3 * t if "lora_B" in n else t for n, t in tensors.items()}, f / "adapter_model.safetensors")
-    return str(folder)
-
-
 def test_deltas_come_and_go_under_load_and_none_answers_for_another(project, tmp_path):
     from llmkit.runtime.engine import load_engine
 
-    base, paths = "artifacts/base/base", ["artifacts/finetune/delta", other_delta(tmp_path / "other")]
+    base, paths = "artifacts/base/base", ["artifacts/finetune/delta", str(tmp_path / "other")]
+    random_delta(paths[1], open_artifact(base), open_artifact("artifacts/prepare/dataset"), seed=1)
     want = []
     for path in paths:
         with load_engine(base, "torch", delta=path) as e:
@@ -263,9 +249,7 @@ def test_deltas_come_and_go_under_load_and_none_answers_for_another(project, tmp
     gateway = Gateway("bank-support", {"baseline": open_backend(resolve(BUNDLE, load_settings()))})
     said, stop = [], threading.Event()
     with serving(gateway, adapters=Adapters(gateway, base, slots=4)) as url, httpx.Client(timeout=PATIENCE, base_url=url) as c:  # fmt: skip
-        load = lambda i: c.post("/v1/load_lora_adapter", json={"lora_name": "ab"[i], "lora_path": paths[i]}).json()[
-            "id"
-        ]
+        load = lambda i: c.post("/v1/load_lora_adapter", json={"lora_name": "ab"[i], "lora_path": paths[i]}).json()["id"]  # fmt: skip
         names = [load(0), load(1)]
 
         def flood(i, stream):
