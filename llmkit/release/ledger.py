@@ -84,8 +84,10 @@ def _read_entry(row: Mapping[str, Any]) -> Entry:
         raise KitError("a word has terms, a move has none", key="action", value=entry.action)
     if entry.signature and entry.terms is None:
         raise KitError("a signature is of a word", key="signature", value=entry.signature)
-    _require_zone("when", entry.when) if entry.signature else None
-    _require_zone("terms.until", entry.terms.until) if entry.action == "approve" else None
+    if entry.signature:
+        _require_zone("when", entry.when)
+    if entry.action == "approve":
+        _require_zone("terms.until", entry.terms.until)
     return entry
 
 
